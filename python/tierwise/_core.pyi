@@ -1,0 +1,233 @@
+"""Types of the Rust core. Bytes are `_bytes`, elements are `numel`; addresses are plain integers."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+__version__: str
+
+class TierwiseError(RuntimeError):
+    """Base class of every error that Tierwise raises itself."""
+
+class BudgetError(TierwiseError):
+    """A plan or an allocation does not fit a tier's budget.
+
+    Raised by `plan` with the attributes `tier` ("device" or "host"), `op` (str or None), `needed_bytes`, `budget_bytes`,
+    `shortfall_bytes` and `breakdown` (dict of bytes by purpose).
+    """
+
+    tier: str
+    op: str | None
+    needed_bytes: int
+    budget_bytes: int
+    shortfall_bytes: int
+    breakdown: dict[str, int]
+
+class ScheduleError(TierwiseError):
+    """The engine refused an event: an illegal transition, no free slot, a missing optimizer step."""
+
+class DeviceError(TierwiseError):
+    """The device driver refused a call."""
+
+class EngineStoppedError(TierwiseError):
+    """A worker failed earlier; the engine does nothing any more."""
+
+@final
+class Layout:
+    """Chunks and the element offsets of their parameters."""
+
+    def __new__(cls, precision: str, chunks: Sequence[tuple[str, Sequence[tuple[str, int, bool]]]]) -> Layout:
+        """Lays out `chunks`: `(chunk name, [(parameter name, numel, trainable), ...])`; precision "bf16", "fp16" or "fp32"."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def num_chunks(self) -> int: ...
+    def param_offsets(self, chunk: int) -> list[int]:
+        """First element of every parameter of a chunk, in the order given, the same in every payload."""
+
+    def param_indices(self, chunk: int) -> list[int]:
+        """Global index of every parameter of a chunk, in the order given."""
+
+    def numel(self, chunk: int) -> int:
+        """Elements of the parameter payload."""
+
+    def state_numel(self, chunk: int) -> int:
+        """Elements of the gradient and state payloads (the trainable prefix)."""
+
+    def param_bytes(self, chunk: int) -> int: ...
+    def grad_bytes(self, chunk: int) -> int: ...
+    def grad_acc_bytes(self, chunk: int) -> int: ...
+    def state_bytes(self, chunk: int) -> int: ...
+    def to_json(self) -> str: ...
+    @staticmethod
+    def from_json(text: str) -> Layout: ...
+
+def plan(layout: Layout, trace: str, request: str) -> str:
+    """Plans a step; `trace`, `request` and the result are JSON (`Trace`, `PlanRequest` and `Plan` of tierwise-core)."""
+
+@final
+class Device:
+    """A device that the engine drives."""
+
+    @staticmethod
+    def cuda(ordinal: int = 0) -> Device:
+        """The CUDA device of this ordinal. Raises DeviceError where the driver is missing."""
+
+    @staticmethod
+    def emulated(
+        *,
+        h2d_bytes_per_second: float | None = None,
+        d2h_bytes_per_second: float | None = None,
+        latency_ns: int = 0,
+        threads: int | None = None,
+    ) -> Device:
+        """Host memory that behaves like a device; links are as fast as memory unless a speed is given."""
+
+    @staticmethod
+    def cuda_is_available() -> bool: ...
+    @property
+    def name(self) -> str: ...
+    def fail_next(self, queue: str, message: str) -> None:
+        """Emulated device only: the next command on "h2d", "d2h" or "optimizer" fails with this message."""
+
+@final
+class HostBuffer:
+    """Pinned host memory of an engine, as a writable buffer of bytes (`memoryview`, `torch.frombuffer`)."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Engine:
+    """Executes a plan: moves chunks, reduces norms, runs optimizer steps. Every call that can wait releases the GIL and heeds Ctrl-C."""
+
+    def __new__(
+        cls,
+        layout: Layout,
+        trace: str,
+        plan: str,
+        device: Device,
+        *,
+        device_budget: int,
+        host_budget: int,
+        max_norm: float | None = None,
+        threads: int | None = None,
+        host_spare_bytes: int = 0,
+    ) -> Engine:
+        """Maps, pre-faults and page-locks the host slab of `plan` (plus `host_spare_bytes` for later re-planning).
+
+        `device_budget` and `host_budget` are hard limits in bytes, checked by `bind`, `bind_slab` and `account`.
+        """
+
+    # ---- memory -------------------------------------------------------------------------------------------------
+    @property
+    def host_buffer(self) -> HostBuffer: ...
+    def host_offset(self, chunk: int, payload: str) -> int | None:
+        """Byte offset of a payload in `host_buffer`, or None if it has none there.
+
+        Payloads: "param", "master" (bf16: int16 low half; fp16: fp32; fp32: none), "exp_avg", "exp_avg_sq", "grad".
+        """
+
+    def bind(self, chunk: int, *, param: int | None = None, states: int | None = None, accumulator: int | None = None) -> None:
+        """Gives device memory to a chunk: resident parameters; states (master, exp_avg, exp_avg_sq, one after the other); accumulator."""
+
+    def bind_slab(self, address: int) -> None:
+        """Gives the device memory that streamed chunks pass through (`stream_slab_bytes` of the plan)."""
+
+    def set_class(self, chunk: int, cls: str) -> None:
+        """Moves a chunk to the "device" or "host" class (after `flush`); the caller copies the states and binds them."""
+
+    def account(self, kind: str, delta_bytes: int) -> None:
+        """Counts device bytes that live outside the engine ("activations", "gradients"); BudgetError if they do not fit."""
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """All memory is bound and filled: the engine may move things from now on."""
+
+    def enter(self, unit: int, backward: bool, stream: int) -> list[tuple[int, int]] | None:
+        """Makes the unit's chunks readable on the compute stream; returns (chunk, slot byte offset) of its streamed chunks."""
+
+    def leave(self, unit: int, backward: bool, stream: int) -> list[int] | None:
+        """The unit's kernels are enqueued; returns its streamed chunks that nothing uses any more."""
+
+    def hold(self, unit: int) -> None:
+        """Keeps the unit's chunks in their slots (recomputation saved raw views of them) until its backward leaves."""
+
+    def touch(self, chunk: int, stream: int) -> int:
+        """Makes a chunk readable outside the traced operations until the next enter, leave or end of backward; returns its slot offset."""
+
+    def generation(self, chunk: int) -> int:
+        """How often the parameters of a chunk were rewritten."""
+
+    def set_hyper(self, groups: Sequence[tuple[float, float, float, float, float, bool]], group_of_param: Sequence[int]) -> None:
+        """Hyperparameters for coming steps: groups of (lr, beta1, beta2, eps, weight_decay, decoupled); group of every parameter by global
+        index, -1 for parameters that no group holds."""
+
+    def backward_begin(self, stream: int, grad_scale: float = 1.0) -> None:
+        """A backward pass starts; speculated steps use `grad_scale` and the hyperparameters of this moment."""
+    def grads(self, chunk: int, grads: Sequence[tuple[int, int]], stream: int) -> int:
+        """Hands over the gradients of a chunk in this micro-batch: (position in the chunk, address). The tensors must stay alive and unchanged
+        until the returned ticket is collected. Waits while more gradients are on their way than the plan allows."""
+
+    def collect(self) -> list[int]:
+        """Tickets whose gradients may be freed now; each is returned once."""
+
+    def backward_end(self, stream: int) -> None: ...
+    def commit(self, stream: int, grad_scale: float = 1.0) -> None:
+        """`optimizer.step()`: from now on the steps of this batch's gradients run, where and when the plan says. `grad_scale` multiplies every
+        gradient first (the inverse loss scale). Does not wait."""
+
+    def drop_grads(self) -> None:
+        """`zero_grad()` without a step: forgets the gradients and undoes speculated steps."""
+
+    def decision(self, wait: bool) -> tuple[int, float, float, bool] | None:
+        """(step number, gradient norm, clip coefficient, skipped) of the latest committed step, or None if it is not known yet (never None with
+        `wait`, unless nothing was committed)."""
+
+    def flush(self) -> None:
+        """Waits until the visible state equals that of a synchronous optimizer."""
+
+    # ---- state --------------------------------------------------------------------------------------------------
+    @property
+    def max_norm(self) -> float | None: ...
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None: ...
+    def param_steps(self) -> list[int]:
+        """Steps taken by every parameter, by global index."""
+
+    def set_param_steps(self, steps: Sequence[int]) -> None: ...
+    def stats(self) -> dict[str, Any]:
+        """Counters: bytes and peaks per tier, fetches, demand fetches, evictions, steps, skipped, clipped, speculated, undone, wait_ns, ..."""
+
+    def residency(self) -> str:
+        """JSON of every chunk's residency, slot, pins and pending work (for tests and messages)."""
+
+    def record_timeline(self, enabled: bool) -> None:
+        """Starts (dropping what was recorded) or stops recording spans."""
+
+    def timeline(self) -> str:
+        """What was recorded since, as trace-event JSON for Perfetto."""
+
+def split_master(src: int, hi: int, lo: int, numel: int, threads: int | None = None) -> None:
+    """Splits fp32 masters at `src` into bf16 parameters at `hi` and int16 low halves at `lo`."""
+
+def join_master(hi: int, lo: int, dst: int, numel: int, threads: int | None = None) -> None:
+    """Joins bf16 parameters and low halves into fp32 masters at `dst`."""
+
+def adam_step(
+    precision: str,
+    param: int,
+    master: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    grad: int,
+    numel: int,
+    hyper: tuple[float, float, float, float, float, bool],
+    step: int,
+    grad_scale: float = 1.0,
+    threads: int | None = None,
+) -> None:
+    """One CPU optimizer step over raw memory (for tests and benchmarks); gradients are in the precision's dtype."""
+
+def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -> float:
+    """Sum of squares in the reduction tree that every device shares; dtype "bf16", "fp16" or "fp32"."""

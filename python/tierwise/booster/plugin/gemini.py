@@ -1,0 +1,157 @@
+"""`GeminiPlugin`: ZeRO-style training on one device with memory tiers, planned by the Rust core."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from tierwise.booster.plugin.base import Plugin
+from tierwise.config import parse_bytes, unknown_option
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from tierwise.gemini.runtime import Runtime
+
+_DEFAULT_RESERVE = 256 * 10**6
+
+
+class _RefuseUnknown(type(Plugin)):  # type: ignore[misc]
+    """Refuses unknown keyword arguments with a suggestion instead of the bare TypeError of a dataclass."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise ValueError(f"{cls.__name__} takes keyword arguments only, got {args!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise ValueError(unknown_option(name, known, cls.__name__))
+        return super().__call__(**kwargs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
+    """Options of training with memory tiers. Raises ValueError at construction for values that cannot work.
+
+    Sizes are bytes or strings ("6GiB", "700MB"), speeds are bytes per second.
+    """
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Dtype of parameters, gradients and activations. Master weights and moments are always fp32."""
+    placement_policy: Literal["auto", "static"] = "auto"
+    """"auto": the planner's fastest plan within the budgets. "static": the fractions below."""
+    device_budget: int | str | None = None
+    """Hard limit of device bytes. None: what the GPU has free minus 2 %; on the emulated device 80 % of the free RAM."""
+    host_budget: int | str | None = None
+    """Hard limit of pinned host bytes. None: 80 % of the free RAM."""
+    max_norm: float | None = None
+    """Clip the global gradient norm to this. None: no clipping."""
+    clip_mode: Literal["defer", "speculate", "auto"] = "defer"
+    """How clipping and the host's optimizer step overlap; the result is the same."""
+    gradient_accumulation_steps: int = 1
+    """Calls of `Booster.backward` per optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch."""
+    seq_len: int | None = None
+    """Tokens per sequence, for the first plan. Without it and without a dataloader the first forward is what is planned for."""
+    recompute: Literal["auto", "none", "full"] = "auto"
+    """Which layers recompute their forward in backward."""
+    shard_param_frac: float = 1.0
+    """Static policy: share of parameters that need not stay whole on the device."""
+    offload_optim_frac: float = 0.0
+    """Static policy: share of optimizer states in host memory."""
+    offload_param_frac: float = 0.0
+    """Static policy: share of parameters streamed from host memory."""
+    reserve: int | str | None = None
+    """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget."""
+    initial_scale: float = 2.0**16
+    """fp16: first loss scale."""
+    min_scale: float = 1.0
+    """fp16: smallest loss scale."""
+    max_scale: float = 2.0**32
+    """fp16: largest loss scale."""
+    growth_factor: float = 2.0
+    """fp16: the scale is multiplied by this after `growth_interval` good steps."""
+    backoff_factor: float = 0.5
+    """fp16: the scale is multiplied by this after a step whose gradients were not finite."""
+    growth_interval: int = 1000
+    """fp16: good steps before the scale grows."""
+    num_threads: int | None = None
+    """Threads of the CPU kernels. None: TIERWISE_NUM_THREADS, else the CPUs of this process."""
+    fused_loss: bool = True
+    """Compute the loss of Hugging Face causal LMs in chunks, never whole logits (`outputs.logits` is None in training)."""
+    device: Literal["auto", "cuda", "emulated"] = "auto"
+    """"emulated" is host memory with a hard budget; "auto" takes CUDA where there is one."""
+    h2d_bytes_per_second: float | None = None
+    """Link speed: of the emulated device, and for the planner. None: as fast as memory; for CUDA a table by device name."""
+    d2h_bytes_per_second: float | None = None
+    """Like `h2d_bytes_per_second`, in the other direction."""
+    link_latency_ns: int = 0
+    """Emulated device: nanoseconds that every copy takes in addition."""
+
+    def __post_init__(self) -> None:
+        self._one_of("precision", ("bf16", "fp16", "fp32"))
+        self._one_of("placement_policy", ("auto", "static"))
+        self._one_of("clip_mode", ("defer", "speculate", "auto"))
+        self._one_of("recompute", ("auto", "none", "full"))
+        self._one_of("device", ("auto", "cuda", "emulated"))
+        for name in ("device_budget", "host_budget", "reserve"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_bytes(value, name))
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be positive or None, got {self.max_norm}")
+        for name in ("gradient_accumulation_steps", "micro_batch_size", "seq_len", "growth_interval", "num_threads"):
+            value = getattr(self, name)
+            if value is None and name not in ("gradient_accumulation_steps", "growth_interval"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if self.placement_policy == "auto":
+            fields = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
+                if getattr(self, name) != fields[name]:
+                    raise ValueError(f"{name} belongs to placement_policy='static'; the auto policy chooses placement itself")
+        elif self.offload_param_frac > self.shard_param_frac:
+            raise ValueError(
+                f"offload_param_frac={self.offload_param_frac} exceeds shard_param_frac={self.shard_param_frac}: "
+                "only parameters that are not kept whole can be offloaded"
+            )
+        elif self.offload_param_frac > 0 and self.offload_optim_frac < self.offload_param_frac:
+            raise ValueError(
+                f"offload_param_frac={self.offload_param_frac} needs offload_optim_frac of at least as much "
+                f"(got {self.offload_optim_frac}): streamed parameters are stepped by the host"
+            )
+        for name in ("initial_scale", "min_scale", "max_scale"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not self.min_scale <= self.initial_scale <= self.max_scale:
+            raise ValueError(
+                f"loss scales must be ordered min <= initial <= max, got {self.min_scale}, {self.initial_scale}, {self.max_scale}"
+            )
+        if not self.growth_factor >= 1.0 or not 0.0 < self.backoff_factor < 1.0:
+            raise ValueError("growth_factor must be at least 1 and backoff_factor between 0 and 1")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+    def reserve_bytes(self, device_budget: int) -> int:
+        """Device bytes kept free for temporaries under this budget."""
+        if self.reserve is not None:
+            return parse_bytes(self.reserve)
+        return min(_DEFAULT_RESERVE, device_budget // 8)
+
+    def configure(self, model: nn.Module, optimizer: Optimizer | None, dataloader: Iterable[Any] | None) -> Runtime:
+        """Converts `model` and `optimizer` in place; see `Booster.boost`."""
+        from tierwise.gemini.boost import boost
+
+        return boost(self, model, optimizer, dataloader)

@@ -1,0 +1,1 @@
+"""Hugging Face safetensors in and out, streamed chunk by chunk; nothing here reads or writes a pickle."""

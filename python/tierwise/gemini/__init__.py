@@ -1,0 +1,1 @@
+"""The nn.Module and torch.optim face of the engine: module hooks become operations, parameters become views into chunks."""

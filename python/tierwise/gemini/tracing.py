@@ -1,0 +1,288 @@
+"""Traces one forward without data: which unit runs when, what autograd saves in it, how many FLOPs it has.
+
+The model runs once on fake tensors (torch's FakeTensorMode) that stand for the compute device, so attention picks the implementation that
+it would pick there, no memory is touched, and neither random state nor buffers change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from tierwise.gemini.chunking import Grouping, Unit
+
+_log = logging.getLogger("tierwise")
+
+
+@dataclasses.dataclass
+class UnitTrace:
+    """What one unit did in the traced forward."""
+
+    saved_bytes: int = 0
+    input_bytes: int = 0
+    flops: float = 0.0
+
+
+@dataclasses.dataclass
+class ModelTrace:
+    """A traced forward. `order[i]` is the grouping's unit that is unit `i` of the trace."""
+
+    order: list[int]
+    units: list[UnitTrace]
+    ops: list[tuple[int, str]]
+    outer_saved_bytes: int
+    tokens: int
+    exact: bool
+
+    def to_json(self, grouping: Grouping, scale: float = 1.0) -> str:
+        """The core's `Trace`; `scale` multiplies the saved bytes."""
+        units = []
+        for index, traced in zip(self.order, self.units, strict=True):
+            unit = grouping.units[index]
+            units.append(
+                {
+                    "name": unit.name,
+                    "chunks": unit.chunks,
+                    "saved_bytes": int(traced.saved_bytes * scale),
+                    "input_bytes": int(traced.input_bytes * scale),
+                    "recomputable": unit.recomputable,
+                    "flops": traced.flops,
+                }
+            )
+        ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
+        return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": int(self.outer_saved_bytes * scale)})
+
+    def flops(self) -> float:
+        """FLOPs of one forward."""
+        return sum(unit.flops for unit in self.units)
+
+
+def trace(
+    model: nn.Module, grouping: Grouping, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> ModelTrace:
+    """Traces `model(*args, **kwargs)` in training mode with parameters of `dtype` on `device`; inputs give shapes and dtypes only.
+
+    A model that cannot run without data (its control flow reads values) is estimated instead, see `estimate`.
+    """
+    tokens = count_tokens(args, kwargs)
+    attempts = [dict(kwargs)]
+    if kwargs.get("attention_mask") is not None:
+        # Mask code often looks at the values; the mask itself changes little of what is saved.
+        attempts.append({key: value for key, value in kwargs.items() if key != "attention_mask"})
+    for attempt in attempts:
+        try:
+            return _run(model, grouping, args, attempt, dtype, device, tokens)
+        except FusedLossMismatchError:
+            raise
+        except Exception as error:
+            _log.debug("tracing %s failed: %s", type(model).__name__, error, exc_info=True)
+            failure = error
+    _log.warning(
+        "%s cannot be traced without data (%s: %s); its activations are estimated and corrected after the first step",
+        type(model).__name__,
+        type(failure).__name__,
+        str(failure).split("\n", 1)[0],
+    )
+    return estimate(grouping, tokens, dtype)
+
+
+class FusedLossMismatchError(Exception):
+    """The tensor that reaches the loss is not what the output embedding returned: the fused loss would be wrong."""
+
+
+def estimate(grouping: Grouping, tokens: int, dtype: torch.dtype) -> ModelTrace:
+    """A trace without running the model: units in definition order; a linear layer saves its input and what follows it saves its output,
+    every other owner of parameters saves two tensors as wide as its last dimension."""
+    traced = []
+    for unit in grouping.units:
+        values = 0
+        width = 0
+        numel = sum(param.numel() for param in unit.params)
+        for module in unit.module.modules() if unit.recomputable else [unit.module]:
+            if isinstance(module, nn.Linear):
+                values += module.in_features + module.out_features
+                width = width or module.in_features
+            else:
+                values += sum(2 * param.shape[-1] for param in module.parameters(recurse=False) if param.dim() > 0)
+        traced.append(UnitTrace(values * tokens * dtype.itemsize, width * tokens * dtype.itemsize, 2.0 * numel * tokens))
+    order = list(range(len(grouping.units)))
+    ops = [(unit, "forward") for unit in order] + [(unit, "backward") for unit in reversed(order)]
+    return ModelTrace(order, traced, ops, 0, tokens, exact=False)
+
+
+def count_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Tokens of a batch: elements of its first integer tensor, else rows of its first floating one."""
+    tensors = list(tensors_in((args, kwargs)))
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            return max(tensor.numel(), 1)
+    return max(tensors[0].numel() // max(tensors[0].shape[-1], 1), 1) if tensors and tensors[0].dim() else 1
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside tuples, lists, mappings (model outputs are such) and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """`value` with every tensor inside plain tuples, lists and dicts replaced by `function(tensor)`."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+class _Recorder:
+    """Counts what units save while the fake forward runs."""
+
+    def __init__(self, grouping: Grouping, params: set[int], flops: FlopCounterMode) -> None:
+        self.order: list[int] = []
+        self.units: dict[int, UnitTrace] = {}
+        self.forward: list[int] = []
+        self.backward: list[int] = []
+        self.outer = 0
+        self.alive: list[Tensor] = []
+        self._params = params
+        self._seen: set[int] = set()
+        self._inputs: set[int] = set()
+        self._stack: list[int] = []
+        self._flops = flops
+        self._last_flops = 0.0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._params and key not in self._seen:
+            self._seen.add(key)
+            self.alive.append(tensor.detach())
+            if self._stack:
+                self.units[self._stack[-1]].saved_bytes += storage.nbytes()
+            else:
+                self.outer += storage.nbytes()
+        return tensor.detach()
+
+    def _attribute_flops(self) -> None:
+        total = float(self._flops.get_total_flops())
+        if self._stack:
+            self.units[self._stack[-1]].flops += total - self._last_flops
+        self._last_flops = total
+
+    def enter(self, unit: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._attribute_flops()
+        if unit not in self.units:
+            self.units[unit] = UnitTrace()
+            self.order.append(unit)
+        for tensor in tensors_in((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._inputs and storage._cdata not in self._params:
+                self._inputs.add(storage._cdata)
+                self.alive.append(tensor.detach())
+                self.units[unit].input_bytes += storage.nbytes()
+        self.forward.append(unit)
+        self._stack.append(unit)
+
+    def leave(self, unit: int, output: Any) -> None:
+        self._attribute_flops()
+        if self._stack and self._stack[-1] == unit:
+            self._stack.pop()
+        if any(tensor.requires_grad for tensor in tensors_in(output)):
+            self.backward.append(unit)
+
+
+def _run(
+    model: nn.Module,
+    grouping: Grouping,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+) -> ModelTrace:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_training_mode(model))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        fake: dict[str, Tensor] = {}
+        for param, names in grouping.names.items():
+            value = torch.empty(param.shape, dtype=dtype, device=device, requires_grad=param.requires_grad)
+            fake.update(dict.fromkeys(names, value))
+        params = {value.untyped_storage()._cdata for value in fake.values()}
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            fake[name] = torch.empty_like(mode.from_tensor(buffer), device=device)
+
+        def to_fake(tensor: Tensor) -> Tensor:
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            return torch.empty(tensor.shape, dtype=target, device=device)
+
+        args, kwargs = map_tensors(args, to_fake), map_tensors(dict(kwargs), to_fake)
+        flops = stack.enter_context(FlopCounterMode(display=False))
+        recorder = _Recorder(grouping, params, flops)
+        for index, unit in enumerate(grouping.units):
+            stack.enter_context(_recording(recorder, index, unit))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor))
+        output = torch.func.functional_call(model, fake, args, kwargs)
+        del output
+    position = {unit: i for i, unit in enumerate(recorder.order)}
+    called = [recorder.units[unit] for unit in recorder.order]
+    # Units that this forward did not call are known to the engine too: another forward may call them.
+    rest = [unit for unit in range(len(grouping.units)) if unit not in position]
+    ops = [(position[unit], "forward") for unit in recorder.forward]
+    ops += [(position[unit], "backward") for unit in reversed(recorder.backward)]
+    return ModelTrace(recorder.order + rest, called + [UnitTrace() for _ in rest], ops, recorder.outer, tokens, exact=True)
+
+
+@contextlib.contextmanager
+def _recording(recorder: _Recorder, index: int, unit: Unit) -> Iterator[None]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder.enter(index, args, kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recorder.leave(index, output)
+
+    handles = [unit.module.register_forward_pre_hook(before, with_kwargs=True), unit.module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradient checkpointing; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    try:
+        model.train()
+        for module in checkpointing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,174 @@
+//! The plan: where every payload of every chunk lives, what is recomputed, and what each tier will hold.
+
+use crate::layout::Layout;
+use crate::{ChunkId, OpId};
+use serde::{Deserialize, Serialize};
+
+/// Where the optimizer step of a chunk runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerClass {
+    /// States on the device, stepped there.
+    Device,
+    /// States in pinned host memory, stepped by the CPU.
+    Host,
+    /// Nothing to step: every parameter of the chunk is frozen.
+    Frozen,
+}
+
+/// How the parameters of a chunk reach the compute stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ParamHome {
+    /// A device copy at a fixed place for the whole run.
+    Resident,
+    /// Home in host memory; copied into the streaming slab before each use.
+    Streamed,
+}
+
+/// Placement of one chunk. A `Device`-class chunk is always `Resident`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ChunkPlan {
+    /// Where its optimizer step runs.
+    pub class: OptimizerClass,
+    /// How its parameters reach the compute stream.
+    pub home: ParamHome,
+}
+
+/// How gradient clipping and the host optimizer step overlap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClipMode {
+    /// Step after the global norm is known, during the next forward.
+    Defer,
+    /// Step in backward with coefficient 1 behind an undo record.
+    Speculate,
+    /// `Speculate` while clipping is rare, `Defer` otherwise.
+    Auto,
+}
+
+/// Bytes of a tier by purpose, at the moment of its peak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DeviceBytes {
+    /// Parameters with a fixed place.
+    pub resident_params: u64,
+    /// Optimizer states of device-class chunks.
+    pub states: u64,
+    /// The slab that streamed chunks pass through.
+    pub stream_slab: u64,
+    /// fp32 accumulators of device-class chunks (only with gradient accumulation).
+    pub accumulators: u64,
+    /// Gradients alive at the peak.
+    pub gradients: u64,
+    /// Saved activations alive at the peak.
+    pub activations: u64,
+    /// Room for temporaries that no trace sees.
+    pub reserve: u64,
+}
+
+impl DeviceBytes {
+    /// Sum over all purposes.
+    pub fn total(&self) -> u64 {
+        self.resident_params
+            + self.states
+            + self.stream_slab
+            + self.accumulators
+            + self.gradients
+            + self.activations
+            + self.reserve
+    }
+}
+
+/// Bytes of pinned host memory by purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct HostBytes {
+    /// Parameters whose home is the host.
+    pub params: u64,
+    /// Optimizer states of host-class chunks.
+    pub states: u64,
+    /// Kept gradients or fp32 accumulators of host-class chunks.
+    pub gradients: u64,
+    /// Landing buffers of gradients that are added to accumulators.
+    pub staging: u64,
+    /// Undo records of speculated steps.
+    pub undo: u64,
+}
+
+impl HostBytes {
+    /// Sum over all purposes.
+    pub fn total(&self) -> u64 {
+        self.params + self.states + self.gradients + self.staging + self.undo
+    }
+}
+
+/// Host regions start at multiples of this many bytes, so that pages are never shared between payloads.
+pub const HOST_REGION_ALIGN: u64 = 4096;
+
+/// Bytes that one payload of one chunk takes in the host slab.
+pub fn host_region_bytes(bytes: u64) -> u64 {
+    bytes.next_multiple_of(HOST_REGION_ALIGN)
+}
+
+impl HostBytes {
+    /// What one chunk keeps in host memory (landing buffers and undo records are shared, so not here).
+    pub fn of_chunk(layout: &Layout, chunk: ChunkId, placement: ChunkPlan, accumulation: u32) -> HostBytes {
+        let mut bytes = HostBytes::default();
+        let host = placement.class == OptimizerClass::Host;
+        if host || placement.home == ParamHome::Streamed {
+            bytes.params = host_region_bytes(layout.param_bytes(chunk));
+        }
+        if host {
+            let numel = layout.chunks[chunk.index()].state_numel;
+            // Master completion and both moments are regions of their own.
+            bytes.states = host_region_bytes(numel * layout.precision.master_bytes()) + 2 * host_region_bytes(numel * 4);
+            bytes.gradients = host_region_bytes(if accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) });
+        }
+        bytes
+    }
+}
+
+/// A fetch that the plan expects: which chunk enters which slot, when it is started and when it is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedFetch {
+    /// The chunk.
+    pub chunk: crate::ChunkId,
+    /// First byte of its slot in the streaming slab.
+    pub slot_offset: u64,
+    /// Operation at whose start or end the copy is started (position in the cycle).
+    pub issued_at: OpId,
+    /// Operation that reads it.
+    pub needed_at: OpId,
+}
+
+/// The plan of a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Version of this schema.
+    pub version: u32,
+    /// Placement per chunk.
+    pub chunks: Vec<ChunkPlan>,
+    /// Per unit: whether its forward is recomputed in backward.
+    pub recompute: Vec<bool>,
+    /// Bytes of the slab that streamed chunks pass through.
+    pub stream_slab_bytes: u64,
+    /// Gradients of host-class chunks that may be on their way to the host at once, in bytes.
+    pub grad_in_flight_bytes: u64,
+    /// Micro-batches per optimizer step.
+    pub accumulation: u32,
+    /// How clipping and the host step overlap.
+    pub clip_mode: ClipMode,
+    /// Bytes of undo records that may be alive at once.
+    pub undo_bytes: u64,
+    /// Device memory at the peak, by purpose.
+    pub device: DeviceBytes,
+    /// Operation at which the device peak is.
+    pub device_peak_op: OpId,
+    /// Host memory, by purpose.
+    pub host: HostBytes,
+    /// Expected fetches of one steady-state micro-batch.
+    pub fetches: Vec<PlannedFetch>,
+    /// Predicted seconds of one optimizer step, from the speeds given.
+    pub predicted_step_s: f64,
+    /// What bounds the predicted step: `compute`, `h2d`, `d2h` or `cpu_adam`.
+    pub bound_by: String,
+}

@@ -1,0 +1,330 @@
+//! The planner: turns a trace, a layout and hard budgets into a plan.
+//!
+//! The search has four levels: what is recomputed, how many chunks are streamed, the size of the slab, and how many chunks have their
+//! states on the device. The last one is monotone (each further chunk needs more device memory, less host memory and never more time), so
+//! it is a binary search, and that a larger budget never predicts a slower step holds by construction.
+
+mod dry_run;
+mod memory;
+mod placement;
+
+use crate::layout::Layout;
+use crate::plan::{ClipMode, DeviceBytes, HostBytes, Plan, host_region_bytes};
+use crate::trace::Trace;
+use memory::Memory;
+use placement::{Group, Row};
+use serde::{Deserialize, Serialize};
+
+/// Sustained speeds that the search weighs against each other.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Speeds {
+    /// Floating-point operations per second of the device.
+    pub flops: f64,
+    /// Host-to-device bytes per second while the other direction is busy too.
+    pub h2d_bytes: f64,
+    /// Device-to-host bytes per second while the other direction is busy too.
+    pub d2h_bytes: f64,
+    /// Parameters per second that the host steps.
+    pub host_adam_params: f64,
+}
+
+/// Who chooses the placement.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Placement {
+    /// The planner: the fastest plan within the budgets.
+    Auto,
+    /// The user, by fractions of the model's elements.
+    Static {
+        /// Share of parameters that need not be kept whole on the device; only those can be offloaded.
+        shard_param_frac: f64,
+        /// Share of optimizer states in host memory (latest-used chunks first).
+        offload_optim_frac: f64,
+        /// Share of parameters streamed from host memory; at most `shard_param_frac`.
+        offload_param_frac: f64,
+    },
+}
+
+/// Which units recompute their forward in backward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// None.
+    None,
+    /// Every recomputable unit.
+    Full,
+    /// The planner chooses, unit by unit.
+    Auto,
+    /// As given, per unit.
+    Units(Vec<bool>),
+}
+
+/// What to plan for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanRequest {
+    /// Hard limit of device memory, in bytes.
+    pub device_budget: u64,
+    /// Hard limit of pinned host memory, in bytes.
+    pub host_budget: u64,
+    /// Device bytes kept free for temporaries that no trace sees.
+    pub reserve_bytes: u64,
+    /// Who chooses the placement.
+    pub placement: Placement,
+    /// Which units recompute.
+    pub recompute: Recompute,
+    /// Micro-batches per optimizer step.
+    pub accumulation: u32,
+    /// Clipping mode. `Speculate` and `Auto` use what the host budget leaves for undo records.
+    pub clip_mode: ClipMode,
+    /// Speeds.
+    pub speeds: Speeds,
+}
+
+/// Why no plan exists.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// The device budget is too small even for the tightest plan.
+    #[error("needs {shortfall} more bytes of device memory at {op} ({needed} needed, {budget} allowed)")]
+    Device {
+        /// The operation with the highest need, readable.
+        op: String,
+        /// Bytes needed at that operation by the tightest plan.
+        needed: u64,
+        /// The budget.
+        budget: u64,
+        /// Bytes missing.
+        shortfall: u64,
+        /// What the bytes are for.
+        breakdown: DeviceBytes,
+    },
+    /// The host budget is too small for what the device cannot hold.
+    #[error("needs {shortfall} more bytes of host memory ({needed} needed, {budget} allowed)")]
+    Host {
+        /// Bytes needed.
+        needed: u64,
+        /// The budget.
+        budget: u64,
+        /// Bytes missing.
+        shortfall: u64,
+        /// What the bytes are for.
+        breakdown: HostBytes,
+    },
+    /// The request contradicts itself or the trace.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Version of the plan's schema.
+const VERSION: u32 = 1;
+
+/// One point of the search.
+struct Candidate<'a> {
+    recompute: &'a Activations,
+    row: Row,
+    slab: u64,
+    tight: bool,
+    step: Step,
+}
+
+/// Units that recompute, and what that means at every operation.
+struct Activations {
+    units: Vec<bool>,
+    /// Number of units that recompute.
+    count: usize,
+    /// Saved bytes alive at every operation.
+    bytes: Vec<u64>,
+    forward_flops: f64,
+    /// Forward, backward and recomputation of a micro-batch.
+    total_flops: f64,
+}
+
+/// Predicted seconds of a step.
+#[derive(Clone, Copy)]
+struct Step {
+    seconds: f64,
+    bound_by: &'static str,
+}
+
+/// Finds the fastest plan within the budgets.
+pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
+    let memory = Memory::new(layout, trace, request)?;
+    let levels = recompute_levels(&memory, request)?;
+    let mut best: Option<Candidate> = None;
+    let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
+    let mut least_host: Option<HostBytes> = None;
+    placement::for_each_group(&memory, request, |group| {
+        for recompute in &levels {
+            for &(slab, tight) in &group.variants {
+                let device = |row: &Row| row.device_bytes(recompute, slab, tight, request.reserve_bytes);
+                let fitting = group.rows.partition_point(|row| device(row) <= request.device_budget);
+                let Some(row) = fitting.checked_sub(1).map(|last| &group.rows[last]) else {
+                    let needed = device(&group.rows[0]);
+                    if least_device.is_none_or(|(least, _, _)| needed < least) {
+                        let (breakdown, op) = group.rows[0].device_breakdown(recompute, slab, tight, request.reserve_bytes);
+                        least_device = Some((needed, breakdown, op));
+                    }
+                    continue;
+                };
+                if row.host.total() > request.host_budget {
+                    if least_host.is_none_or(|least| row.host.total() < least.total()) {
+                        least_host = Some(row.host);
+                    }
+                    continue;
+                }
+                let step = predict(recompute, row, group, slab, tight, request);
+                if best.as_ref().is_none_or(|best| is_better(recompute, row, step, best)) {
+                    best = Some(Candidate { recompute, row: row.clone(), slab, tight, step });
+                }
+            }
+        }
+    })?;
+    match (best, least_host, least_device) {
+        (Some(best), _, _) => finish(layout, trace, request, best),
+        (None, Some(breakdown), _) => Err(PlanError::Host {
+            needed: breakdown.total(),
+            budget: request.host_budget,
+            shortfall: breakdown.total() - request.host_budget,
+            breakdown,
+        }),
+        (None, None, Some((needed, breakdown, op))) => Err(PlanError::Device {
+            op: trace.op_name(op),
+            needed,
+            budget: request.device_budget,
+            shortfall: needed - request.device_budget,
+            breakdown,
+        }),
+        (None, None, None) => Err(PlanError::Invalid("the request leaves nothing to choose from".to_owned())),
+    }
+}
+
+/// The smallest `device_budget` for which [`plan`] finds a plan, the other limits being as requested; `u64::MAX` if none is large enough.
+pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanRequest) -> u64 {
+    let find = || -> Result<u64, PlanError> {
+        let memory = Memory::new(layout, trace, request)?;
+        let levels = recompute_levels(&memory, request)?;
+        let mut least = u64::MAX;
+        placement::for_each_group(&memory, request, |group| {
+            let first = group.rows.partition_point(|row| row.host.total() > request.host_budget);
+            let Some(row) = group.rows.get(first) else { return };
+            for recompute in &levels {
+                for &(slab, tight) in &group.variants {
+                    least = least.min(row.device_bytes(recompute, slab, tight, request.reserve_bytes));
+                }
+            }
+        })?;
+        Ok(least)
+    };
+    find().unwrap_or(u64::MAX)
+}
+
+/// Faster, else fewer recomputed units, else fewer elements stepped by the host, else fewer streamed bytes.
+fn is_better(recompute: &Activations, row: &Row, step: Step, best: &Candidate) -> bool {
+    step.seconds
+        .total_cmp(&best.step.seconds)
+        .then(recompute.count.cmp(&best.recompute.count))
+        .then(row.cost.host_numel.cmp(&best.row.cost.host_numel))
+        .then(row.cost.stream_bytes.cmp(&best.row.cost.stream_bytes))
+        .is_lt()
+}
+
+/// The choices of recomputed units, from few to many.
+fn recompute_levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activations>, PlanError> {
+    let units = &memory.trace.units;
+    let none = vec![false; units.len()];
+    let choices = match &request.recompute {
+        Recompute::None => vec![none],
+        Recompute::Full => vec![units.iter().map(|u| u.recomputable).collect()],
+        Recompute::Units(chosen) => {
+            if chosen.len() != units.len() {
+                return Err(PlanError::Invalid(format!("recompute names {} units, the trace has {}", chosen.len(), units.len())));
+            }
+            if let Some((unit, _)) = units.iter().zip(chosen).find(|(unit, chosen)| **chosen && !unit.recomputable) {
+                return Err(PlanError::Invalid(format!("unit `{}` cannot be recomputed; leave it out of recompute", unit.name)));
+            }
+            vec![chosen.clone()]
+        }
+        Recompute::Auto => {
+            // Most bytes saved per FLOP first. Among equals the earliest: at the turn from forward to backward, where activations peak,
+            // a recomputed late unit is materialised again at once and frees nothing.
+            let mut order: Vec<usize> =
+                (0..units.len()).filter(|&u| units[u].recomputable && units[u].saved_bytes > units[u].input_bytes).collect();
+            let gain = |u: usize| (units[u].saved_bytes - units[u].input_bytes) as f64 / units[u].flops.max(1.0);
+            order.sort_by(|&a, &b| gain(b).total_cmp(&gain(a)).then(a.cmp(&b)));
+            placement::levels(order.len())
+                .into_iter()
+                .map(|count| {
+                    let mut chosen = none.clone();
+                    for &unit in &order[..count] {
+                        chosen[unit] = true;
+                    }
+                    chosen
+                })
+                .collect()
+        }
+    };
+    Ok(choices.into_iter().map(|units| memory.activations(units)).collect())
+}
+
+/// Seconds of a step: the slowest of compute with what cannot hide behind it, and either direction of the link.
+fn predict(recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
+    let speeds = &request.speeds;
+    let accumulation = f64::from(request.accumulation);
+    let compute = accumulation * recompute.total_flops / speeds.flops;
+    // A deferred host step hides behind the first forward only.
+    let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - recompute.forward_flops / speeds.flops).max(0.0);
+    let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
+    let h2d = stream + row.cost.refresh_bytes as f64 / speeds.h2d_bytes;
+    let d2h = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
+    // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
+    let stalled_h2d = if slab < group.prefetch_slab { stream } else { 0.0 };
+    let stalled_d2h = if tight { d2h } else { 0.0 };
+    let serial = compute + adam + stalled_h2d + stalled_d2h;
+    let seconds = serial.max(h2d).max(d2h);
+    let bound_by = if seconds > serial {
+        if h2d >= d2h { "h2d" } else { "d2h" }
+    } else {
+        [("cpu_adam", adam), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
+            .into_iter()
+            .filter(|(name, seconds)| *seconds > 0.0 && (*name == "cpu_adam" || *seconds > compute))
+            .max_by(|a, b| a.1.total_cmp(&b.1))
+            .map_or("compute", |(name, _)| name)
+    };
+    Step { seconds, bound_by }
+}
+
+fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
+    let Candidate { recompute, row, mut slab, tight, step } = best;
+    if step.bound_by == "h2d" && slab > 0 {
+        // What is left keeps chunks between their uses at the turns of the step, and lets copies run further ahead.
+        let left = request.device_budget - row.device_bytes(recompute, slab, tight, request.reserve_bytes);
+        slab = (slab + left / row.slab_step * row.slab_step).min(row.streamed_bytes).max(slab);
+    }
+    let (device, device_peak_op) = row.device_breakdown(recompute, slab, tight, request.reserve_bytes);
+    let mut host = row.host;
+    let undo_bytes = if request.clip_mode == ClipMode::Defer {
+        0
+    } else {
+        let left = request.host_budget - host.total();
+        let wanted = row.undo_bytes;
+        if host_region_bytes(wanted) <= left { wanted } else { left / host_region_bytes(1) * host_region_bytes(1) }
+    };
+    host.undo = host_region_bytes(undo_bytes);
+    let mut plan = Plan {
+        version: VERSION,
+        chunks: row.chunks,
+        recompute: recompute.units.clone(),
+        stream_slab_bytes: slab,
+        grad_in_flight_bytes: row.in_flight_bytes[usize::from(tight)],
+        accumulation: request.accumulation,
+        clip_mode: request.clip_mode,
+        undo_bytes,
+        device,
+        device_peak_op,
+        host,
+        fetches: Vec::new(),
+        predicted_step_s: step.seconds,
+        bound_by: step.bound_by.to_owned(),
+    };
+    plan.fetches = dry_run::fetches(layout, trace, &plan).map_err(|error| PlanError::Invalid(error.to_string()))?;
+    Ok(plan)
+}

@@ -1,0 +1,164 @@
+//! The model of device memory: what is alive at every operation of a micro-batch.
+
+use super::{Activations, PlanError, PlanRequest};
+use crate::layout::Layout;
+use crate::plan::OptimizerClass;
+use crate::trace::{Phase, Trace};
+
+/// A trace and a layout, checked and indexed for the search.
+pub(super) struct Memory<'a> {
+    pub layout: &'a Layout,
+    pub trace: &'a Trace,
+    pub accumulation: u32,
+    /// Per unit: its chunks, each once.
+    pub unit_chunks: Vec<Vec<usize>>,
+    /// Per chunk: first operation that reads it, `usize::MAX` if none does.
+    pub first_use: Vec<usize>,
+    /// Per chunk: number of operations that read it.
+    pub uses: Vec<u64>,
+    /// Per chunk: backward operations, if it has any and is trained.
+    backward: Vec<Option<Backward>>,
+}
+
+#[derive(Clone, Copy)]
+struct Backward {
+    first: usize,
+    last: usize,
+    count: usize,
+}
+
+impl<'a> Memory<'a> {
+    pub fn new(layout: &'a Layout, trace: &'a Trace, request: &PlanRequest) -> Result<Self, PlanError> {
+        let invalid = |message: String| Err(PlanError::Invalid(message));
+        if request.accumulation == 0 {
+            return invalid("accumulation is 0; a step has at least one micro-batch".to_owned());
+        }
+        let speeds = &request.speeds;
+        for (name, speed) in
+            [("flops", speeds.flops), ("h2d_bytes", speeds.h2d_bytes), ("d2h_bytes", speeds.d2h_bytes), ("host_adam_params", speeds.host_adam_params)]
+        {
+            if speed.is_nan() || speed <= 0.0 {
+                return invalid(format!("speed {name} is {speed}; it must be positive"));
+            }
+        }
+        if trace.ops.is_empty() {
+            return invalid("the trace has no operations".to_owned());
+        }
+        if let Some(op) = trace.ops.iter().find(|op| op.unit as usize >= trace.units.len()) {
+            return invalid(format!("an operation names unit {}, the trace has {}", op.unit, trace.units.len()));
+        }
+        let chunks = layout.chunks.len();
+        for unit in &trace.units {
+            if let Some(chunk) = unit.chunks.iter().find(|c| c.index() >= chunks) {
+                return invalid(format!("unit `{}` names chunk {}, the layout has {chunks}", unit.name, chunk.0));
+            }
+            if !unit.flops.is_finite() || unit.flops < 0.0 {
+                return invalid(format!("unit `{}` has {} FLOPs", unit.name, unit.flops));
+            }
+        }
+        let unit_chunks: Vec<Vec<usize>> = trace
+            .units
+            .iter()
+            .map(|unit| {
+                let mut chunks: Vec<usize> = unit.chunks.iter().map(|c| c.index()).collect();
+                chunks.sort_unstable();
+                chunks.dedup();
+                chunks
+            })
+            .collect();
+        let mut first_use = vec![usize::MAX; chunks];
+        let mut uses = vec![0; chunks];
+        let mut backward: Vec<Option<Backward>> = vec![None; chunks];
+        for (at, op) in trace.ops.iter().enumerate() {
+            for &chunk in &unit_chunks[op.unit as usize] {
+                first_use[chunk] = first_use[chunk].min(at);
+                uses[chunk] += 1;
+                if op.phase == Phase::Backward && layout.chunks[chunk].state_numel > 0 {
+                    let seen = backward[chunk].get_or_insert(Backward { first: at, last: at, count: 0 });
+                    seen.last = at;
+                    seen.count += 1;
+                }
+            }
+        }
+        Ok(Memory { layout, trace, accumulation: request.accumulation, unit_chunks, first_use, uses, backward })
+    }
+
+    /// Saved activations alive at every operation, and the FLOPs of a micro-batch.
+    pub fn activations(&self, recompute: Vec<bool>) -> Activations {
+        let ops = &self.trace.ops;
+        let end_of_forward = ops.iter().rposition(|op| op.phase == Phase::Forward).unwrap_or(0);
+        let mut open = vec![0_u32; self.trace.units.len()];
+        let mut alive = 0;
+        let mut bytes = Vec::with_capacity(ops.len());
+        let (mut forward_flops, mut total_flops) = (0.0, 0.0);
+        for (at, op) in ops.iter().enumerate() {
+            let index = op.unit as usize;
+            let unit = &self.trace.units[index];
+            let kept = if recompute[index] { unit.input_bytes } else { unit.saved_bytes };
+            let outer = if at >= end_of_forward { self.trace.outer_saved_bytes } else { 0 };
+            match op.phase {
+                Phase::Forward => {
+                    open[index] += 1;
+                    alive += kept;
+                    bytes.push(alive + outer);
+                    forward_flops += unit.flops;
+                    total_flops += unit.flops;
+                }
+                Phase::Backward => {
+                    bytes.push(alive + outer + if recompute[index] { unit.saved_bytes } else { 0 });
+                    // A backward without a traced forward frees nothing.
+                    if open[index] > 0 {
+                        open[index] -= 1;
+                        alive -= kept;
+                    }
+                    total_flops += unit.flops * if recompute[index] { 3.0 } else { 2.0 };
+                }
+            }
+        }
+        Activations { count: recompute.iter().filter(|r| **r).count(), units: recompute, bytes, forward_flops, total_flops }
+    }
+
+    /// Largest gradient of a host-class chunk that one operation completes: so much may be on its way while the next is produced.
+    pub fn in_flight_bytes(&self, classes: &[OptimizerClass]) -> u64 {
+        self.layout
+            .ids()
+            .filter(|c| classes[c.index()] == OptimizerClass::Host && self.backward[c.index()].is_some_and(|b| b.count == 1))
+            .map(|c| self.layout.grad_bytes(c))
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Gradients alive at every operation, those on their way to the host included.
+    pub fn gradients(&self, classes: &[OptimizerClass], in_flight_bytes: u64) -> Vec<u64> {
+        let ops = self.trace.ops.len();
+        let mut born = vec![0; ops + 1];
+        let mut gone = vec![0; ops + 1];
+        let mut sent = vec![0; ops + 1];
+        let mut sent_largest = vec![0; ops + 1];
+        for chunk in self.layout.ids() {
+            let Some(backward) = self.backward[chunk.index()] else { continue };
+            let bytes = self.layout.grad_bytes(chunk);
+            born[backward.first] += bytes;
+            match classes[chunk.index()] {
+                OptimizerClass::Device if self.accumulation == 1 => {}
+                OptimizerClass::Device => gone[backward.last + 1] += bytes,
+                OptimizerClass::Host => {
+                    gone[backward.last + 1] += bytes;
+                    sent[backward.last + 1] += bytes;
+                    sent_largest[backward.last + 1] = bytes.max(sent_largest[backward.last + 1]);
+                }
+                OptimizerClass::Frozen => gone[backward.first] += bytes,
+            }
+        }
+        let (mut alive, mut total_sent, mut largest_sent) = (0, 0, 0);
+        (0..ops)
+            .map(|at| {
+                alive = alive + born[at] - gone[at];
+                total_sent += sent[at];
+                largest_sent = sent_largest[at].max(largest_sent);
+                // One gradient may always be on its way, however large.
+                alive + in_flight_bytes.max(largest_sent).min(total_sent)
+            })
+            .collect()
+    }
+}

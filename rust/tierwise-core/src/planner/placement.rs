@@ -1,0 +1,263 @@
+//! The placements that the search looks at: which chunks are streamed, and whose states are on the device.
+
+use super::memory::Memory;
+use super::{Activations, Placement, PlanError, PlanRequest};
+use crate::OpId;
+use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, host_region_bytes};
+use crate::slab::SLOT_ALIGN;
+use std::collections::BTreeMap;
+
+/// A search level has at most about this many choices, so that models of thousands of chunks plan in a moment too.
+const MAX_LEVELS: usize = 96;
+
+/// Placements with the same streamed chunks, from the least device memory to the most.
+pub(super) struct Group {
+    pub rows: Vec<Row>,
+    /// Slab bytes, and whether only one gradient may be on its way.
+    pub variants: Vec<(u64, bool)>,
+    /// From this slab size on, the next chunk can be fetched while one is in use.
+    pub prefetch_slab: u64,
+}
+
+/// One placement.
+#[derive(Clone)]
+pub(super) struct Row {
+    pub chunks: Vec<ChunkPlan>,
+    pub host: HostBytes,
+    pub cost: Cost,
+    /// Undo records of all host-class chunks.
+    pub undo_bytes: u64,
+    /// Limit of gradients on their way: ample, tight.
+    pub in_flight_bytes: [u64; 2],
+    /// Slot bytes of all streamed chunks.
+    pub streamed_bytes: u64,
+    /// Slot bytes of the largest operation.
+    pub slab_step: u64,
+    base: DeviceBytes,
+    /// Gradients alive at every operation: ample, tight.
+    gradients: [Vec<u64>; 2],
+}
+
+/// What a placement costs in time.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Cost {
+    /// Elements that the host steps.
+    pub host_numel: u64,
+    /// Bytes fetched for every micro-batch.
+    pub stream_bytes: u64,
+    /// Bytes of rewritten resident parameters for every step.
+    pub refresh_bytes: u64,
+    /// Bytes of gradients sent for every micro-batch.
+    pub grad_bytes: u64,
+}
+
+impl Row {
+    /// Device bytes at the peak.
+    pub fn device_bytes(&self, recompute: &Activations, slab: u64, tight: bool, reserve: u64) -> u64 {
+        let alive = recompute.bytes.iter().zip(&self.gradients[usize::from(tight)]).map(|(a, g)| a + g).max().unwrap_or(0);
+        self.base.total() + slab + reserve + alive
+    }
+
+    /// Device bytes at the peak by purpose, and where the peak is.
+    pub fn device_breakdown(&self, recompute: &Activations, slab: u64, tight: bool, reserve: u64) -> (DeviceBytes, OpId) {
+        let gradients = &self.gradients[usize::from(tight)];
+        let mut peak = 0;
+        for at in 1..gradients.len() {
+            if recompute.bytes[at] + gradients[at] > recompute.bytes[peak] + gradients[peak] {
+                peak = at;
+            }
+        }
+        let bytes =
+            DeviceBytes { stream_slab: slab, gradients: gradients[peak], activations: recompute.bytes[peak], reserve, ..self.base };
+        (bytes, OpId(peak as u32))
+    }
+}
+
+/// Calls `visit` with every group of placements that the request allows.
+pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: impl FnMut(&Group)) -> Result<(), PlanError> {
+    let layout = memory.layout;
+    // Chunks that are used first get device states first: their gradients come last and their parameters are needed first.
+    let mut forward_order: Vec<usize> = (0..layout.chunks.len()).collect();
+    forward_order.sort_by_key(|&c| (memory.first_use[c], c));
+    if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac } = request.placement {
+        let chunks = fixed(memory, &forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
+        visit(&group(memory, vec![chunks]));
+        return Ok(());
+    }
+    let order = streaming_order(memory);
+    for streamed in levels(order.len()) {
+        let mut base: Vec<ChunkPlan> = layout
+            .chunks
+            .iter()
+            .map(|c| ChunkPlan {
+                class: if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Host },
+                home: ParamHome::Resident,
+            })
+            .collect();
+        for &chunk in &order[..streamed] {
+            base[chunk].home = ParamHome::Streamed;
+        }
+        let eligible: Vec<usize> = forward_order
+            .iter()
+            .copied()
+            .filter(|&c| base[c].home == ParamHome::Resident && base[c].class == OptimizerClass::Host)
+            .collect();
+        let rows = levels(eligible.len())
+            .into_iter()
+            .map(|on_device| {
+                let mut chunks = base.clone();
+                for &chunk in &eligible[..on_device] {
+                    chunks[chunk].class = OptimizerClass::Device;
+                }
+                chunks
+            })
+            .collect();
+        visit(&group(memory, rows));
+    }
+    Ok(())
+}
+
+/// `0..=count`, thinned out if that is more than [`MAX_LEVELS`]; both ends are always in.
+pub(super) fn levels(count: usize) -> Vec<usize> {
+    let step = count.div_ceil(MAX_LEVELS).max(1);
+    let mut levels: Vec<usize> = (0..=count).step_by(step).collect();
+    if levels.last() != Some(&count) {
+        levels.push(count);
+    }
+    levels
+}
+
+/// Chunks in the order in which they become streamed: the equal-sized layers first, embeddings, heads and small ones last, shared ones
+/// after those; within a kind the latest-used first, because the earliest are better used for device states.
+fn streaming_order(memory: &Memory) -> Vec<usize> {
+    let layout = memory.layout;
+    let mut owners = vec![0_u32; layout.chunks.len()];
+    for chunks in &memory.unit_chunks {
+        for &chunk in chunks {
+            owners[chunk] += 1;
+        }
+    }
+    let bytes = |c: usize| layout.param_bytes(crate::ChunkId(c as u32));
+    let mut kinds: BTreeMap<(bool, u64), u64> = BTreeMap::new();
+    for chunk in 0..layout.chunks.len() {
+        *kinds.entry((owners[chunk] > 1, bytes(chunk))).or_default() += bytes(chunk);
+    }
+    let mut order: Vec<usize> = (0..layout.chunks.len()).filter(|&c| bytes(c) > 0).collect();
+    order.sort_by_key(|&c| {
+        let kind = (owners[c] > 1, bytes(c));
+        (kind.0, std::cmp::Reverse(kinds[&kind]), kind.1, std::cmp::Reverse((memory.first_use[c], c)))
+    });
+    order
+}
+
+fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>) -> Group {
+    let slot = |c: usize| memory.layout.param_bytes(crate::ChunkId(c as u32)).next_multiple_of(SLOT_ALIGN);
+    let streamed = |c: &usize| placements[0][*c].home == ParamHome::Streamed;
+    let streamed_bytes: u64 = (0..memory.layout.chunks.len()).filter(streamed).map(slot).sum();
+    let largest_op = memory.unit_chunks.iter().map(|chunks| chunks.iter().copied().filter(streamed).map(slot).sum()).max().unwrap_or(0);
+    // A chunk that no operation reads can still be asked for by name.
+    let largest = (0..memory.layout.chunks.len()).filter(streamed).map(slot).max().unwrap_or(0).max(largest_op);
+    // Beyond two operations' worth, a chunk that stays resident saves as many fetches as one more slot.
+    let prefetch_slab = (2 * largest).min(streamed_bytes);
+    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest)).collect();
+    let mut variants = vec![(prefetch_slab, false)];
+    if largest < prefetch_slab {
+        variants.push((largest, false));
+    }
+    if rows.iter().any(|row| row.gradients[0] != row.gradients[1]) {
+        variants.extend(variants.clone().iter().map(|&(slab, _)| (slab, true)));
+    }
+    Group { rows, variants, prefetch_slab }
+}
+
+fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
+    let layout = memory.layout;
+    let mut base = DeviceBytes::default();
+    let mut host = HostBytes::default();
+    let mut cost = Cost::default();
+    let mut undo_bytes = 0;
+    let mut largest_grad = 0;
+    for chunk in layout.ids() {
+        let placement = chunks[chunk.index()];
+        let of_chunk = HostBytes::of_chunk(layout, chunk, placement, memory.accumulation);
+        host.params += of_chunk.params;
+        host.states += of_chunk.states;
+        host.gradients += of_chunk.gradients;
+        match placement.home {
+            ParamHome::Resident => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
+            ParamHome::Streamed => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
+        }
+        match placement.class {
+            OptimizerClass::Device => {
+                base.states += layout.state_bytes(chunk);
+                if memory.accumulation > 1 {
+                    base.accumulators += layout.grad_acc_bytes(chunk);
+                }
+            }
+            OptimizerClass::Host => {
+                cost.host_numel += layout.chunks[chunk.index()].state_numel;
+                cost.grad_bytes += layout.grad_bytes(chunk);
+                undo_bytes += layout.undo_bytes(chunk);
+                largest_grad = layout.grad_bytes(chunk).max(largest_grad);
+                if placement.home == ParamHome::Resident {
+                    cost.refresh_bytes += layout.param_bytes(chunk);
+                }
+            }
+            OptimizerClass::Frozen => {}
+        }
+    }
+    if memory.accumulation > 1 {
+        host.staging = 2 * host_region_bytes(largest_grad);
+    }
+    let classes: Vec<OptimizerClass> = chunks.iter().map(|c| c.class).collect();
+    let ample = memory.in_flight_bytes(&classes);
+    let gradients = [memory.gradients(&classes, ample), memory.gradients(&classes, 0)];
+    Row { chunks, host, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
+}
+
+/// The placement that fractions ask for: whole chunks, at least as many elements as asked for, the latest-used first.
+fn fixed(memory: &Memory, forward_order: &[usize], shard: f64, optim: f64, param: f64) -> Result<Vec<ChunkPlan>, PlanError> {
+    for (name, frac) in [("shard_param_frac", shard), ("offload_optim_frac", optim), ("offload_param_frac", param)] {
+        if !(0.0..=1.0).contains(&frac) {
+            return Err(PlanError::Invalid(format!("{name} is {frac}; it must be between 0 and 1")));
+        }
+    }
+    if param > shard {
+        return Err(PlanError::Invalid(format!(
+            "offload_param_frac is {param}, but only shard_param_frac={shard} of the parameters can be offloaded"
+        )));
+    }
+    let chunks = &memory.layout.chunks;
+    let mut plan: Vec<ChunkPlan> = chunks
+        .iter()
+        .map(|c| ChunkPlan {
+            class: if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Device },
+            home: ParamHome::Resident,
+        })
+        .collect();
+    let wanted = |frac: f64, total: u64| (frac * total as f64).round() as u64;
+    let mut missing = wanted(optim, chunks.iter().map(|c| c.state_numel).sum());
+    for &chunk in forward_order.iter().rev() {
+        if missing > 0 && plan[chunk].class == OptimizerClass::Device {
+            plan[chunk].class = OptimizerClass::Host;
+            missing = missing.saturating_sub(chunks[chunk].state_numel);
+        }
+    }
+    let total = chunks.iter().map(|c| c.numel).sum();
+    let mut missing = wanted(param, total);
+    let asked = missing;
+    for &chunk in forward_order.iter().rev() {
+        if missing > 0 && plan[chunk].class != OptimizerClass::Device && chunks[chunk].numel > 0 {
+            plan[chunk].home = ParamHome::Streamed;
+            missing = missing.saturating_sub(chunks[chunk].numel);
+        }
+    }
+    if missing > 0 {
+        return Err(PlanError::Invalid(format!(
+            "offload_param_frac={param} asks for {asked} of {total} elements, but only {} belong to chunks whose optimizer states are in host \
+             memory or that are frozen; raise offload_optim_frac (now {optim}) or lower offload_param_frac",
+            asked - missing
+        )));
+    }
+    Ok(plan)
+}

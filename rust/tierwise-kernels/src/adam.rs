@@ -1,0 +1,227 @@
+//! Adam and `AdamW` in one pass over memory: gradient in, moments, master and parameter updated in place.
+//!
+//! All arithmetic is fp32, rounded to nearest after each operation, never contracted:
+//!
+//! ```text
+//! g = grad * grad_scale
+//! if l2 != 0: g = g + l2 * w
+//! m = beta1 * m + one_minus_beta1 * g             |m| < 2^-126 becomes +0
+//! v = beta2 * v + (one_minus_beta2 * g) * g       |v| < 2^-126 becomes +0
+//! w = w * decay
+//! w = w - step_size * (m / (sqrt(v) / bias_correction2_sqrt + eps))
+//! ```
+
+use half::{bf16, f16};
+
+use crate::dispatch::{self, Level, Supported, at_every_level, prefetch_read, prefetch_write};
+use crate::element::{self, Element};
+use crate::pool::{GRAIN_NUMEL, Grains, Pool, Shared};
+use crate::{AdamConstants, AdamSegment, Format, GradDtype};
+
+/// Elements per turn of the main loop: whole cache lines of every stream.
+const BLOCK: usize = 64;
+
+/// How far ahead lines are asked for: about 26 KiB, which covers the latency of loaded DRAM.
+const PREFETCH_NUMEL: usize = 1024;
+
+/// A storage format: what a weight is read from and written to.
+trait Store: 'static {
+    type Param: Copy;
+    type Master: Copy;
+    fn load(param: Self::Param, master: Self::Master) -> f32;
+    fn store(master: f32) -> (Self::Param, Self::Master);
+}
+
+struct SplitBf16;
+struct Fp16Master;
+struct Fp32;
+
+impl Store for SplitBf16 {
+    type Param = u16;
+    type Master = i16;
+
+    #[inline]
+    fn load(param: u16, master: i16) -> f32 {
+        element::join(param, master)
+    }
+
+    #[inline]
+    fn store(master: f32) -> (u16, i16) {
+        element::split(master)
+    }
+}
+
+impl Store for Fp16Master {
+    type Param = f16;
+    type Master = f32;
+
+    #[inline]
+    fn load(_: f16, master: f32) -> f32 {
+        master
+    }
+
+    #[inline]
+    fn store(master: f32) -> (f16, f32) {
+        (f16::round(master), master)
+    }
+}
+
+impl Store for Fp32 {
+    type Param = f32;
+    type Master = ();
+
+    #[inline]
+    fn load(param: f32, (): ()) -> f32 {
+        param
+    }
+
+    #[inline]
+    fn store(master: f32) -> (f32, ()) {
+        (master, ())
+    }
+}
+
+/// Steps every segment, and returns when all are written.
+///
+/// # Safety
+/// Until this returns, the caller keeps every array of every segment valid for `numel` elements, naturally aligned, and untouched by
+/// anyone else; no two arrays overlap.
+pub unsafe fn adam_segments(pool: &Pool, segments: &[AdamSegment]) {
+    // SAFETY: promised by the caller.
+    unsafe { adam_segments_at(pool, dispatch::level(), segments) }
+}
+
+/// [`adam_segments`] at a given level, for tests and measurements.
+///
+/// # Panics
+/// If this machine lacks the level.
+///
+/// # Safety
+/// As for [`adam_segments`].
+pub unsafe fn adam_segments_at(pool: &Pool, level: Level, segments: &[AdamSegment]) {
+    let supported = Supported::new(level);
+    let grains = Grains::new(segments.iter().map(|segment| segment.numel), GRAIN_NUMEL);
+    pool.for_each_grain(grains.count(), |grain| {
+        let (segment, start, numel) = grains.locate(grain);
+        // SAFETY: the caller keeps the arrays alive and to us; grains do not overlap, and each is taken by one thread.
+        unsafe { step_grain(supported, &segments[segment], start, numel) }
+    });
+}
+
+/// # Safety
+/// The elements `start..start + numel` of every array are valid and untouched by anyone else.
+unsafe fn step_grain(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+    // SAFETY: promised by the caller, who keeps the arrays alive.
+    unsafe {
+        match segment.format {
+            Format::SplitBf16 => step_grain_as::<SplitBf16>(supported, segment, start, numel),
+            Format::Fp16Master => step_grain_as::<Fp16Master>(supported, segment, start, numel),
+            Format::Fp32 => step_grain_as::<Fp32>(supported, segment, start, numel),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`step_grain`]; the segment's format is `S`.
+unsafe fn step_grain_as<S: Store>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+    let c = &segment.constants;
+    // SAFETY: promised by the caller, who keeps the arrays alive; format and dtype say what the addresses point to.
+    unsafe {
+        let param = Shared(segment.param.cast::<S::Param>()).slice_mut(start, numel);
+        let master = Shared(segment.master.cast::<S::Master>()).slice_mut(start, numel);
+        let exp_avg = Shared(segment.exp_avg).slice_mut(start, numel);
+        let exp_avg_sq = Shared(segment.exp_avg_sq).slice_mut(start, numel);
+        match segment.grad_dtype {
+            GradDtype::Bf16 => {
+                let grad = Shared::from_const(segment.grad.cast::<bf16>()).slice(start, numel);
+                step::<S, bf16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+            }
+            GradDtype::Fp16 => {
+                let grad = Shared::from_const(segment.grad.cast::<f16>()).slice(start, numel);
+                step::<S, f16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+            }
+            GradDtype::Fp32 => {
+                let grad = Shared::from_const(segment.grad.cast::<f32>()).slice(start, numel);
+                step::<S, f32>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+            }
+        }
+    }
+}
+
+at_every_level! {
+    fn step<S: Store, G: Element>(
+        param: &mut [S::Param],
+        master: &mut [S::Master],
+        exp_avg: &mut [f32],
+        exp_avg_sq: &mut [f32],
+        grad: &[G],
+        c: &AdamConstants,
+    ) {
+        let numel = grad.len();
+        let (param, master) = (&mut param[..numel], &mut master[..numel]);
+        let (exp_avg, exp_avg_sq) = (&mut exp_avg[..numel], &mut exp_avg_sq[..numel]);
+        let mut start = 0;
+        while numel - start >= BLOCK {
+            let ahead = start + PREFETCH_NUMEL;
+            if ahead < numel {
+                prefetch_block(&param[ahead], prefetch_write);
+                prefetch_block(&master[ahead], prefetch_write);
+                prefetch_block(&exp_avg[ahead], prefetch_write);
+                prefetch_block(&exp_avg_sq[ahead], prefetch_write);
+                prefetch_block(&grad[ahead], prefetch_read);
+            }
+            let end = start + BLOCK;
+            let (param, master) = (&mut param[start..end], &mut master[start..end]);
+            let (exp_avg, exp_avg_sq, grad) = (&mut exp_avg[start..end], &mut exp_avg_sq[start..end], &grad[start..end]);
+            for i in 0..BLOCK {
+                step_element::<S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
+            }
+            start = end;
+        }
+        for i in start..numel {
+            step_element::<S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
+        }
+    }
+}
+
+/// Prefetches a block's worth of a stream, beginning at the line of `first`.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "one instruction per cache line")]
+fn prefetch_block<T>(first: &T, prefetch: impl Fn(*const u8)) {
+    let first = std::ptr::from_ref(first).cast::<u8>();
+    for offset in (0..BLOCK * size_of::<T>()).step_by(64) {
+        prefetch(first.wrapping_add(offset));
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must be compiled with the features of its caller")]
+fn step_element<S: Store, G: Element>(
+    param: &mut S::Param,
+    master: &mut S::Master,
+    exp_avg: &mut f32,
+    exp_avg_sq: &mut f32,
+    grad: G,
+    c: &AdamConstants,
+) {
+    let mut w = S::load(*param, *master);
+    let mut g = grad.widen() * c.grad_scale;
+    if c.l2 != 0.0 {
+        g += c.l2 * w;
+    }
+    let m = flush(c.beta1 * *exp_avg + c.one_minus_beta1 * g);
+    let v = flush(c.beta2 * *exp_avg_sq + (c.one_minus_beta2 * g) * g);
+    let denom = v.sqrt() / c.bias_correction2_sqrt + c.eps;
+    w *= c.decay;
+    w -= c.step_size * (m / denom);
+    *exp_avg = m;
+    *exp_avg_sq = v;
+    (*param, *master) = S::store(w);
+}
+
+/// Denormal to +0, by comparison: a moment would stick at 6e-45 and slow every later step.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must be compiled with the features of its caller")]
+fn flush(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x }
+}

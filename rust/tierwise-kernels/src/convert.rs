@@ -1,0 +1,145 @@
+//! Splitting and joining fp32 masters, rounding to fp16, and copying, with all threads.
+
+use half::f16;
+
+use crate::dispatch::{self, Level, Supported, at_every_level};
+use crate::element::{self, Element};
+use crate::pool::{GRAIN_NUMEL, Grains, Pool, Shared};
+
+/// Bytes of one grain of a copy.
+const COPY_GRAIN_BYTES: usize = 1 << 20;
+
+/// An fp32 master as a bf16 parameter (nearest, halves away from zero) and a signed low half.
+///
+/// Exact for every value but NaN, of which only that it is one is kept. A finite master within half a unit of overflow has an infinite
+/// `hi`, as rounding to bf16 demands, and still joins to itself.
+pub fn split_master(master: f32) -> (u16, i16) {
+    element::split(master)
+}
+
+/// The fp32 master that [`split_master`] took apart.
+pub fn join_master(hi: u16, lo: i16) -> f32 {
+    element::join(hi, lo)
+}
+
+/// [`split_master`] of `numel` elements.
+///
+/// # Safety
+/// Until this returns, the caller keeps the arrays valid for `numel` elements and naturally aligned, `src` unwritten, `hi` and `lo`
+/// untouched by anyone else; no two overlap.
+pub unsafe fn split_f32(pool: &Pool, src: *const f32, hi: *mut u16, lo: *mut i16, numel: usize) {
+    // SAFETY: promised by the caller.
+    unsafe { split_f32_at(pool, dispatch::level(), src, hi, lo, numel) }
+}
+
+/// [`split_f32`] at a given level, for tests and measurements.
+///
+/// # Panics
+/// If this machine lacks the level.
+///
+/// # Safety
+/// As for [`split_f32`].
+pub unsafe fn split_f32_at(pool: &Pool, level: Level, src: *const f32, hi: *mut u16, lo: *mut i16, numel: usize) {
+    let supported = Supported::new(level);
+    let (src, hi, lo) = (Shared::from_const(src), Shared(hi), Shared(lo));
+    for_each_range(pool, numel, GRAIN_NUMEL, |start, numel| {
+        // SAFETY: the caller keeps the arrays alive; ranges do not overlap, and each is taken by one thread.
+        unsafe { split(supported, src.slice(start, numel), hi.slice_mut(start, numel), lo.slice_mut(start, numel)) }
+    });
+}
+
+/// [`join_master`] of `numel` elements.
+///
+/// # Safety
+/// Until this returns, the caller keeps the arrays valid for `numel` elements and naturally aligned, `hi` and `lo` unwritten, `dst`
+/// untouched by anyone else; `dst` overlaps neither.
+pub unsafe fn join_f32(pool: &Pool, hi: *const u16, lo: *const i16, dst: *mut f32, numel: usize) {
+    // SAFETY: promised by the caller.
+    unsafe { join_f32_at(pool, dispatch::level(), hi, lo, dst, numel) }
+}
+
+/// [`join_f32`] at a given level, for tests and measurements.
+///
+/// # Panics
+/// If this machine lacks the level.
+///
+/// # Safety
+/// As for [`join_f32`].
+pub unsafe fn join_f32_at(pool: &Pool, level: Level, hi: *const u16, lo: *const i16, dst: *mut f32, numel: usize) {
+    let supported = Supported::new(level);
+    let (hi, lo, dst) = (Shared::from_const(hi), Shared::from_const(lo), Shared(dst));
+    for_each_range(pool, numel, GRAIN_NUMEL, |start, numel| {
+        // SAFETY: the caller keeps the arrays alive; ranges do not overlap, and each is taken by one thread.
+        unsafe { join(supported, hi.slice(start, numel), lo.slice(start, numel), dst.slice_mut(start, numel)) }
+    });
+}
+
+/// Rounds `numel` elements to fp16: to nearest, ties to even, overflow to infinity.
+///
+/// # Safety
+/// Until this returns, the caller keeps the arrays valid for `numel` elements and naturally aligned, `src` unwritten, `dst` untouched
+/// by anyone else; they do not overlap.
+pub unsafe fn f32_to_fp16(pool: &Pool, src: *const f32, dst: *mut u16, numel: usize) {
+    // SAFETY: promised by the caller.
+    unsafe { f32_to_fp16_at(pool, dispatch::level(), src, dst, numel) }
+}
+
+/// [`f32_to_fp16`] at a given level, for tests and measurements.
+///
+/// # Panics
+/// If this machine lacks the level.
+///
+/// # Safety
+/// As for [`f32_to_fp16`].
+pub unsafe fn f32_to_fp16_at(pool: &Pool, level: Level, src: *const f32, dst: *mut u16, numel: usize) {
+    let supported = Supported::new(level);
+    let (src, dst) = (Shared::from_const(src), Shared(dst.cast::<f16>()));
+    for_each_range(pool, numel, GRAIN_NUMEL, |start, numel| {
+        // SAFETY: the caller keeps the arrays alive; ranges do not overlap, and each is taken by one thread.
+        unsafe { round_to_fp16(supported, src.slice(start, numel), dst.slice_mut(start, numel)) }
+    });
+}
+
+/// Copies `bytes` bytes with all threads.
+///
+/// # Safety
+/// Until this returns, the caller keeps `src` valid and unwritten and `dst` valid and untouched by anyone else; they do not overlap.
+pub unsafe fn copy(pool: &Pool, src: *const u8, dst: *mut u8, bytes: usize) {
+    let (src, dst) = (Shared::from_const(src), Shared(dst));
+    for_each_range(pool, bytes, COPY_GRAIN_BYTES, |start, bytes| {
+        // SAFETY: the caller keeps both arrays alive; ranges do not overlap, and each is taken by one thread.
+        unsafe { dst.slice_mut(start, bytes).copy_from_slice(src.slice(start, bytes)) }
+    });
+}
+
+fn for_each_range(pool: &Pool, numel: usize, grain_numel: usize, f: impl Fn(usize, usize) + Sync) {
+    let grains = Grains::new(std::iter::once(numel), grain_numel);
+    pool.for_each_grain(grains.count(), |grain| {
+        let (_, start, numel) = grains.locate(grain);
+        f(start, numel);
+    });
+}
+
+at_every_level! {
+    fn split(src: &[f32], hi: &mut [u16], lo: &mut [i16]) {
+        for ((src, hi), lo) in src.iter().zip(hi).zip(lo) {
+            (*hi, *lo) = element::split(*src);
+        }
+    }
+}
+
+at_every_level! {
+    fn join(hi: &[u16], lo: &[i16], dst: &mut [f32]) {
+        for ((hi, lo), dst) in hi.iter().zip(lo).zip(dst) {
+            *dst = element::join(*hi, *lo);
+        }
+    }
+}
+
+at_every_level! {
+    fn round_to_fp16(src: &[f32], dst: &mut [f16]) {
+        for (src, dst) in src.iter().zip(dst) {
+            *dst = f16::round(*src);
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! The one place where Rust errors become Python exceptions.
+
+use pyo3::create_exception;
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use tierwise_core::planner::PlanError;
+use tierwise_runtime::error::Error;
+
+create_exception!(tierwise._core, TierwiseError, PyRuntimeError, "Base class of every error that Tierwise raises itself.");
+create_exception!(tierwise._core, BudgetError, TierwiseError, "A plan or an allocation does not fit a tier's budget.");
+create_exception!(tierwise._core, ScheduleError, TierwiseError, "The engine refused an event.");
+create_exception!(tierwise._core, DeviceError, TierwiseError, "The device driver refused a call.");
+create_exception!(tierwise._core, EngineStoppedError, TierwiseError, "A worker failed earlier; the engine does nothing any more.");
+
+/// Adds the exceptions to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add("TierwiseError", py.get_type::<TierwiseError>())?;
+    module.add("BudgetError", py.get_type::<BudgetError>())?;
+    module.add("ScheduleError", py.get_type::<ScheduleError>())?;
+    module.add("DeviceError", py.get_type::<DeviceError>())?;
+    module.add("EngineStoppedError", py.get_type::<EngineStoppedError>())
+}
+
+/// The numbers of a budget error, as attributes.
+struct Shortfall<'a> {
+    tier: &'a str,
+    op: Option<&'a str>,
+    needed: u64,
+    budget: u64,
+    shortfall: u64,
+    breakdown: serde_json::Value,
+}
+
+fn budget_error(py: Python<'_>, message: String, numbers: &Shortfall<'_>) -> PyErr {
+    let error = BudgetError::new_err(message);
+    let value = error.value(py);
+    let set = || -> PyResult<()> {
+        value.setattr("tier", numbers.tier)?;
+        value.setattr("op", numbers.op)?;
+        value.setattr("needed_bytes", numbers.needed)?;
+        value.setattr("budget_bytes", numbers.budget)?;
+        value.setattr("shortfall_bytes", numbers.shortfall)?;
+        value.setattr("breakdown", crate::engine::to_python(py, &numbers.breakdown)?)
+    };
+    set().err().unwrap_or(error)
+}
+
+/// A runtime error as an exception.
+pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
+    let message = error.to_string();
+    match error {
+        Error::Budget(e) => {
+            let tier = e.tier.to_string();
+            let numbers = Shortfall {
+                tier: &tier,
+                op: None,
+                needed: e.used + e.requested,
+                budget: e.limit,
+                shortfall: e.shortfall,
+                breakdown: serde_json::json!({}),
+            };
+            budget_error(py, message, &numbers)
+        }
+        Error::Schedule(_) => ScheduleError::new_err(message),
+        Error::Device { .. } => DeviceError::new_err(message),
+        Error::HostMemory { .. } => PyMemoryError::new_err(message),
+        Error::Stopped(_) => EngineStoppedError::new_err(message),
+        Error::Forked { .. } | Error::Interrupted => TierwiseError::new_err(message),
+        Error::Usage(_) => PyValueError::new_err(message),
+    }
+}
+
+/// A planning error as an exception.
+pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
+    let message = error.to_string();
+    let json = |value: Result<serde_json::Value, serde_json::Error>| value.unwrap_or_default();
+    let numbers = match error {
+        PlanError::Device { op, needed, budget, shortfall, breakdown } => Shortfall {
+            tier: "device",
+            op: Some(op),
+            needed: *needed,
+            budget: *budget,
+            shortfall: *shortfall,
+            breakdown: json(serde_json::to_value(breakdown)),
+        },
+        PlanError::Host { needed, budget, shortfall, breakdown } => Shortfall {
+            tier: "host",
+            op: None,
+            needed: *needed,
+            budget: *budget,
+            shortfall: *shortfall,
+            breakdown: json(serde_json::to_value(breakdown)),
+        },
+        PlanError::Invalid(_) => return PyValueError::new_err(message),
+    };
+    budget_error(py, message, &numbers)
+}

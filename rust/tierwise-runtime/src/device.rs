@@ -1,0 +1,87 @@
+//! The device trait: what the engine asks of a GPU, or of host memory that behaves like one.
+
+use crate::error::Result;
+use std::sync::Arc;
+use tierwise_kernels::{AdamSegment, GradSpan};
+
+/// The device's own in-order queues. Compute runs on the caller's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Queue {
+    /// Host-to-device copies.
+    HostToDevice,
+    /// Device-to-host copies.
+    DeviceToHost,
+    /// Optimizer steps, gradient norms and accumulation on the device.
+    Optimizer,
+}
+
+/// The caller's compute stream: a raw `CUstream` on CUDA (0 is the legacy default stream), ignored by the emulated device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ComputeStream(pub u64);
+
+/// One contiguous copy between host and device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Transfer {
+    /// Destination address.
+    pub dst: *mut u8,
+    /// Source address.
+    pub src: *const u8,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+// SAFETY: a transfer is an address pair; the engine keeps both ends alive until its event is done.
+unsafe impl Send for Transfer {}
+
+/// A point in a queue or compute stream.
+pub trait Event: Send + Sync {
+    /// Whether everything before it is done. An error of the work before it is returned here.
+    fn is_done(&self) -> Result<bool>;
+    /// Blocks the calling thread until everything before it is done.
+    fn synchronize(&self) -> Result<()>;
+    /// When it was reached, in nanoseconds since the device's epoch; `None` before that.
+    fn time_ns(&self) -> Option<u64>;
+    /// The raw `CUevent`, where it is one: what another CUDA stream waits for.
+    fn cuda_event(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// A shared event.
+pub type EventRef = Arc<dyn Event>;
+
+/// What the engine asks of a device. Every method only enqueues, unless it says that it blocks.
+///
+/// # Safety of pointers
+/// The engine keeps every address it passes alive and unaliased until an event recorded after the call is done.
+pub trait Device: Send + Sync {
+    /// Name for messages, such as `NVIDIA H100 80GB HBM3` or `emulated`.
+    fn name(&self) -> &str;
+    /// Nanoseconds since the device's epoch, on the clock of [`Event::time_ns`].
+    fn now_ns(&self) -> u64;
+    /// Whether compute on the device runs asynchronously to the calling thread.
+    fn is_asynchronous(&self) -> bool;
+    /// Enqueues copies on `HostToDevice` or `DeviceToHost`, split into pieces.
+    fn copy(&self, queue: Queue, transfers: &[Transfer]) -> Result<()>;
+    /// Records an event after everything enqueued on a queue so far.
+    fn record(&self, queue: Queue) -> Result<EventRef>;
+    /// Records an event after everything that the caller enqueued on its compute stream so far.
+    fn record_compute(&self, stream: ComputeStream) -> Result<EventRef>;
+    /// Makes a queue wait for an event.
+    fn queue_wait(&self, queue: Queue, event: &EventRef) -> Result<()>;
+    /// Makes the caller's compute stream wait for an event. The emulated device blocks the calling thread.
+    fn compute_wait(&self, stream: ComputeStream, event: &EventRef) -> Result<()>;
+    /// Enqueues optimizer steps of device memory on `Optimizer`.
+    fn adam(&self, segments: &[AdamSegment]) -> Result<()>;
+    /// Enqueues sums of squares on `Optimizer`: one per span into `out[i]` (host memory, pinned on CUDA), in the reduction tree of
+    /// [`tierwise_kernels::norm`].
+    fn sum_squares(&self, spans: &[GradSpan], out: *mut f64) -> Result<()>;
+    /// Enqueues `dst = src` (first micro-batch) or `dst += src` into an fp32 accumulator on `Optimizer`.
+    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()>;
+    /// Makes host memory reachable by asynchronous copies (page-locks it on CUDA). Blocks.
+    fn register_host(&self, ptr: *mut u8, bytes: usize) -> Result<()>;
+    /// Undoes [`Device::register_host`]. Blocks.
+    fn unregister_host(&self, ptr: *mut u8);
+    /// Blocks until everything enqueued on every queue is done.
+    fn synchronize(&self) -> Result<()>;
+}

@@ -1,0 +1,263 @@
+//! Carrying out the scheduler's actions. Everything here only enqueues.
+
+use crate::device::{Queue, Transfer};
+use crate::engine::{Hyper, Shared, State};
+use crate::error::{Error, Result};
+use crate::memory::{StepBases, grad_dtype};
+use crate::workers::Job;
+use std::sync::Arc;
+use tierwise_core::layout::Precision;
+use tierwise_core::plan::OptimizerClass;
+use tierwise_core::scheduler::{Action, Event};
+use tierwise_core::{ChunkId, Tier};
+use tierwise_kernels::{AdamConstants, AdamSegment, GradDtype, adam, convert};
+
+impl Shared {
+    /// Carries out actions in order.
+    pub(crate) fn execute(&self, state: &mut State, actions: &[Action]) -> Result<()> {
+        for action in actions {
+            match *action {
+                Action::Fetch { chunk, offset, demand, .. } => self.fetch(state, chunk, offset, demand)?,
+                Action::Refresh { chunk } => self.refresh(state, chunk)?,
+                Action::Release { chunk } => {
+                    if let (Some(offset), Some(event)) = (state.scheduler.slot(chunk), state.release_event.clone()) {
+                        let end = offset + state.scheduler.layout().param_bytes(chunk);
+                        state.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
+                        state.guards.push((offset, end, event));
+                    }
+                }
+                Action::Step { chunk, tier: Tier::Device, grad_scale } => self.step_on_device(state, chunk, grad_scale)?,
+                Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
+                Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
+                Action::Undo { chunk } => self.undo(state, chunk)?,
+                Action::Accept { chunk } => {
+                    count_steps(state, chunk);
+                    let tickets = state.gradients.clear(chunk);
+                    state.gradients.finish(tickets);
+                }
+                Action::Decided(decision) => state.decision = Some(decision),
+                Action::Forget { chunk } => {
+                    let tickets = state.gradients.clear(chunk);
+                    if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Device {
+                        // The norm may still be reading them.
+                        let read = self.device.record(Queue::Optimizer)?;
+                        self.finish_after(read, tickets)?;
+                    } else {
+                        state.gradients.finish(tickets);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
+        self.send(
+            &self.optimizer_jobs,
+            Job::new(Some(event), move |shared| {
+                shared.lock().gradients.finish(tickets);
+                shared.notify();
+                Ok(())
+            }),
+        )
+    }
+
+    /// Copies a chunk's parameters from its home to the device.
+    fn copy_params(&self, state: &mut State, chunk: ChunkId, dst: u64, what: &str) -> Result<()> {
+        let bytes = state.scheduler.layout().param_bytes(chunk);
+        let name = &state.scheduler.layout().chunks[chunk.index()].name;
+        let src = self.host + state.places[chunk.index()].0.param.ok_or_else(|| Error::Usage(format!("`{name}` has no host parameters")))?;
+        let name = format!("{what} {name}");
+        let start = state.recorder.enabled().then(|| self.device.record(Queue::HostToDevice)).transpose()?;
+        let transfer = Transfer { dst: dst as *mut u8, src: src as *const u8, bytes: bytes as usize };
+        self.device.copy(Queue::HostToDevice, &[transfer])?;
+        let written = self.device.record(Queue::HostToDevice)?;
+        state.recorder.between("h2d", name, bytes, start, &written);
+        state.gradients.h2d_bytes += bytes;
+        state.written[chunk.index()] = Some(written);
+        Ok(())
+    }
+
+    fn fetch(&self, state: &mut State, chunk: ChunkId, offset: u64, demand: bool) -> Result<()> {
+        let end = offset + state.scheduler.layout().param_bytes(chunk);
+        for (start, stop, event) in &state.guards {
+            if *start < end && *stop > offset {
+                self.device.queue_wait(Queue::HostToDevice, event)?;
+            }
+        }
+        // A guard that sticks out still protects the rest of its range.
+        state.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
+        let dst = state.slab_address + offset;
+        self.copy_params(state, chunk, dst, if demand { "demand fetch" } else { "fetch" })
+    }
+
+    fn refresh(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        if let Some(event) = &state.commit_event {
+            self.device.queue_wait(Queue::HostToDevice, event)?;
+        }
+        let dst = state.places[chunk.index()].1.param;
+        self.copy_params(state, chunk, dst, "refresh")
+    }
+
+    fn step_on_device(&self, state: &mut State, chunk: ChunkId, grad_scale: f32) -> Result<()> {
+        count_steps(state, chunk);
+        let places = state.places[chunk.index()].1;
+        let layout = state.scheduler.layout();
+        let bases = StepBases::contiguous(places.param, places.states, layout, chunk);
+        let segments = segments(state, &state.commit_hyper.clone(), chunk, &bases, places.accumulator, grad_scale, 0)?;
+        let name = format!("step {}", layout.chunks[chunk.index()].name);
+        let bytes = segments.iter().map(|s| s.numel as u64 * traffic(layout.precision)).sum();
+        if let Some(event) = &state.commit_event {
+            self.device.queue_wait(Queue::Optimizer, event)?;
+        }
+        let start = state.recorder.enabled().then(|| self.device.record(Queue::Optimizer)).transpose()?;
+        self.device.adam(&segments)?;
+        let written = self.device.record(Queue::Optimizer)?;
+        state.recorder.between("device optimizer", name, bytes, start, &written);
+        state.written[chunk.index()] = Some(written.clone());
+        let tickets = state.gradients.clear(chunk);
+        if tickets.is_empty() { Ok(()) } else { self.finish_after(written, tickets) }
+    }
+
+    fn step_on_host(&self, state: &mut State, chunk: ChunkId, grad_scale: f32) -> Result<()> {
+        count_steps(state, chunk);
+        let (segments, name) = self.host_segments(state, &state.commit_hyper.clone(), chunk, grad_scale, 0)?;
+        // A copy that nobody waited for may still read the parameters that are about to be rewritten.
+        let reader = state.written[chunk.index()].clone();
+        let _ = state.gradients.clear(chunk);
+        self.send(
+            &self.adam_jobs,
+            Job::new(reader, move |shared| {
+                run_adam(shared, &segments, &format!("step {name}"));
+                shared.post(&Event::StepDone { chunk })
+            }),
+        )
+    }
+
+    fn speculate(&self, state: &mut State, chunk: ChunkId, grad_scale: f32, undo_offset: u64) -> Result<()> {
+        let (segments, name) = self.host_segments(state, &state.speculation_hyper.clone(), chunk, grad_scale, 1)?;
+        let reader = state.written[chunk.index()].clone();
+        let record = state.undo_base + undo_offset;
+        state.undo_records.insert(chunk, record);
+        let saved = self.undo_pieces(state, chunk, record);
+        self.send(
+            &self.adam_jobs,
+            Job::new(reader, move |shared| {
+                for &(home, record, bytes) in &saved {
+                    // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
+                    unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
+                }
+                run_adam(shared, &segments, &format!("speculate {name}"));
+                shared.post(&Event::SpeculateDone { chunk })
+            }),
+        )
+    }
+
+    fn undo(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Usage(format!("chunk {} has no undo record", chunk.0)))?;
+        let saved = self.undo_pieces(state, chunk, record);
+        self.send(
+            &self.adam_jobs,
+            Job::new(None, move |shared| {
+                for &(home, record, bytes) in &saved {
+                    // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
+                    unsafe { convert::copy(&shared.pool, record as *const u8, home as *mut u8, bytes) };
+                }
+                shared.post(&Event::UndoDone { chunk })
+            }),
+        )
+    }
+
+    /// (home, undo record, bytes) of everything that a host step overwrites.
+    fn undo_pieces(&self, state: &State, chunk: ChunkId, record: u64) -> Vec<(u64, u64, usize)> {
+        let layout = state.scheduler.layout();
+        let n = layout.chunks[chunk.index()].state_numel;
+        let places = &state.places[chunk.index()].0;
+        let mut record = record;
+        [
+            (places.param, n * layout.precision.param_bytes()),
+            (places.master, n * layout.precision.master_bytes()),
+            (places.exp_avg, n * 4),
+            (places.exp_avg_sq, n * 4),
+        ]
+        .into_iter()
+        .filter_map(|(offset, bytes)| {
+            let piece = (self.host + offset?, record, bytes as usize);
+            record += bytes;
+            Some(piece)
+        })
+        .collect()
+    }
+
+    fn host_segments(
+        &self,
+        state: &State,
+        hyper: &Hyper,
+        chunk: ChunkId,
+        grad_scale: f32,
+        ahead: u64,
+    ) -> Result<(Vec<AdamSegment>, String)> {
+        let places = &state.places[chunk.index()].0;
+        let address = |offset: Option<u64>| offset.map_or(0, |o| self.host + o);
+        let bases = StepBases {
+            param: address(places.param),
+            master: address(places.master),
+            exp_avg: address(places.exp_avg),
+            exp_avg_sq: address(places.exp_avg_sq),
+        };
+        let segments = segments(state, hyper, chunk, &bases, address(places.grad), grad_scale, ahead)?;
+        Ok((segments, state.scheduler.layout().chunks[chunk.index()].name.clone()))
+    }
+}
+
+/// One segment per parameter that got a gradient. `ahead` is added to the parameter's step count.
+fn segments(
+    state: &State,
+    hyper: &Hyper,
+    chunk: ChunkId,
+    bases: &StepBases,
+    grad_base: u64,
+    grad_scale: f32,
+    ahead: u64,
+) -> Result<Vec<AdamSegment>> {
+    let layout = state.scheduler.layout();
+    let accumulates = state.scheduler.plan().accumulation > 1;
+    let dtype = if accumulates { GradDtype::Fp32 } else { grad_dtype(layout.precision) };
+    state
+        .gradients
+        .touched(layout, chunk)
+        .map(|(param, address)| {
+            let group = hyper.group_of_param.get(param.index as usize).copied().flatten();
+            let group = group.and_then(|g| hyper.groups.get(g)).ok_or_else(|| {
+                Error::Usage(format!("no hyperparameters were set for `{}`; call set_hyper before the step", param.name))
+            })?;
+            let step = state.param_steps[param.index as usize] + ahead;
+            let constants = AdamConstants::new(group, step, grad_scale);
+            let grad = if address == 0 { grad_base + param.offset * dtype.bytes() as u64 } else { address };
+            Ok(bases.segment(layout.precision, param, grad, dtype, constants))
+        })
+        .collect()
+}
+
+fn count_steps(state: &mut State, chunk: ChunkId) {
+    let layout = state.scheduler.layout();
+    for (param, _) in state.gradients.touched(layout, chunk) {
+        state.param_steps[param.index as usize] += 1;
+    }
+}
+
+/// Bytes that a step of one element moves.
+fn traffic(precision: Precision) -> u64 {
+    precision.grad_bytes() + 2 * (precision.param_bytes() + precision.state_bytes())
+}
+
+fn run_adam(shared: &Arc<Shared>, segments: &[AdamSegment], name: &str) {
+    let start = shared.device.now_ns();
+    // SAFETY: the segments are in the slab that `shared` keeps alive; the scheduler lets nobody else touch a chunk that is being stepped.
+    unsafe { adam::adam_segments(&shared.pool, segments) };
+    let end = shared.device.now_ns();
+    let mut state = shared.lock();
+    let precision = state.scheduler.layout().precision;
+    let bytes = segments.iter().map(|s| s.numel as u64 * traffic(precision)).sum();
+    state.recorder.span("host optimizer", name.to_owned(), bytes, start, end);
+}

@@ -1,0 +1,300 @@
+//! The way of gradients: from where autograd put them to where their step reads them, and their norm there.
+
+use crate::device::{ComputeStream, EventRef, Queue, Transfer};
+use crate::engine::{KeepWaiting, Shared, State};
+use crate::error::{Error, Result};
+use crate::memory::{grad_dtype, span};
+use crate::workers::Job;
+use std::sync::{Arc, MutexGuard};
+use tierwise_core::ChunkId;
+use tierwise_core::layout::{Layout, ParamLayout};
+use tierwise_core::plan::OptimizerClass;
+use tierwise_core::scheduler::Event;
+use tierwise_kernels::{GradDtype, GradSpan, accumulate, norm};
+
+/// Gradients of the step in progress.
+pub struct Gradients {
+    /// Address of one f64 per parameter in page-locked memory: sums of squares taken on the device.
+    norms: u64,
+    /// Landing buffers of gradients that are added to accumulators on the host.
+    staging: [u64; 2],
+    staging_free: [bool; 2],
+    /// Per chunk and position: got a gradient in this step.
+    touched: Vec<Vec<bool>>,
+    /// Per chunk and position: address of the gradient that a device step will read (without accumulation).
+    addresses: Vec<Vec<u64>>,
+    /// Per chunk: tickets whose tensors a device step will read.
+    held: Vec<Vec<u64>>,
+    next_ticket: u64,
+    done: Vec<u64>,
+    in_flight_bytes: u64,
+    /// Bytes copied to the device so far.
+    pub h2d_bytes: u64,
+    /// Bytes copied from the device so far.
+    pub d2h_bytes: u64,
+}
+
+impl Gradients {
+    /// Nothing handed over.
+    pub fn new(layout: &Layout, norms: u64, staging: [u64; 2]) -> Self {
+        Gradients {
+            norms,
+            staging,
+            staging_free: [true; 2],
+            touched: layout.chunks.iter().map(|c| vec![false; c.params.len()]).collect(),
+            addresses: layout.chunks.iter().map(|c| vec![0; c.params.len()]).collect(),
+            held: vec![Vec::new(); layout.chunks.len()],
+            next_ticket: 0,
+            done: Vec::new(),
+            in_flight_bytes: 0,
+            h2d_bytes: 0,
+            d2h_bytes: 0,
+        }
+    }
+
+    /// Finished tickets.
+    pub fn collect(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.done)
+    }
+
+    /// Forgets a chunk's gradients; gives the tickets that were held for its step.
+    pub fn clear(&mut self, chunk: ChunkId) -> Vec<u64> {
+        self.touched[chunk.index()].fill(false);
+        self.addresses[chunk.index()].fill(0);
+        std::mem::take(&mut self.held[chunk.index()])
+    }
+
+    /// Tickets whose tensors nothing reads any more.
+    pub fn finish(&mut self, tickets: impl IntoIterator<Item = u64>) {
+        self.done.extend(tickets);
+    }
+
+    /// Parameters of a chunk that got a gradient in this step, with the address a device step reads (0: the accumulator).
+    pub fn touched<'a>(&'a self, layout: &'a Layout, chunk: ChunkId) -> impl Iterator<Item = (&'a ParamLayout, u64)> + 'a {
+        let touched = &self.touched[chunk.index()];
+        let addresses = &self.addresses[chunk.index()];
+        layout.chunks[chunk.index()]
+            .params
+            .iter()
+            .enumerate()
+            .filter(|&(i, _)| touched[i])
+            .map(|(i, param)| (param, addresses[i]))
+    }
+}
+
+/// Where a gradient comes from and which parameter it belongs to.
+struct Incoming {
+    position: usize,
+    address: u64,
+}
+
+impl Shared {
+    /// Takes over the gradients of a chunk; see [`crate::engine::Engine::grads`].
+    pub(crate) fn hand_over<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        chunk: ChunkId,
+        grads: &[(usize, u64)],
+        stream: ComputeStream,
+        keep_waiting: KeepWaiting<'_>,
+    ) -> Result<u64> {
+        let layout = state.scheduler.layout();
+        let Some(chunk_layout) = layout.chunks.get(chunk.index()) else {
+            return Err(Error::Usage(format!("chunk {} does not exist", chunk.0)));
+        };
+        let mut incoming = Vec::with_capacity(grads.len());
+        for &(position, address) in grads {
+            match chunk_layout.params.get(position) {
+                Some(param) if param.trainable && address != 0 => incoming.push(Incoming { position, address }),
+                _ => return Err(Error::Usage(format!("no trainable parameter {position} in `{}`", chunk_layout.name))),
+            }
+        }
+        let class = state.scheduler.plan().chunks[chunk.index()].class;
+        let accumulates = state.scheduler.plan().accumulation > 1;
+        let bytes = layout.grad_bytes(chunk);
+        if class == OptimizerClass::Host {
+            let limit = state.scheduler.plan().grad_in_flight_bytes;
+            state = self.wait_until(state, keep_waiting, |state| {
+                let gradients = &state.gradients;
+                let room = gradients.in_flight_bytes == 0 || gradients.in_flight_bytes + bytes <= limit;
+                room && (!accumulates || gradients.staging_free.contains(&true))
+            })?;
+        }
+        state = self.apply_waiting(state, keep_waiting, &Event::GradsHanded { chunk })?;
+        let state = &mut *state;
+        let last = state.scheduler.is_last_backward();
+        let ticket = state.gradients.next_ticket;
+        state.gradients.next_ticket += 1;
+        let produced = self.device.record_compute(stream)?;
+        match class {
+            OptimizerClass::Device => self.to_device(state, chunk, &incoming, ticket, &produced, last)?,
+            OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last)?,
+            OptimizerClass::Frozen => return Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
+        }
+        Ok(ticket)
+    }
+
+    fn to_device(
+        &self,
+        state: &mut State,
+        chunk: ChunkId,
+        incoming: &[Incoming],
+        ticket: u64,
+        produced: &EventRef,
+        last: bool,
+    ) -> Result<()> {
+        let layout = state.scheduler.layout();
+        let dtype = grad_dtype(layout.precision);
+        let accumulates = state.scheduler.plan().accumulation > 1;
+        self.device.queue_wait(Queue::Optimizer, produced)?;
+        for grad in incoming {
+            let param = &layout.chunks[chunk.index()].params[grad.position];
+            let first = !std::mem::replace(&mut state.gradients.touched[chunk.index()][grad.position], true);
+            if accumulates {
+                let dst = state.places[chunk.index()].1.accumulator + param.offset * 4;
+                let src = GradSpan { ptr: grad.address as *const u8, dtype, numel: param.numel as usize };
+                self.device.accumulate(dst as *mut f32, src, first)?;
+            } else {
+                state.gradients.addresses[chunk.index()][grad.position] = grad.address;
+            }
+        }
+        if accumulates {
+            let added = self.device.record(Queue::Optimizer)?;
+            self.send(&self.optimizer_jobs, Job::new(Some(added), move |shared| {
+                shared.lock().gradients.finish([ticket]);
+                shared.notify();
+                Ok(())
+            }))?;
+        } else {
+            state.gradients.held[chunk.index()].push(ticket);
+        }
+        if last { self.reduce_on_device(state, chunk) } else { Ok(()) }
+    }
+
+    /// Takes the norm of a device-class chunk's final gradient.
+    fn reduce_on_device(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        let layout = state.scheduler.layout();
+        let accumulator = state.places[chunk.index()].1.accumulator;
+        let dtype = grad_dtype(layout.precision);
+        let norms = state.gradients.norms;
+        let mut spans = Vec::new();
+        let mut indices = Vec::new();
+        for (param, address) in state.gradients.touched(layout, chunk) {
+            spans.push(match address {
+                0 => span(accumulator, param, GradDtype::Fp32),
+                address => GradSpan { ptr: address as *const u8, dtype, numel: param.numel as usize },
+            });
+            indices.push(param.index);
+        }
+        // Parameters of a chunk are numbered in a row, so the results of any subset fit from its first index on.
+        let out = norms + u64::from(indices.first().copied().unwrap_or(0)) * 8;
+        self.device.sum_squares(&spans, out as *mut f64)?;
+        let reduced = self.device.record(Queue::Optimizer)?;
+        self.send(&self.optimizer_jobs, Job::new(Some(reduced), move |shared| {
+            let sums = indices
+                .iter()
+                .enumerate()
+                // SAFETY: the slab in `shared` keeps the memory alive; the event says that the device has written it.
+                .map(|(i, &index)| (index, unsafe { *(out as *const f64).add(i) }))
+                .collect();
+            shared.post(&Event::GradLanded { chunk, sums })
+        }))
+    }
+
+    fn to_host(
+        &self,
+        state: &mut State,
+        chunk: ChunkId,
+        incoming: &[Incoming],
+        ticket: u64,
+        produced: &EventRef,
+        last: bool,
+    ) -> Result<()> {
+        let accumulates = state.scheduler.plan().accumulation > 1;
+        let layout = state.scheduler.layout();
+        let dtype = grad_dtype(layout.precision);
+        let name = layout.chunks[chunk.index()].name.clone();
+        let bytes = layout.grad_bytes(chunk);
+        let home = self.host + state.places[chunk.index()].0.grad.ok_or_else(|| Error::Usage(format!("`{name}` has no host gradient")))?;
+        let (landing, buffer) = if accumulates {
+            let free = state.gradients.staging_free.iter().position(|f| *f).ok_or_else(|| Error::Usage("no staging buffer".to_owned()))?;
+            state.gradients.staging_free[free] = false;
+            (state.gradients.staging[free], Some(free))
+        } else {
+            (home, None)
+        };
+        let mut transfers = Vec::with_capacity(incoming.len());
+        let mut additions = Vec::new();
+        for grad in incoming {
+            let param = &layout.chunks[chunk.index()].params[grad.position];
+            let first = !std::mem::replace(&mut state.gradients.touched[chunk.index()][grad.position], true);
+            let landed = span(landing, param, dtype);
+            let size = param.numel as usize * dtype.bytes();
+            transfers.push(Transfer { dst: landed.ptr.cast_mut(), src: grad.address as *const u8, bytes: size });
+            if accumulates {
+                additions.push((home + param.offset * 4, landed, first));
+            }
+        }
+        let moved: u64 = transfers.iter().map(|t| t.bytes as u64).sum();
+        self.device.queue_wait(Queue::DeviceToHost, produced)?;
+        let start = state.recorder.enabled().then(|| self.device.record(Queue::DeviceToHost)).transpose()?;
+        self.device.copy(Queue::DeviceToHost, &transfers)?;
+        let landed = self.device.record(Queue::DeviceToHost)?;
+        state.recorder.between("d2h", format!("gradients {name}"), moved, start, &landed);
+        state.gradients.d2h_bytes += moved;
+        state.gradients.in_flight_bytes += bytes;
+        let spans = if last { host_spans(state, self.host, chunk)? } else { Vec::new() };
+        self.send(&self.landing_jobs, Job::new(Some(landed), move |shared| {
+            {
+                let mut state = shared.lock();
+                state.gradients.in_flight_bytes -= bytes;
+                state.gradients.finish([ticket]);
+            }
+            shared.notify();
+            for &(dst, src, overwrite) in &additions {
+                // SAFETY: both ends are in the slab that `shared` keeps alive; the staging buffer is taken until below.
+                unsafe { accumulate::accumulate(&shared.pool, dst as *mut f32, src, overwrite) };
+            }
+            if let Some(buffer) = buffer {
+                shared.lock().gradients.staging_free[buffer] = true;
+                shared.notify();
+            }
+            if last { reduce_on_host(shared, chunk, &spans) } else { Ok(()) }
+        }))
+    }
+
+    /// Takes the norm of a chunk whose last gradient came in an earlier micro-batch.
+    pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Device {
+            return self.reduce_on_device(state, chunk);
+        }
+        let spans = host_spans(state, self.host, chunk)?;
+        self.send(&self.landing_jobs, Job::new(None, move |shared| reduce_on_host(shared, chunk, &spans)))
+    }
+
+    pub(crate) fn send(&self, worker: &std::sync::mpsc::Sender<Job>, job: Job) -> Result<()> {
+        worker.send(job).map_err(|_| Error::Stopped("a worker thread ended".to_owned()))
+    }
+}
+
+/// Final gradients of a host-class chunk, by global parameter index.
+fn host_spans(state: &State, host: u64, chunk: ChunkId) -> Result<Vec<(u32, GradSpan)>> {
+    let layout = state.scheduler.layout();
+    let accumulates = state.scheduler.plan().accumulation > 1;
+    let dtype = if accumulates { GradDtype::Fp32 } else { grad_dtype(layout.precision) };
+    let grad = state.places[chunk.index()].0.grad.ok_or_else(|| Error::Usage("no host gradient".to_owned()))?;
+    Ok(state.gradients.touched(layout, chunk).map(|(param, _)| (param.index, span(host + grad, param, dtype))).collect())
+}
+
+fn reduce_on_host(shared: &Arc<Shared>, chunk: ChunkId, spans: &[(u32, GradSpan)]) -> Result<()> {
+    let start = shared.device.now_ns();
+    let only: Vec<GradSpan> = spans.iter().map(|(_, span)| *span).collect();
+    // SAFETY: the gradients have landed in the slab that `shared` keeps alive, and nothing writes them before their step.
+    let sums = unsafe { norm::sum_squares(&shared.pool, &only) };
+    let mut state = shared.lock();
+    let name = format!("norm {}", state.scheduler.layout().chunks[chunk.index()].name);
+    let end = shared.device.now_ns();
+    state.recorder.span("host norm", name, 0, start, end);
+    drop(state);
+    shared.post(&Event::GradLanded { chunk, sums: spans.iter().map(|(index, _)| *index).zip(sums).collect() })
+}

@@ -1,0 +1,13 @@
+//! Runtime of Tierwise: devices, pinned slabs, workers and the engine that executes a plan.
+
+pub mod cuda;
+pub mod device;
+pub mod emulated;
+pub mod engine;
+pub mod error;
+mod execute;
+mod gradients;
+pub mod host_memory;
+mod memory;
+mod record;
+mod workers;

@@ -1,0 +1,154 @@
+//! Addresses: where every payload of every chunk is, on the host and on the device.
+
+use crate::error::{Error, Result};
+use tierwise_core::ChunkId;
+use tierwise_core::layout::{Layout, ParamLayout, Precision};
+use tierwise_core::plan::{ChunkPlan, OptimizerClass, ParamHome, Plan, host_region_bytes};
+use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
+
+/// Host payloads of one chunk: offsets in the host slab.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HostPlaces {
+    /// Parameters in the model's precision.
+    pub param: Option<u64>,
+    /// Master completion.
+    pub master: Option<u64>,
+    /// First moment.
+    pub exp_avg: Option<u64>,
+    /// Second moment.
+    pub exp_avg_sq: Option<u64>,
+    /// Kept gradient or fp32 accumulator.
+    pub grad: Option<u64>,
+}
+
+/// Device payloads of one chunk: addresses, 0 if unbound.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DevicePlaces {
+    /// Resident parameters.
+    pub param: u64,
+    /// Master completion, first and second moment, one after the other.
+    pub states: u64,
+    /// fp32 accumulator.
+    pub accumulator: u64,
+}
+
+/// Byte sizes of the host payloads of a chunk in the order param, master, `exp_avg`, `exp_avg_sq`, grad; 0 if it has none there.
+pub fn host_sizes(layout: &Layout, plan: &Plan, chunk: ChunkId, placement: ChunkPlan) -> [u64; 5] {
+    let n = layout.chunks[chunk.index()].state_numel;
+    let at_home = placement.class == OptimizerClass::Host || placement.home == ParamHome::Streamed;
+    let param = if at_home { layout.param_bytes(chunk) } else { 0 };
+    if placement.class != OptimizerClass::Host {
+        return [param, 0, 0, 0, 0];
+    }
+    let grad = if plan.accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) };
+    [param, n * layout.precision.master_bytes(), n * 4, n * 4, grad]
+}
+
+/// First-fit regions of the host slab, handed out at start and when a chunk changes its class.
+#[derive(Debug, Default)]
+pub struct Regions {
+    free: Vec<(u64, u64)>,
+}
+
+impl Regions {
+    /// Everything free.
+    pub fn new(bytes: u64) -> Self {
+        Regions { free: vec![(0, bytes)] }
+    }
+
+    /// Takes a region.
+    pub fn take(&mut self, bytes: u64) -> Result<u64> {
+        let bytes = host_region_bytes(bytes);
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let Some(found) = self.free.iter_mut().find(|(_, len)| *len >= bytes) else {
+            let free: u64 = self.free.iter().map(|(_, len)| len).sum();
+            return Err(Error::Usage(format!("the host slab has no region of {bytes} bytes left ({free} bytes free)")));
+        };
+        let offset = found.0;
+        found.0 += bytes;
+        found.1 -= bytes;
+        self.free.retain(|(_, len)| *len > 0);
+        Ok(offset)
+    }
+
+    /// Gives a region back.
+    pub fn give(&mut self, offset: u64, bytes: u64) {
+        let bytes = host_region_bytes(bytes);
+        if bytes == 0 {
+            return;
+        }
+        let at = self.free.partition_point(|(start, _)| *start < offset);
+        self.free.insert(at, (offset, bytes));
+        let mut merged: Vec<(u64, u64)> = Vec::with_capacity(self.free.len());
+        for &(start, len) in &self.free {
+            match merged.last_mut() {
+                Some(last) if last.0 + last.1 == start => last.1 += len,
+                _ => merged.push((start, len)),
+            }
+        }
+        self.free = merged;
+    }
+}
+
+/// The kernel's name for a precision's storage.
+pub fn format(precision: Precision) -> Format {
+    match precision {
+        Precision::Bf16 => Format::SplitBf16,
+        Precision::Fp16 => Format::Fp16Master,
+        Precision::Fp32 => Format::Fp32,
+    }
+}
+
+/// The kernel's name for a precision's gradients.
+pub fn grad_dtype(precision: Precision) -> GradDtype {
+    match precision {
+        Precision::Bf16 => GradDtype::Bf16,
+        Precision::Fp16 => GradDtype::Fp16,
+        Precision::Fp32 => GradDtype::Fp32,
+    }
+}
+
+/// Base addresses of the payloads that one optimizer step of a chunk touches.
+#[derive(Debug, Clone, Copy)]
+pub struct StepBases {
+    /// Parameters.
+    pub param: u64,
+    /// Master completion (0 for fp32).
+    pub master: u64,
+    /// First moment.
+    pub exp_avg: u64,
+    /// Second moment.
+    pub exp_avg_sq: u64,
+}
+
+impl StepBases {
+    /// Bases of states that lie one after the other, as on the device.
+    pub fn contiguous(param: u64, states: u64, layout: &Layout, chunk: ChunkId) -> Self {
+        let n = layout.chunks[chunk.index()].state_numel;
+        let exp_avg = states + n * layout.precision.master_bytes();
+        StepBases { param, master: states, exp_avg, exp_avg_sq: exp_avg + n * 4 }
+    }
+
+    /// The step of one parameter.
+    pub fn segment(&self, precision: Precision, param: &ParamLayout, grad: u64, dtype: GradDtype, constants: AdamConstants) -> AdamSegment {
+        let master_bytes = precision.master_bytes();
+        AdamSegment {
+            format: format(precision),
+            grad_dtype: dtype,
+            numel: param.numel as usize,
+            param: (self.param + param.offset * precision.param_bytes()) as *mut u8,
+            master: if master_bytes == 0 { std::ptr::null_mut() } else { (self.master + param.offset * master_bytes) as *mut u8 },
+            exp_avg: (self.exp_avg + param.offset * 4) as *mut f32,
+            exp_avg_sq: (self.exp_avg_sq + param.offset * 4) as *mut f32,
+            grad: grad as *const u8,
+            constants,
+        }
+    }
+}
+
+/// A parameter's gradient inside a payload that starts at `base`.
+pub fn span(base: u64, param: &ParamLayout, dtype: GradDtype) -> GradSpan {
+    GradSpan { ptr: (base + param.offset * dtype.bytes() as u64) as *const u8, dtype, numel: param.numel as usize }
+}

@@ -1,0 +1,70 @@
+//! The engine's threads: one runs host steps, two wait for device events and pass on what they mean.
+
+use crate::device::EventRef;
+use crate::engine::Shared;
+use crate::error::{Error, Result};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+/// Something to do once everything before `after` is done.
+pub struct Job {
+    /// What to wait for.
+    pub after: Option<EventRef>,
+    /// What to do then.
+    pub run: Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>,
+    /// The worker ends after it.
+    last: bool,
+}
+
+impl Job {
+    /// A job that runs once everything before `after` is done.
+    pub fn new(after: Option<EventRef>, run: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static) -> Self {
+        Job { after, run: Box::new(run), last: false }
+    }
+
+    /// Ends the worker.
+    pub fn last() -> Self {
+        Job { after: None, run: Box::new(|_| Ok(())), last: true }
+    }
+}
+
+/// Starts a named worker that runs its jobs in order. A failing or panicking job stops the engine with its error; later jobs are
+/// dropped, so that nothing is computed from what failed.
+#[allow(clippy::type_complexity)]
+pub fn spawn(name: &str) -> (Sender<Job>, impl FnOnce(Arc<Shared>) -> Result<JoinHandle<()>>) {
+    let (sender, receiver): (Sender<Job>, Receiver<Job>) = channel();
+    let name = format!("tierwise-{name}");
+    (sender, move |shared: Arc<Shared>| {
+        std::thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                for job in receiver {
+                    if job.last {
+                        break;
+                    }
+                    if shared.stopping() {
+                        continue;
+                    }
+                    let outcome = catch_unwind(AssertUnwindSafe(|| {
+                        if let Some(event) = &job.after {
+                            event.synchronize()?;
+                        }
+                        (job.run)(&shared)
+                    }));
+                    match outcome {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => shared.fail(&error),
+                        Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
+                    }
+                }
+            })
+            .map_err(|e| Error::Usage(format!("cannot start a worker thread: {e}")))
+    })
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("a worker panicked: {}", text.unwrap_or_else(|| "no message".to_owned()))
+}
