@@ -83,6 +83,7 @@ pub struct IllegalTransition {
 
 impl Residency {
     /// The residency after a transition, or `None` if it is illegal. This is the transition table.
+    #[expect(clippy::match_same_arms, reason = "one line per entry of the table")]
     pub fn apply(self, transition: Transition) -> Option<Residency> {
         use Residency as R;
         use Transition as T;

@@ -451,12 +451,16 @@ impl Scheduler {
                 for &pinned in &chunks[..i] {
                     self.unpin(pinned, phase);
                 }
+                // The first ones may have cut the room in pieces.
+                if chunks.len() > 1 && self.fetch_side_by_side(&chunks, actions)? {
+                    for &chunk in &chunks {
+                        self.pin(chunk, phase);
+                    }
+                    break;
+                }
                 return Err(error);
             }
-            match phase {
-                Phase::Forward => self.chunks[chunk.index()].forward_pins += 1,
-                Phase::Backward => self.chunks[chunk.index()].backward_pins += 1,
-            }
+            self.pin(chunk, phase);
         }
         if self.cursor != before + 1 {
             self.counters.off_trace += 1;
@@ -499,6 +503,13 @@ impl Scheduler {
             if std::mem::take(&mut chunk.touched) && !chunk.in_use() {
                 actions.push(Action::Release { chunk: ChunkId(index as u32) });
             }
+        }
+    }
+
+    fn pin(&mut self, chunk: ChunkId, phase: Phase) {
+        match phase {
+            Phase::Forward => self.chunks[chunk.index()].forward_pins += 1,
+            Phase::Backward => self.chunks[chunk.index()].backward_pins += 1,
         }
     }
 
@@ -560,6 +571,35 @@ impl Scheduler {
         self.counters.fetches += 1;
         self.counters.demand_fetches += u64::from(demand);
         actions.push(Action::Fetch { chunk, offset: place.offset, evicted: place.evict, demand });
+        Ok(true)
+    }
+
+    /// Clears the slab of everything that nobody reads and places the chunks of one operation next to each other.
+    fn fetch_side_by_side(&mut self, chunks: &[ChunkId], actions: &mut Vec<Action>) -> Result<bool, ScheduleError> {
+        let mut left: Vec<(u64, ChunkId, u64)> = Vec::new();
+        for (offset, chunk, bytes) in self.slab.occupants().collect::<Vec<_>>() {
+            let state = &self.chunks[chunk.index()];
+            // The decided copy of a speculated chunk cannot be fetched again.
+            let needed = chunks.contains(&chunk) && state.work != Work::Idle;
+            if !state.in_use() && !needed {
+                self.drop_cache(chunk)?;
+                left.push((offset, chunk, bytes));
+            }
+        }
+        self.counters.evictions += left.iter().filter(|(_, chunk, _)| !chunks.contains(chunk)).count() as u64;
+        for &chunk in chunks {
+            if self.chunks[chunk.index()].param.readable_at(Tier::Device) {
+                continue;
+            }
+            let before = actions.len();
+            if !self.fetch(chunk, self.cursor.max(0) as u64, true, actions)? {
+                return Ok(false);
+            }
+            if let Some(Action::Fetch { offset, evicted, .. }) = actions[before..].last_mut() {
+                let (start, end) = (*offset, *offset + slot_bytes(self.layout.param_bytes(chunk)));
+                evicted.extend(left.iter().filter(|(at, _, bytes)| *at < end && at + bytes > start).map(|&(_, chunk, _)| chunk));
+            }
+        }
         Ok(true)
     }
 

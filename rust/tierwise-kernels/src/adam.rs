@@ -22,7 +22,7 @@ use crate::{AdamConstants, AdamSegment, Format, GradDtype};
 const BLOCK: usize = 64;
 
 /// How far ahead lines are asked for: about 26 KiB, which covers the latency of loaded DRAM.
-const PREFETCH_NUMEL: usize = 1024;
+const PREFETCH_NUMEL: usize = 256;
 
 /// A storage format: what a weight is read from and written to.
 trait Store: 'static {
@@ -123,6 +123,7 @@ unsafe fn step_grain(supported: Supported, segment: &AdamSegment, start: usize, 
 
 /// # Safety
 /// As for [`step_grain`]; the segment's format is `S`.
+#[expect(clippy::cast_ptr_alignment, reason = "the caller promises natural alignment")]
 unsafe fn step_grain_as<S: Store>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
     let c = &segment.constants;
     // SAFETY: promised by the caller, who keeps the arrays alive; format and dtype say what the addresses point to.
@@ -196,6 +197,7 @@ fn prefetch_block<T>(first: &T, prefetch: impl Fn(*const u8)) {
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must be compiled with the features of its caller")]
+#[expect(clippy::many_single_char_names, reason = "the names of the definition above")]
 fn step_element<S: Store, G: Element>(
     param: &mut S::Param,
     master: &mut S::Master,

@@ -92,8 +92,8 @@ macro_rules! at_every_level {
     ($(#[$meta:meta])* fn $name:ident $(<$($generic:ident : $bound:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         fn $name $(<$($generic: $bound),*>)? (supported: $crate::dispatch::Supported, $($arg: $ty),*) $(-> $ret)? {
+            // Must be compiled with the features of each caller below.
             #[inline(always)]
-            #[expect(clippy::inline_always, reason = "must be compiled with the features of each caller below")]
             fn body $(<$($generic: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Fused AdamW, gradient norms, accumulation and conversion: CPU kernels with run-time SIMD dispatch, and the CUDA source that gives
+//! Fused `AdamW`, gradient norms, accumulation and conversion: CPU kernels with run-time SIMD dispatch, and the CUDA source that gives
 //! the same bits.
 //!
 //! Every function that takes addresses blocks until its last write is done and runs on the threads of a [`Pool`].

@@ -139,8 +139,8 @@ fn streaming_order(memory: &Memory) -> Vec<usize> {
     }
     let bytes = |c: usize| layout.param_bytes(crate::ChunkId(c as u32));
     let mut kinds: BTreeMap<(bool, u64), u64> = BTreeMap::new();
-    for chunk in 0..layout.chunks.len() {
-        *kinds.entry((owners[chunk] > 1, bytes(chunk))).or_default() += bytes(chunk);
+    for (chunk, &owners) in owners.iter().enumerate() {
+        *kinds.entry((owners > 1, bytes(chunk))).or_default() += bytes(chunk);
     }
     let mut order: Vec<usize> = (0..layout.chunks.len()).filter(|&c| bytes(c) > 0).collect();
     order.sort_by_key(|&c| {

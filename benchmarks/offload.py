@@ -1,0 +1,426 @@
+"""One training step of a Hugging Face LLaMA, ours beside its floor and its peers, in one run.
+
+    python benchmarks/offload.py --size 1b --tokens 16384 --micro-batch 4 --rows floor,gpu,ours-all,ours-host,ds2
+
+Every row runs in a process of its own on the same GPU, one after the other, with the same weights' shapes, sequence length, clipping and
+AdamW settings; kernels of liger-kernel where it is installed. A row's step is the median of its timed steps. MFU counts
+6 N + 6 layers hidden sequence FLOPs per token (no recomputation) against the device's dense bf16 peak; HFU adds the recomputed forwards.
+
+Rows: floor (forward and backward only, gradients dropped), gpu (everything on the GPU, fused AdamW over fp32 masters), ours-all (a budget
+that holds everything), ours-host (optimizer in host memory), ours (the planner chooses), ds2 (DeepSpeed ZeRO-2, optimizer on the CPU),
+ds3tf (ZeRO-3 Twin-Flow, ratio 0.6), fsdp2 (CPUOffloadPolicy, fused CPU AdamW).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+SIZES = {  # hidden, intermediate, layers, heads
+    "tiny": (64, 160, 3, 4),
+    "1b": (2048, 5504, 24, 16),
+    "3b": (3200, 8640, 26, 32),
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+PEAK_FLOPS = 989.4e12  # dense bf16 of an H100 SXM, by its datasheet
+LR, BETAS, DECAY = 1e-5, (0.9, 0.95), 0.1
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="1b")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens per optimizer step")
+    p.add_argument("--micro-batch", type=int, default=4, help="sequences per forward pass")
+    p.add_argument("--seq", type=int, default=4096, help="tokens per sequence")
+    p.add_argument("--steps", type=int, default=5, help="steps of a row; the first two are not timed")
+    p.add_argument("--recompute", default="full", help='"full", "none", "auto" (ours only) or a number of layers that are kept')
+    p.add_argument("--max-norm", type=float, default=1.0, help="gradient clipping; 0.001 clips at every step")
+    p.add_argument("--clip-mode", default="defer", choices=["defer", "speculate", "auto"])
+    p.add_argument("--attention", default="flash", choices=["flash", "cudnn"])
+    p.add_argument("--device-budget", default=None, help="of the rows `ours` and `ours-host`, such as 75GB")
+    p.add_argument("--host-budget", default="110GB")
+    p.add_argument("--rows", default="floor,gpu,ours-all,ours-host,ds2")
+    p.add_argument("--row-timeout", type=int, default=280, help="seconds")
+    p.add_argument("--json", default=None, help="file that gets one JSON line per row")
+    p.add_argument("--trace", default=None, help="file for the timeline of ours")
+    p.add_argument("--row", default=None, help=argparse.SUPPRESS)
+    return p
+
+
+def build(a: argparse.Namespace, device: str, lazy: bool = False) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, layers, heads = SIZES[a.size]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=32000,
+        max_position_embeddings=a.seq,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        if lazy:
+            import tierwise
+
+            with tierwise.lazy_init():
+                return LlamaForCausalLM(config)
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def liger(model_kernels: bool, loss: bool) -> bool:
+    """Puts liger's kernels into transformers' LLaMA where it is installed."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError:
+        return False
+    apply_liger_kernel_to_llama(
+        rope=model_kernels, swiglu=model_kernels, rms_norm=model_kernels, cross_entropy=False, fused_linear_cross_entropy=loss
+    )
+    return True
+
+
+def checkpoint_layers(model: Any, a: argparse.Namespace) -> int:
+    """Wraps layers for recomputation; gives how many are recomputed."""
+    from torch.utils.checkpoint import checkpoint
+
+    layers = model.model.layers
+    count = {"full": len(layers), "none": 0}.get(a.recompute)
+    count = len(layers) - int(a.recompute) if count is None else count
+    for layer in layers[:count]:
+        layer.forward = (lambda f: lambda *x, **k: checkpoint(f, *x, use_reentrant=False, **k))(layer.forward)
+    return int(count)
+
+
+def timed(a: argparse.Namespace, step: Callable[[], float]) -> tuple[float, list[float], float]:
+    import torch
+
+    times, loss = [], 0.0
+    for _ in range(a.steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]), times, loss
+
+
+class HostPeak(threading.Thread):
+    """Most host memory in use, in bytes; stops the process before the machine runs out."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        import psutil
+
+        while True:
+            memory = psutil.virtual_memory()
+            self.peak = max(self.peak, memory.total - memory.available)
+            if memory.available < 2.5e9:
+                print("host memory is used up", flush=True)
+                os._exit(77)
+            time.sleep(0.1)
+
+
+def run_row(a: argparse.Namespace) -> None:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", TOKENIZERS_PARALLELISM="false")
+    host = HostPeak()
+    host.start()
+    torch.cuda.set_device(0)
+    backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[a.attention]
+    start = time.perf_counter()
+    ours = a.row.startswith("ours")
+    kernels = liger(True, loss=not ours)
+    accumulation = a.tokens // (a.micro_batch * a.seq)
+    ids = torch.randint(0, 32000, (a.micro_batch, a.seq), device="cuda")
+    batch = {"input_ids": ids, "labels": ids}
+    extra: dict[str, Any] = {"liger": kernels}
+    with sdpa_kernel([backend]):
+        model, step, recomputed = ROWS[a.row](a, batch, accumulation, extra)
+        setup = time.perf_counter() - start
+        seconds, times, loss = timed(a, step)
+    hidden, _, layers, _ = SIZES[a.size]
+    numel = extra.pop("numel")
+    tokens = a.micro_batch * a.seq * accumulation
+    per_token = 6 * numel + 6 * layers * hidden * a.seq
+    mfu = tokens / seconds * per_token / PEAK_FLOPS
+    if "finish" in extra:
+        extra.update(extra.pop("finish")())
+    print(
+        "RESULT",
+        json.dumps(
+            {
+                "row": a.row,
+                "size": a.size,
+                "tokens": tokens,
+                "micro_batch": a.micro_batch,
+                "step_s": round(seconds, 4),
+                "tokens_per_s": round(tokens / seconds),
+                "mfu": round(mfu * 100, 2),
+                "hfu": round(mfu * 100 * (1 + recomputed / layers / 3), 2),
+                "device_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1),
+                "host_gb": round(host.peak / 1e9, 1),
+                "setup_s": round(setup, 1),
+                "first_s": round(times[0], 2),
+                "loss": round(loss, 4),
+                "times": [round(t, 3) for t in times],
+                **extra,
+            }
+        ),
+        flush=True,
+    )
+
+
+Row = tuple[Any, Callable[[], float], int]
+
+
+def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    model = build(a, "cuda")
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    recomputed = checkpoint_layers(model, a)
+    model.train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step() -> float:
+        for _ in range(accumulation):
+            loss = model(**batch).loss
+            loss.backward()
+        return float(loss)
+
+    return model, step, recomputed
+
+
+def row_gpu(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    import torch
+
+    model = build(a, "cuda")
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    recomputed = checkpoint_layers(model, a)
+    model.train()
+    params = list(model.parameters())
+    masters = [p.detach().float() for p in params]
+    optimizer = torch.optim.AdamW(masters, lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+
+    def step() -> float:
+        for _ in range(accumulation):
+            loss = model(**batch).loss / accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, a.max_norm)
+        for master, p in zip(masters, params, strict=True):
+            master.grad = p.grad.float()
+            p.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in params], masters)
+        return float(loss) * accumulation
+
+    return model, step, recomputed
+
+
+def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    import torch
+
+    from tierwise.booster import Booster
+    from tierwise.booster.plugin import GeminiPlugin
+
+    lazy = a.size in ("7b", "13b")
+    model = build(a, "cuda", lazy=lazy)
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    placement: dict[str, Any] = {}
+    if a.row == "ours-all":
+        placement = {"placement_policy": "static", "offload_optim_frac": 0.0}
+    elif a.row == "ours-host":
+        placement = {"placement_policy": "static", "offload_optim_frac": 1.0}
+    plugin = GeminiPlugin(
+        precision="bf16",
+        max_norm=a.max_norm,
+        clip_mode=a.clip_mode,
+        device_budget=a.device_budget,
+        host_budget=a.host_budget,
+        gradient_accumulation_steps=accumulation,
+        micro_batch_size=a.micro_batch,
+        seq_len=a.seq,
+        recompute=a.recompute if a.recompute in ("full", "none", "auto") else "auto",
+        **placement,
+    )
+    booster = Booster(plugin=plugin)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    model.train()
+    text = booster.explain()
+    print(text, file=sys.stderr)
+    losses: list[Any] = []
+
+    def step() -> float:
+        for _ in range(accumulation):
+            loss = model(**batch).loss
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        return 0.0
+
+    def finish() -> dict[str, Any]:
+        stats = booster.stats()
+        result = {k: stats[k] for k in ("fetches", "demand_fetches", "steps", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")}
+        result["wait_ms_per_step"] = round(stats["wait_ns"] / 1e6 / a.steps, 1)
+        result["host_slab_gb"] = round(stats["host_peak_bytes"] / 1e9, 1)
+        result["losses"] = [round(float(x), 4) for x in losses]
+        if a.trace:
+            booster.timeline(a.trace)
+        return result
+
+    extra["finish"] = finish
+    recomputed = sum(booster.recomputed_units()) if hasattr(booster, "recomputed_units") else 0
+    return model, step, recomputed
+
+
+def row_deepspeed(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    import deepspeed
+
+    model = build(a, "cuda")
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    recomputed = checkpoint_layers(model, a)
+    model.train()
+    offload: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+    zero: dict[str, Any] = {"overlap_comm": True, "contiguous_gradients": True, "offload_optimizer": offload}
+    if a.row == "ds2":
+        zero["stage"] = 2
+    else:
+        zero.update(stage=3, sub_group_size=200_000_000)
+        offload["ratio"] = 0.6
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "train_micro_batch_size_per_gpu": a.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "bf16": {"enabled": True},
+            "zero_optimization": zero,
+            "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": list(BETAS), "weight_decay": DECAY}},
+            "gradient_clipping": a.max_norm,
+            "steps_per_print": 10**9,
+        },
+    )
+
+    def step() -> float:
+        for _ in range(accumulation):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+        return float(loss)
+
+    return model, step, recomputed
+
+
+def row_fsdp2(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("cuda:nccl,cpu:gloo")
+    model = build(a, "cuda")
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    recomputed = checkpoint_layers(model, a)
+    model.to("cpu").float().train()
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=True),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+
+    def step() -> float:
+        for _ in range(accumulation):
+            loss = model(**batch).loss / accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), a.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss) * accumulation
+
+    return model, step, recomputed
+
+
+ROWS: dict[str, Callable[[argparse.Namespace, dict[str, Any], int, dict[str, Any]], Row]] = {
+    "floor": row_floor,
+    "gpu": row_gpu,
+    "ours": row_ours,
+    "ours-all": row_ours,
+    "ours-host": row_ours,
+    "ds2": row_deepspeed,
+    "ds3tf": row_deepspeed,
+    "fsdp2": row_fsdp2,
+}
+
+
+def main() -> int:
+    a = parser().parse_args()
+    if a.row:
+        run_row(a)
+        return 0
+    results = []
+    for row in a.rows.split(","):
+        if row not in ROWS:
+            print(f"unknown row {row!r}; known are {', '.join(ROWS)}", file=sys.stderr)
+            return 2
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=a.row_timeout)
+            lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+            error = f"exit {done.returncode}: " + (done.stderr.strip() or done.stdout.strip())[-1500:]
+        except subprocess.TimeoutExpired as late:
+            lines, error = [], f"no result after {late.timeout:.0f} s"
+        if lines:
+            results.append(json.loads(lines[-1][len("RESULT ") :]))
+            if a.json:
+                with open(a.json, "a") as file:
+                    file.write(lines[-1][len("RESULT ") :] + "\n")
+        else:
+            print(f"{row}: {error}", flush=True)
+    reference = next((r for r in results if r["row"] == "floor"), None)
+    print(f"{'row':10} {'step s':>8} {'tok/s':>8} {'MFU%':>6} {'HFU%':>6} {'x floor':>8} {'dev GB':>7} {'host GB':>8} {'setup s':>8}")
+    for r in results:
+        ratio = f"{r['step_s'] / reference['step_s']:8.3f}" if reference else " " * 8
+        print(
+            f"{r['row']:10} {r['step_s']:8.3f} {r['tokens_per_s']:8d} {r['mfu']:6.1f} {r['hfu']:6.1f} {ratio} {r['device_gb']:7.1f} "
+            f"{r['host_gb']:8.1f} {r['setup_s']:8.1f}",
+            flush=True,
+        )
+    for r in results:
+        keys = ("wait_ms_per_step", "host_slab_gb", "clipped", "times", "losses", "loss")
+        print(r["row"], {k: r[k] for k in keys if k in r})
+    return 0 if results else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

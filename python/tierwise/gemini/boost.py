@@ -1,0 +1,126 @@
+"""Boosting: groups the model, converts the optimizer, and prepares the runtime as early as the shapes are known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tierwise.gemini import root
+from tierwise.gemini.chunking import Unit, group
+from tierwise.gemini.hyper import Hyper, check_optimizer
+from tierwise.gemini.materialize import Materializer
+from tierwise.gemini.model import install_state_dict_hooks
+from tierwise.gemini.optimizer import convert
+from tierwise.gemini.runtime import Runtime, find_runtime
+from tierwise.gemini.tracing import map_tensors
+from tierwise.kernels.fused_loss import FusedLoss
+
+if TYPE_CHECKING:
+    from tierwise.booster.plugin.gemini import GeminiPlugin
+
+
+def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, dataloader: Iterable[Any] | None) -> Runtime:
+    """Converts `model` and `optimizer` in place.
+
+    Raises ValueError for a model or optimizer that cannot be boosted, BudgetError if no plan fits the budgets.
+    """
+    if find_runtime(model) is not None:
+        raise ValueError("this model is boosted already")
+    grouping = group(model)
+    hyper = None
+    trainable: dict[nn.Parameter, tuple[int, int]] = {}
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        held = [param for group_ in optimizer.param_groups for param in group_["params"]]
+        strangers = [param for param in held if param not in grouping.place]
+        if strangers:
+            raise ValueError(
+                f"the optimizer holds {len(strangers)} parameters that the model does not have (the first has shape "
+                f"{tuple(strangers[0].shape)}); build the optimizer from this model's parameters()"
+            )
+        holds = set(held)
+        trainable = {param: place for param, place in grouping.place.items() if param in holds and param.requires_grad}
+        hyper = Hyper(optimizer, isinstance(optimizer, torch.optim.AdamW))
+    fused = FusedLoss.install(model) if plugin.fused_loss else None
+    if fused is not None:
+        chunk, _ = grouping.place[fused.weight]
+        grouping.units.append(Unit("loss", fused.module, [chunk], False, [fused.weight]))
+    runtime = Runtime(plugin, model, grouping, trainable, hyper, Materializer(model, grouping), fused)
+    root.install(runtime)
+    install_state_dict_hooks(runtime)
+    model.__dict__["_tierwise_runtime"] = runtime
+    try:
+        inputs = example_inputs(plugin, model, dataloader)
+        if inputs is not None:
+            runtime.prepare(*inputs)
+    except BaseException:
+        del model.__dict__["_tierwise_runtime"]
+        raise
+    if optimizer is not None:
+        convert(optimizer, runtime)
+    return runtime
+
+
+def example_inputs(
+    plugin: GeminiPlugin, model: nn.Module, dataloader: Iterable[Any] | None
+) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    """Inputs whose shapes the first plan is made for, or None if nothing says them before the first forward.
+
+    A map-style dataset of the dataloader is asked for one batch (its sampler and random state stay untouched); else
+    `micro_batch_size` and `seq_len` describe a language model's `input_ids` and `labels`.
+    """
+    batch = _first_batch(dataloader)
+    if isinstance(batch, Mapping):
+        known = _forward_parameters(model)
+        kwargs = {key: value for key, value in batch.items() if known is None or key in known}
+        kwargs = {key: _shaped(value, plugin, batch) for key, value in kwargs.items()}
+        return (), kwargs
+    if plugin.micro_batch_size is None or plugin.seq_len is None:
+        return None
+    known = _forward_parameters(model)
+    shape = (plugin.micro_batch_size, plugin.seq_len)
+    ids = torch.zeros(shape, dtype=torch.long)
+    if known is not None and "input_ids" in known:
+        return (), {"input_ids": ids, "labels": ids} if "labels" in known else {"input_ids": ids}
+    return (ids,), {}
+
+
+def _forward_parameters(model: nn.Module) -> set[str] | None:
+    """Names that `forward` takes; None if it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "input_ids" not in parameters:
+        return None
+    return set(parameters)
+
+
+def _first_batch(dataloader: Iterable[Any] | None) -> Any:
+    dataset = getattr(dataloader, "dataset", None)
+    collate = getattr(dataloader, "collate_fn", None)
+    size = getattr(dataloader, "batch_size", None)
+    if dataset is None or collate is None or not size or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return None
+    count = min(size, len(dataset))
+    with torch.random.fork_rng(devices=[]):
+        return collate([dataset[index] for index in range(count)]) if count else None
+
+
+def _shaped(value: Any, plugin: GeminiPlugin, batch: Mapping[str, Any]) -> Any:
+    """Cuts or repeats the batch dimension to the micro-batch, and the sequence to `seq_len`, where the plugin names them."""
+    rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim() > 0), None)
+    ids = batch.get("input_ids")
+    length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+
+    def shape(tensor: torch.Tensor) -> torch.Tensor:
+        size = list(tensor.shape)
+        if plugin.micro_batch_size is not None and size and size[0] == rows:
+            size[0] = plugin.micro_batch_size
+        if plugin.seq_len is not None and len(size) > 1 and size[1] == length:
+            size[1] = plugin.seq_len
+        return tensor.new_empty(size)
+
+    return map_tensors(value, shape)

@@ -1,0 +1,200 @@
+"""Module hooks: forward, backward and recomputation of units become enter and leave of the engine.
+
+A unit's backward is entered by a gradient hook on its outputs. It is left when every parameter accumulation is in (where its inputs need no
+gradient), else when the next unit's backward is entered, else at the end of backward. That is safe because autograd runs ready nodes of
+later forwards first; and a node that does come late reads its weights through the saved-tensor hooks, wherever they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tierwise._core import TierwiseError
+from tierwise.gemini.chunking import Unit
+from tierwise.gemini.gradients import BARE_BACKWARD
+from tierwise.gemini.tracing import tensors_in
+
+if TYPE_CHECKING:
+    from tierwise.gemini.runtime import Runtime
+
+
+def in_graph_task() -> bool:
+    """Whether this thread is inside a backward pass: a forward that runs now is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclasses.dataclass
+class _Backward:
+    """A unit whose backward is open."""
+
+    missing: set[nn.Parameter]
+    leaf: bool
+    """Its inputs need no gradient: complete once `missing` is empty."""
+    from_outputs: bool
+    held: bool = False
+    recomputed_bytes: int = 0
+
+
+class UnitHooks:
+    """Enter and leave of every unit of one runtime."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._units = runtime.grouping.units
+        self._ancestors = runtime.grouping.ancestors()
+        self._params = [{p for p in unit.params if p in runtime.trainable} for unit in self._units]
+        self._readers: dict[nn.Parameter, list[int]] = {}
+        for index, params in enumerate(self._params):
+            for param in params:
+                self._readers.setdefault(param, []).append(index)
+        self._stack: list[int] = []
+        self._packing_owner: int | None = None
+        self._open: dict[int, _Backward] = {}
+        for index, unit in enumerate(self._units):
+            self._install(index, unit)
+        for param in runtime.trainable:
+            param.register_post_accumulate_grad_hook(torch.compiler.disable(self._accumulated))
+
+    def _install(self, index: int, unit: Unit) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before(index, args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._after(index, args, kwargs, output)
+
+        unit.module.register_forward_pre_hook(torch.compiler.disable(before), with_kwargs=True)
+        unit.module.register_forward_hook(torch.compiler.disable(after), with_kwargs=True, always_call=True)
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """A forward starts at the root: forgets what an interrupted one left open."""
+        while self._stack:
+            self._leave_forward(self._stack.pop())
+        self._packing_owner = None
+
+    def _before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime = self._runtime
+        if runtime.tracing:
+            return
+        if in_graph_task():
+            self.recompute(index)
+            return
+        if not runtime.ready:
+            raise TierwiseError(
+                f"{self._units[index].name!r} ran before the boosted model did, and its plan is made at the first forward; call the model "
+                "first, or give GeminiPlugin micro_batch_size and seq_len"
+            )
+        runtime.gradients.collect()
+        if not self._stack and not runtime.saved.active and runtime.saved.needed:
+            # A submodule called on its own saves slab views too.
+            runtime.saved.enter()
+            self._packing_owner = index
+        runtime.map_chunks(runtime.engine.enter(runtime.unit_ids[index], False, runtime.target.stream()))
+        self._stack.append(index)
+
+    def _after(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        runtime = self._runtime
+        if runtime.tracing or in_graph_task():
+            return
+        if self._packing_owner == index and (not self._stack or self._stack[0] == index):
+            runtime.saved.exit()
+            self._packing_owner = None
+        if not self._stack or self._stack[-1] != index:
+            return  # Its enter failed: there is nothing to leave.
+        self._stack.pop()
+        try:
+            if output is not None and torch.is_grad_enabled():
+                self._watch(index, args, kwargs, output)
+        finally:
+            self._leave_forward(index)
+
+    def _leave_forward(self, index: int) -> None:
+        runtime = self._runtime
+        runtime.unmap_chunks(runtime.engine.leave(runtime.unit_ids[index], False, runtime.target.stream()))
+
+    def _watch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        outputs = [t for t in tensors_in(output) if t.requires_grad and not t.is_leaf]
+        if not outputs:
+            return
+        leaf = not any(t.requires_grad for t in tensors_in((args, kwargs)))
+        hook = torch.compiler.disable(self._once_per_backward(index, leaf))
+        for tensor in outputs:
+            tensor.register_hook(hook)
+
+    def _once_per_backward(self, index: int, leaf: bool) -> Callable[[Tensor], None]:
+        fired = -1
+
+        def enter(grad: Tensor) -> None:
+            nonlocal fired
+            task = torch._C._current_graph_task_id()
+            if task != fired:
+                fired = task
+                self.enter_backward(index, leaf)
+
+        return enter
+
+    # ---- backward -----------------------------------------------------------------------------------------------
+
+    def enter_backward(self, index: int, leaf: bool) -> None:
+        """The first gradient of a unit's outputs is there."""
+        if not self._runtime.gradients.in_backward:
+            raise TierwiseError(BARE_BACKWARD)
+        for other, state in list(self._open.items()):
+            related = other in self._ancestors[index] or index in self._ancestors[other]
+            if not related and (other != index or state.from_outputs):
+                self._leave_backward(other)
+        state = self._open.get(index)
+        if state is None:
+            self._enter(index, leaf, from_outputs=True)
+        else:
+            state.from_outputs = True
+            state.leaf = leaf
+
+    def recompute(self, index: int) -> None:
+        """A unit's forward runs inside a backward: its chunks stay until its backward leaves, because what is saved now is not packed."""
+        runtime = self._runtime
+        if not runtime.gradients.in_backward:
+            raise TierwiseError(BARE_BACKWARD)
+        state = self._open.get(index)
+        if state is None:
+            state = self._enter(index, leaf=False, from_outputs=False)
+        if not state.held:
+            state.held = True
+            runtime.engine.hold(runtime.unit_ids[index])
+            if runtime.counter is not None:
+                state.recomputed_bytes = runtime.saved_bytes(index)
+                runtime.counter.add(state.recomputed_bytes)
+
+    def _enter(self, index: int, leaf: bool, from_outputs: bool) -> _Backward:
+        runtime = self._runtime
+        runtime.map_chunks(runtime.engine.enter(runtime.unit_ids[index], True, runtime.target.stream()))
+        missing = {param for param in self._params[index] if param.requires_grad}
+        state = self._open[index] = _Backward(missing, leaf, from_outputs)
+        return state
+
+    def _leave_backward(self, index: int) -> None:
+        runtime = self._runtime
+        state = self._open.pop(index)
+        if state.recomputed_bytes and runtime.counter is not None:
+            runtime.counter.add(-state.recomputed_bytes)
+        runtime.unmap_chunks(runtime.engine.leave(runtime.unit_ids[index], True, runtime.target.stream()))
+
+    def _accumulated(self, param: nn.Parameter) -> None:
+        self._runtime.gradients.arrived(param)
+        for index in self._readers.get(param, ()):
+            state = self._open.get(index)
+            if state is not None:
+                state.missing.discard(param)
+                if not state.missing and state.leaf:
+                    self._leave_backward(index)
+
+    def end_backward(self) -> None:
+        """Leaves what is still open."""
+        for index in list(self._open):
+            self._leave_backward(index)

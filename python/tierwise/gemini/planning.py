@@ -1,0 +1,160 @@
+"""Asks the core for a plan, and turns a budget that cannot work into an error that says what would."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from tierwise import _core
+from tierwise._core import BudgetError, Layout
+from tierwise.config import Speeds, format_bytes
+from tierwise.gemini.chunking import Grouping
+from tierwise.gemini.tracing import ModelTrace
+
+if TYPE_CHECKING:
+    from tierwise.booster.plugin.gemini import GeminiPlugin
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan with what it was made from; `plan` is the core's `Plan` as a dict."""
+
+    trace_json: str
+    plan_json: str
+    plan: dict[str, Any]
+    device_budget: int
+    host_budget: int
+
+
+def request(plugin: GeminiPlugin, speeds: Speeds, device_budget: int, host_budget: int, recompute: object) -> dict[str, Any]:
+    """The core's `PlanRequest` as a dict."""
+    placement: object = "auto"
+    if plugin.placement_policy == "static":
+        fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+        placement = {"static": {name: getattr(plugin, name) for name in fractions}}
+    return {
+        "device_budget": device_budget,
+        "host_budget": host_budget,
+        "reserve_bytes": plugin.reserve_bytes(device_budget),
+        "placement": placement,
+        "recompute": recompute,
+        "accumulation": plugin.gradient_accumulation_steps,
+        "clip_mode": plugin.clip_mode,
+        "speeds": dataclasses.asdict(speeds),
+    }
+
+
+def make_plan(
+    plugin: GeminiPlugin, layout: Layout, grouping: Grouping, trace: ModelTrace, wanted: dict[str, Any], scale: float = 1.0
+) -> Planned:
+    """Plans a step. Raises BudgetError with the shortfall, the operation, and settings that fit (each found by planning with it)."""
+    trace_json = trace.to_json(grouping, scale)
+    try:
+        plan_json = _core.plan(layout, trace_json, json.dumps(wanted))
+    except BudgetError as error:
+        raise _explained(error, plugin, layout, grouping, trace, wanted, scale) from None
+    return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"])
+
+
+def _fits(layout: Layout, trace_json: str, wanted: dict[str, Any]) -> bool:
+    try:
+        _core.plan(layout, trace_json, json.dumps(wanted))
+    except (BudgetError, ValueError):
+        return False
+    return True
+
+
+def _smallest(layout: Layout, trace_json: str, wanted: dict[str, Any], key: str, low: int) -> int | None:
+    """The smallest value of a budget, in whole MiB, with which a plan exists."""
+    high = max(low, _MIB)
+    for _ in range(24):
+        if _fits(layout, trace_json, {**wanted, key: high}):
+            break
+        high *= 2
+    else:
+        return None
+    low = low // _MIB
+    high = -(-high // _MIB)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits(layout, trace_json, {**wanted, key: middle * _MIB}):
+            high = middle
+        else:
+            low = middle
+    return high if _fits(layout, trace_json, {**wanted, key: high * _MIB}) else None
+
+
+def _alternatives(
+    error: BudgetError,
+    plugin: GeminiPlugin,
+    layout: Layout,
+    grouping: Grouping,
+    trace: ModelTrace,
+    wanted: dict[str, Any],
+    scale: float,
+) -> list[str]:
+    trace_json = trace.to_json(grouping, scale)
+    found: list[str] = []
+    if wanted["recompute"] == "none" and _fits(layout, trace_json, {**wanted, "recompute": "full"}):
+        found.append("recompute='full'")
+    size = plugin.micro_batch_size
+    recompute = "full" if wanted["recompute"] == "none" else wanted["recompute"]
+    while size is not None and size > 1 and len(found) < 2:
+        size //= 2
+        smaller = trace.to_json(grouping, scale * size / (plugin.micro_batch_size or 1))
+        if _fits(layout, smaller, wanted):
+            found.append(f"micro_batch_size={size}")
+            break
+        if recompute != wanted["recompute"] and _fits(layout, smaller, {**wanted, "recompute": recompute}):
+            found.append(f"micro_batch_size={size} with recompute={recompute!r}")
+            break
+    if wanted["accumulation"] > 1 and len(found) < 2 and _fits(layout, trace_json, {**wanted, "accumulation": 1}):
+        found.append("gradient_accumulation_steps=1")
+    if wanted["placement"] != "auto" and len(found) < 2 and _fits(layout, trace_json, {**wanted, "placement": "auto"}):
+        found.append("placement_policy='auto'")
+    tier = "device_budget" if error.tier == "device" else "host_budget"
+    for key in (tier, "device_budget", "host_budget"):
+        if len(found) >= 2 or any(key in item for item in found):
+            continue
+        base = {**wanted, "recompute": recompute}
+        for candidate, suffix in ((wanted, ""), (base, f" with recompute={recompute!r}")):
+            value = _smallest(layout, trace_json, candidate, key, candidate[key])
+            if value is not None:
+                found.append(f"{key}='{value}MiB'{suffix}")
+                break
+    if len(found) < 2:
+        # Both tiers are short: each with room to spare in the other.
+        plenty = {"device_budget": "host_budget", "host_budget": "device_budget"}
+        for key, other in plenty.items():
+            value = _smallest(layout, trace_json, {**wanted, other: 2**46}, key, 0)
+            second = None if value is None else _smallest(layout, trace_json, {**wanted, key: value * _MIB}, other, 0)
+            if value is not None and second is not None:
+                found.append(f"{key}='{value}MiB' with {other}='{second}MiB'")
+    return found[:2]
+
+
+def _explained(
+    error: BudgetError,
+    plugin: GeminiPlugin,
+    layout: Layout,
+    grouping: Grouping,
+    trace: ModelTrace,
+    wanted: dict[str, Any],
+    scale: float,
+) -> BudgetError:
+    where = f" at {error.op}" if error.op else ""
+    parts = ", ".join(
+        f"{name} {format_bytes(value)}" for name, value in sorted(error.breakdown.items(), key=lambda item: -item[1]) if value
+    )
+    found = _alternatives(error, plugin, layout, grouping, trace, wanted, scale)
+    remedy = f"; these fit: {' or '.join(found)}" if found else "; no single setting makes it fit, raise both budgets"
+    explained = BudgetError(
+        f"needs {format_bytes(error.shortfall_bytes)} more {error.tier} memory{where}: "
+        f"{format_bytes(error.needed_bytes)} needed ({parts}), {format_bytes(error.budget_bytes)} allowed{remedy}"
+    )
+    for name in ("tier", "op", "needed_bytes", "budget_bytes", "shortfall_bytes", "breakdown"):
+        setattr(explained, name, getattr(error, name))
+    return explained

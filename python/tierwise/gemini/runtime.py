@@ -1,0 +1,358 @@
+"""The runtime of one boosted model: owns the engine, swaps `Parameter.data`, and runs backward and the optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tierwise._core import BudgetError, Engine, Layout, TierwiseError
+from tierwise.gemini import correction, tracing
+from tierwise.gemini.chunking import Grouping
+from tierwise.gemini.gradients import Gradients
+from tierwise.gemini.hooks import UnitHooks
+from tierwise.gemini.hyper import Hyper
+from tierwise.gemini.materialize import Materializer
+from tierwise.gemini.memory import ChunkMemory
+from tierwise.gemini.planning import Planned, make_plan, request
+from tierwise.gemini.recompute import checkpoints_itself, wrap
+from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
+from tierwise.gemini.scaler import LossScaler
+from tierwise.gemini.target import DTYPES, Target
+
+if TYPE_CHECKING:
+    from tierwise.booster.plugin.gemini import GeminiPlugin
+    from tierwise.kernels.fused_loss import FusedLoss
+
+
+class Runtime:
+    """Drives one model. Built by `boost`; `ready` once the plan is made and memory is filled."""
+
+    engine: Engine
+    memory: ChunkMemory
+    gradients: Gradients
+    saved: SavedTensors
+    planned: Planned
+    trace: tracing.ModelTrace
+
+    def __init__(
+        self,
+        plugin: GeminiPlugin,
+        model: nn.Module,
+        grouping: Grouping,
+        trainable: dict[nn.Parameter, tuple[int, int]],
+        hyper: Hyper | None,
+        materializer: Materializer,
+        fused: FusedLoss | None,
+    ) -> None:
+        self.plugin = plugin
+        self.model = model
+        self.grouping = grouping
+        self.trainable = trainable
+        self.hyper = hyper
+        self.materializer = materializer
+        self.fused = fused
+        self.target = Target.choose(plugin)
+        self.dtype = DTYPES[plugin.precision]
+        self.ready = False
+        self.tracing = False
+        self.counter: ActivationCounter | None = None
+        self.unit_ids: list[int] = []
+        self.recompute: list[bool] = [False] * len(grouping.units)
+        self.micro_done = 0
+        self.steps = 0
+        self.micro_tokens = 0
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
+        self._absent: dict[int, list[Tensor]] = {}
+        self.layout = Layout(
+            plugin.precision,
+            [
+                (chunk.name, [(name, p.numel(), p in trainable) for name, p in zip(chunk.names, chunk.params, strict=True)])
+                for chunk in grouping.chunks
+            ],
+        )
+        self.scaler: LossScaler | None = None
+        if plugin.precision == "fp16":
+            self.scaler = LossScaler(
+                plugin.initial_scale,
+                plugin.min_scale,
+                plugin.max_scale,
+                plugin.growth_factor,
+                plugin.backoff_factor,
+                plugin.growth_interval,
+            )
+        self.hooks = UnitHooks(self)
+        for index, unit in enumerate(grouping.units):
+            if unit.recomputable:
+                wrap(self, index, unit.module)
+
+    # ---- preparation --------------------------------------------------------------------------------------------
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Traces the model for these inputs, plans, takes memory and fills it. Inputs give shapes and dtypes only."""
+        self.tracing = True
+        try:
+            self.trace = self._trace(args, kwargs)
+        finally:
+            self.tracing = False
+        self.planned = make_plan(self.plugin, self.layout, self.grouping, self.trace, self._request())
+        self._build()
+
+    def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
+        device = self.target.torch_device
+        with contextlib.ExitStack() as stack:
+            if self.fused is not None:
+                stack.enter_context(self.fused.active(args, kwargs, training=True))
+            try:
+                return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
+            except tracing.FusedLossMismatchError:
+                assert self.fused is not None
+                self.fused.refuse()
+        return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
+
+    def _request(self) -> dict[str, Any]:
+        recompute: object = self.plugin.recompute
+        own = [checkpoints_itself(unit.module) for unit in self.grouping.units]
+        if any(own):
+            # The model recomputes these itself: the plan has to count with it.
+            by_trace = [own[unit] or recompute == "full" for unit in self.trace.order]
+            recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, self.trace.order, strict=True)]}
+        device_budget = self.target.device_budget(self.plugin)
+        return request(self.plugin, self.target.speeds(self.plugin), device_budget, self.target.host_budget(self.plugin), recompute)
+
+    def _build(self) -> None:
+        plan = self.planned.plan
+        self.unit_ids = [0] * len(self.grouping.units)
+        for position, unit in enumerate(self.trace.order):
+            self.unit_ids[unit] = position
+            self.recompute[unit] = plan["recompute"][position]
+        self.engine = Engine(
+            self.layout,
+            self.planned.trace_json,
+            self.planned.plan_json,
+            self.target.core,
+            device_budget=self.planned.device_budget,
+            host_budget=self.planned.host_budget,
+            max_norm=self.plugin.max_norm,
+            threads=self.plugin.num_threads,
+        )
+        self.memory = ChunkMemory(self.engine, self.layout, self.grouping, plan, self.target)
+        if self.target.emulated:
+            self.counter = ActivationCounter(self.account)
+            self.counter.excluded = {tensor.untyped_storage().data_ptr() for tensor in self.memory.resident.values()}
+        self.saved = SavedTensors(self.engine, self.target, self.memory.slab, self.counter)
+        streamed = [chunk for chunk in range(self.layout.num_chunks) if chunk not in self.memory.resident]
+        self.saved.set_sizes({chunk: self.layout.param_bytes(chunk) for chunk in streamed})
+        self.gradients = Gradients(self.engine, self.grouping, self.trainable, self._shared_chunks(), self.target, self.account)
+        self._fill()
+        self.engine.start()
+        self.memory.started = True
+        self.ready = True
+        self._send_hyper()
+
+    def _shared_chunks(self) -> set[int]:
+        """Chunks that several units read: their gradients may arrive in parts until the end of backward."""
+        readers: dict[int, int] = {}
+        for unit in self.grouping.units:
+            if self.fused is not None and self.fused.enabled and unit.module is self.fused.head:
+                continue  # Under the fused loss the head passes its input on, and the loss reads the weight.
+            for chunk in unit.chunks:
+                readers[chunk] = readers.get(chunk, 0) + 1
+        return {chunk for chunk, count in readers.items() if count > 1}
+
+    def _fill(self) -> None:
+        steps = [0] * sum(len(chunk.params) for chunk in self.grouping.chunks)
+        for index, chunk in enumerate(self.grouping.chunks):
+            indices = self.layout.param_indices(index)
+            for position, value in enumerate(self.materializer.values(chunk)):
+                param = chunk.params[position]
+                self.memory.write_param(index, position, value, param in self.trainable)
+                if self.hyper is not None and param in self.trainable:
+                    steps[indices[position]] = self.hyper.carry_over(param, self.memory, index, position)
+            if index in self.memory.resident:
+                views = self.memory.views(self.memory.resident[index], index)
+            else:
+                views = self._absent[index] = [self._nan(param) for param in chunk.params]
+            for param, view in zip(chunk.params, views, strict=True):
+                self.materializer.set_data(param, view)
+                param.grad = None
+        self.materializer.finish(self.target.torch_device)
+        self.target.synchronize()
+        self.engine.set_param_steps(steps)
+
+    def _nan(self, param: nn.Parameter) -> Tensor:
+        """A streamed-out parameter: one NaN expanded to the full shape, so a stray read is loud."""
+        return torch.full((), float("nan"), dtype=self.dtype, device=self.target.torch_device).expand(param.shape)
+
+    # ---- what hooks call ----------------------------------------------------------------------------------------
+
+    def map_chunks(self, chunks: Iterable[tuple[int, int]] | None) -> None:
+        """Points parameters of streamed chunks at their slots."""
+        for chunk, slot in chunks or ():
+            if self.saved.mapped.get(chunk) == slot:
+                continue
+            views = self._views.get((chunk, slot))
+            if views is None:
+                views = self._views[chunk, slot] = self.memory.slot_views(chunk, slot)
+            for param, view in zip(self.grouping.chunks[chunk].params, views, strict=True):
+                param.data = view
+            self.saved.mapped[chunk] = slot
+
+    def unmap_chunks(self, chunks: Iterable[int] | None) -> None:
+        """Points parameters of streamed chunks at NaN."""
+        for chunk in chunks or ():
+            if self.saved.mapped.pop(chunk, None) is not None:
+                for param, absent in zip(self.grouping.chunks[chunk].params, self._absent[chunk], strict=True):
+                    param.data = absent
+
+    def saved_bytes(self, unit: int) -> int:
+        """Bytes that a recomputed unit saves again, by the trace."""
+        return self.trace.units[self.unit_ids[unit]].saved_bytes
+
+    def account(self, kind: str, delta_bytes: int) -> None:
+        """Counts device bytes outside the engine; on CUDA torch's allocator holds the limit itself."""
+        if not self.target.emulated or not delta_bytes:
+            return
+        try:
+            self.engine.account(kind, delta_bytes)
+        except BudgetError:
+            # Gradients that the engine has not read yet may be all that is in the way.
+            self.engine.flush()
+            self.gradients.collect()
+            self.engine.account(kind, delta_bytes)
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """One micro-batch's backward; see `Booster.backward`."""
+        if self.hyper is None:
+            raise ValueError("this model was boosted without an optimizer; pass one to booster.boost")
+        if not self.ready:
+            raise TierwiseError("backward before the first forward of the boosted model")
+        accumulation = self.plugin.gradient_accumulation_steps
+        if self.micro_done >= accumulation:
+            raise TierwiseError(
+                f"booster.backward ran {self.micro_done + 1} times without optimizer.step(), but gradient_accumulation_steps={accumulation}; "
+                f"call optimizer.step() after every {accumulation}, or set gradient_accumulation_steps={self.micro_done + 1}"
+            )
+        scale = 1.0
+        if self.scaler is not None:
+            self._update_scaler()
+            scale = self.scaler.scale
+            loss = loss.float()
+        if scale != 1.0 or accumulation != 1:
+            loss = loss * (scale / accumulation)
+        self._send_hyper()
+        self.gradients.begin()
+        try:
+            self.engine.backward_begin(self.target.stream(), 1.0 / scale)
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self.hooks.end_backward()
+            self.gradients.finish()
+            self.unmap_chunks(list(self.saved.mapped))
+            self.engine.backward_end(self.target.stream())
+        except BaseException:
+            self._abort_backward()
+            raise
+        self.micro_done += 1
+        self.gradients.collect()
+
+    def _abort_backward(self) -> None:
+        # The first error is what the user has to see.
+        for undo in (
+            self.hooks.end_backward,
+            self.gradients.abort,
+            lambda: self.unmap_chunks(list(self.saved.mapped)),
+            lambda: self.engine.backward_end(self.target.stream()),
+            self.engine.drop_grads,
+            self.gradients.collect,
+        ):
+            with contextlib.suppress(TierwiseError):
+                undo()
+        self.micro_done = 0
+
+    def _update_scaler(self) -> None:
+        decision = self.engine.decision(wait=True)
+        if decision is not None and self.scaler is not None:
+            self.scaler.update(decision[0], decision[3])
+
+    def _send_hyper(self) -> None:
+        if self.hyper is not None:
+            self.hyper.send(self.engine, self.layout, self.grouping)
+
+    @property
+    def window_open(self) -> bool:
+        """Whether some, but not all, micro-batches of a step are in."""
+        return 0 < self.micro_done < self.plugin.gradient_accumulation_steps
+
+    def step(self) -> None:
+        """`optimizer.step()`: commits at an accumulation boundary, does nothing before it."""
+        if not self.ready or self.micro_done < self.plugin.gradient_accumulation_steps:
+            return
+        assert self.hyper is not None
+        self.hyper.check(self.trainable)
+        self._send_hyper()
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        self.engine.commit(self.target.stream(), 1.0 / scale)
+        self.micro_done = 0
+        self.steps += 1
+        self.gradients.collect()
+        if self.steps == 1:
+            correction.correct(self)
+
+    def zero_grad(self) -> None:
+        """Forgets a complete batch of gradients that was not stepped; between boundaries there is nothing to do."""
+        if self.ready and self.micro_done >= self.plugin.gradient_accumulation_steps:
+            self.engine.drop_grads()
+            self.micro_done = 0
+            self.gradients.collect()
+
+    def flush(self) -> None:
+        """Waits until weights and states equal those of a synchronous optimizer."""
+        if self.ready:
+            self.engine.prepare_read()
+            self.gradients.collect()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the engine and what Python counts beside it."""
+        stats: dict[str, Any] = dict(self.engine.stats()) if self.ready else {}
+        stats["optimizer_steps"] = self.steps
+        stats["loss_scale"] = None if self.scaler is None else self.scaler.scale
+        if self.ready:
+            stats["micro_batch_flops"] = 3.0 * self.trace.flops()
+            stats["micro_batch_tokens"] = self.micro_tokens or self.trace.tokens
+            stats["planned_activation_bytes"] = self.planned.plan["device"]["activations"]
+            if self.counter is not None:
+                stats["activation_bytes"] = self.counter.live_bytes
+                stats["activation_peak_bytes"] = self.counter.peak_bytes
+        return stats
+
+    def residency(self) -> Any:
+        """Every chunk's residency, for messages and tests."""
+        return json.loads(self.engine.residency())
+
+    def __deepcopy__(self, memo: object) -> Runtime:
+        raise TierwiseError("a boosted model cannot be copied; copy it before booster.boost, or save and load it")
+
+    def __reduce__(self) -> str:
+        raise TierwiseError("a boosted model cannot be pickled; use booster.save_model")
+
+
+def find_runtime(value: object) -> Runtime | None:
+    """The runtime of a boosted model, or None."""
+    return getattr(value, "__dict__", {}).get("_tierwise_runtime")
+
+
+def runtime_of(value: object, what: str = "model") -> Runtime:
+    """The runtime of a boosted model. Raises ValueError if it was not boosted."""
+    runtime = find_runtime(value)
+    if runtime is None:
+        raise ValueError(f"this {what} was not boosted; pass it to booster.boost first")
+    return runtime
+
+
+Callback = Callable[[], None]

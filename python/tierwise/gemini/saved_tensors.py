@@ -1,0 +1,165 @@
+"""What autograd saves: views of the streaming slab become (chunk, generation, offset), everything else is counted.
+
+Slots move and autograd remembers addresses, so a saved view of the slab would read another chunk's bytes in backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from tierwise._core import Engine, TierwiseError
+from tierwise.gemini.target import Target
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlabRef:
+    """A saved view of a streamed chunk, whatever slot it will be in."""
+
+    chunk: int
+    generation: int
+    offset_bytes: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Counted:
+    """A saved tensor whose storage counts as an activation while this lives."""
+
+    __slots__ = ("counter", "key", "tensor")
+
+    def __init__(self, tensor: Tensor, key: int, counter: ActivationCounter) -> None:
+        self.tensor = tensor
+        self.key = key
+        self.counter = counter
+
+    def __del__(self) -> None:
+        self.counter.release(self.key)
+
+
+class Account(Protocol):
+    """Counts device bytes by kind, hard-limited."""
+
+    def __call__(self, kind: str, delta_bytes: int) -> None: ...
+
+
+class ActivationCounter:
+    """Bytes of distinct storages that autograd keeps alive."""
+
+    def __init__(self, account: Account) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.excluded: set[int] = set()
+        self._account = account
+        self._storages: dict[int, list[int]] = {}
+
+    def hold(self, tensor: Tensor, key: int, nbytes: int) -> Any:
+        """Counts a saved tensor."""
+        entry = self._storages.get(key)
+        if entry is None:
+            self.add(nbytes)
+            self._storages[key] = [1, nbytes]
+        else:
+            entry[0] += 1
+        return _Counted(tensor, key, self)
+
+    def release(self, key: int) -> None:
+        """One saved tensor of this storage is gone."""
+        entry = self._storages[key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            del self._storages[key]
+            self.add(-entry[1])
+
+    def add(self, delta_bytes: int) -> None:
+        """Counts bytes that no saved tensor shows (recomputed activations)."""
+        self._account("activations", delta_bytes)
+        self.live_bytes += delta_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+class SavedTensors:
+    """The saved-tensor hooks of one runtime, entered around the outermost boosted forward."""
+
+    def __init__(self, engine: Engine, target: Target, slab: Tensor | None, counter: ActivationCounter | None) -> None:
+        self.mapped: dict[int, int] = {}
+        """Streamed chunk -> first byte of the slot that it is in now."""
+        self.counter = counter
+        self._engine = engine
+        self._target = target
+        self._slab = slab
+        self._slab_pointer = -1 if slab is None else slab.untyped_storage().data_ptr()
+        self._typed: dict[torch.dtype, Tensor] = {}
+        self._sizes: dict[int, int] = {}
+        self._active: contextlib.ExitStack | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are on."""
+        return self._active is not None
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to pack or to count."""
+        return self._slab is not None or self.counter is not None
+
+    def set_sizes(self, sizes: dict[int, int]) -> None:
+        """Bytes of every streamed chunk."""
+        self._sizes = sizes
+
+    def enter(self) -> None:
+        """Turns the hooks on."""
+        assert self._active is None
+        self._active = contextlib.ExitStack()
+        self._active.enter_context(saved_tensors_hooks(self.pack, self.unpack))
+
+    def exit(self) -> None:
+        """Turns the hooks off; harmless if they are."""
+        active, self._active = self._active, None
+        if active is not None:
+            active.close()
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What autograd keeps instead of `tensor`. Never `tensor` itself: that would be a reference cycle."""
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            return tensor.detach()
+        storage = tensor.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer == self._slab_pointer:
+            return self._reference(tensor)
+        if self.counter is not None and pointer and pointer not in self.counter.excluded:
+            return self.counter.hold(tensor.detach(), pointer, storage.nbytes())
+        return tensor.detach()
+
+    def _reference(self, tensor: Tensor) -> SlabRef:
+        start = tensor.storage_offset() * tensor.dtype.itemsize
+        for chunk, slot in self.mapped.items():
+            if slot <= start < slot + self._sizes[chunk]:
+                generation = self._engine.generation(chunk)
+                return SlabRef(chunk, generation, start - slot, tensor.shape, tensor.stride(), tensor.dtype)
+        raise TierwiseError("autograd saves a view of a streamed parameter outside the module that owns it; call that module instead")
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The saved tensor, for a slab view where its chunk is now."""
+        if isinstance(packed, _Counted):
+            return packed.tensor
+        if isinstance(packed, Tensor):
+            return packed
+        assert isinstance(packed, SlabRef) and self._slab is not None
+        generation = self._engine.generation(packed.chunk)
+        if generation != packed.generation:
+            raise TierwiseError(
+                f"backward needs generation {packed.generation} of chunk {packed.chunk}, which an optimizer step has rewritten since "
+                f"(now {generation}); call booster.backward before optimizer.step(), on a loss of the current parameters"
+            )
+        slot = self._engine.touch(packed.chunk, self._target.stream())
+        typed = self._typed.get(packed.dtype)
+        if typed is None:
+            typed = self._typed[packed.dtype] = self._slab.view(packed.dtype)
+        return torch.as_strided(typed, packed.shape, packed.stride, (slot + packed.offset_bytes) // packed.dtype.itemsize)

@@ -1,0 +1,75 @@
+"""The compute device: its torch device, the engine's handle, and the current stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from tierwise._core import Device
+from tierwise.config import Speeds, available_memory_bytes, cpu_threads, default_speeds, parse_bytes
+
+if TYPE_CHECKING:
+    from tierwise.booster.plugin.gemini import GeminiPlugin
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where the model computes."""
+
+    torch_device: torch.device
+    core: Device
+    emulated: bool
+
+    @staticmethod
+    def choose(plugin: GeminiPlugin) -> Target:
+        """The device that the plugin asks for. Raises ValueError if it asks for CUDA where there is none."""
+        usable = torch.cuda.is_available() and Device.cuda_is_available()
+        if plugin.device == "cuda" and not usable:
+            raise ValueError("device='cuda' but no CUDA device can be used; device='emulated' trains in host memory")
+        if plugin.device == "cuda" or (plugin.device == "auto" and usable):
+            ordinal = torch.cuda.current_device()
+            torch.cuda.synchronize(ordinal)  # The primary context has to exist before the engine retains it.
+            return Target(torch.device("cuda", ordinal), Device.cuda(ordinal), emulated=False)
+        core = Device.emulated(
+            h2d_bytes_per_second=plugin.h2d_bytes_per_second,
+            d2h_bytes_per_second=plugin.d2h_bytes_per_second,
+            latency_ns=plugin.link_latency_ns,
+            threads=plugin.num_threads,
+        )
+        return Target(torch.device("cpu"), core, emulated=True)
+
+    def stream(self) -> int:
+        """The raw current stream; 0 on the emulated device."""
+        return 0 if self.emulated else int(torch.cuda.current_stream(self.torch_device).cuda_stream)
+
+    def synchronize(self) -> None:
+        """Waits for everything that torch has enqueued."""
+        if not self.emulated:
+            torch.cuda.synchronize(self.torch_device)
+
+    def device_budget(self, plugin: GeminiPlugin) -> int:
+        """The plugin's device budget, or what the device has left (see `GeminiPlugin.device_budget`)."""
+        if plugin.device_budget is not None:
+            return parse_bytes(plugin.device_budget)
+        if self.emulated:
+            return int(available_memory_bytes() * 0.8)
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return int((free + torch.cuda.memory_reserved(self.torch_device)) * 0.98)
+
+    def host_budget(self, plugin: GeminiPlugin) -> int:
+        """The plugin's host budget, or 80 % of the free RAM."""
+        return parse_bytes(plugin.host_budget) if plugin.host_budget is not None else int(available_memory_bytes() * 0.8)
+
+    def speeds(self, plugin: GeminiPlugin) -> Speeds:
+        """Speeds for the planner: by device name, link speeds as the plugin gives them."""
+        name = "emulated" if self.emulated else torch.cuda.get_device_name(self.torch_device)
+        speeds = default_speeds(name, plugin.num_threads or cpu_threads())
+        return dataclasses.replace(
+            speeds,
+            h2d_bytes=plugin.h2d_bytes_per_second or speeds.h2d_bytes,
+            d2h_bytes=plugin.d2h_bytes_per_second or speeds.d2h_bytes,
+        )

@@ -1,0 +1,114 @@
+"""Fused kernels for the modules of a boosted model, chosen per device: liger-kernel where Triton runs, plain torch otherwise.
+
+Sources: RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), RoPE (Su et al. 2021); kernels by liger-kernel (LinkedIn, BSD-2-Clause).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def liger_is_available() -> bool:
+    """Whether liger-kernel is installed and Triton can run its kernels on a CUDA device."""
+    return torch.cuda.is_available() and all(importlib.util.find_spec(name) is not None for name in ("triton", "liger_kernel"))
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return all(isinstance(getattr(module, part, None), nn.Linear) for part in parts) and isinstance(getattr(module, "act_fn", None), nn.SiLU | _silu_class())
+
+
+def _silu_class() -> type:
+    """transformers' own SiLU module where it has one, else torch's."""
+    activations = sys.modules.get("transformers.activations")
+    found = getattr(activations, "SiLUActivation", nn.SiLU)
+    return found if isinstance(found, type) else nn.SiLU
+
+
+def fuse_normalization(model: nn.Module) -> int:
+    """Gives RMSNorm modules of LLaMA-style models liger's fused kernel; returns how many. Does nothing without liger-kernel and CUDA.
+
+    The kernel computes in fp32 and rounds once, in transformers' order ("llama" casting mode): outputs agree to one unit in the last place.
+    """
+    if not liger_is_available():
+        return 0
+    function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Not in place: the gradient of the output may be read by others.
+        out: torch.Tensor = function.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
+        return out
+
+    return _replace(model, _is_rms_norm, forward)
+
+
+def fuse_activations(model: nn.Module) -> int:
+    """Gives SwiGLU MLPs and rotary embeddings of LLaMA-style models liger's fused kernels; returns how many modules changed."""
+    if not liger_is_available():
+        return 0
+    silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+    changed = _replace(model, _is_swiglu, forward)
+    modeling = sys.modules.get(type(model).__module__)
+    if changed and modeling is not None and hasattr(modeling, "apply_rotary_pos_emb"):
+        # A function of the modeling module, shared by every model of the family in this process.
+        modeling.apply_rotary_pos_emb = _rotary(modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
+    return changed
+
+
+def _rotary(plain: Any) -> Any:
+    if getattr(plain, "_tierwise_fused", False):
+        return plain
+    function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
+
+    def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
+        if not q.is_cuda or unsqueeze_dim != 1:
+            return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return function.apply(q, k, cos, sin, None, unsqueeze_dim)
+
+    apply_rotary_pos_emb._tierwise_fused = True  # type: ignore[attr-defined]
+    return apply_rotary_pos_emb
+
+
+def _replace(model: nn.Module, wanted: Any, forward: Any) -> int:
+    changed = 0
+    for module in model.modules():
+        # An instance that already has its own forward was wrapped by somebody else.
+        if wanted(module) and "forward" not in vars(module):
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+            changed += 1
+    return changed
+
+
+@contextlib.contextmanager
+def attention_backends(enabled: bool = True) -> Iterator[None]:
+    """Prefers cuDNN's attention, then flash, for `scaled_dot_product_attention` on CUDA.
+
+    Left alone under `torch.use_deterministic_algorithms`, because cuDNN's backward is not deterministic.
+    """
+    if not enabled or not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        yield

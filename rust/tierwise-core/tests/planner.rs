@@ -1,0 +1,309 @@
+//! The planner: budgets hold, its numbers are those of a slow independent model, and more memory never hurts.
+
+mod common;
+
+use common::{GIB, h100, llama_7b, llama_70b, models};
+use proptest::prelude::*;
+use tierwise_core::layout::Layout;
+use tierwise_core::plan::{ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::trace::{Phase, Trace};
+use tierwise_core::{ChunkId, OpId};
+
+/// Activations alive at an operation, by looking at every unit anew.
+fn activations_at(trace: &Trace, plan: &Plan, at: usize) -> u64 {
+    let count = |unit: u32, phase: Phase, until: usize| trace.ops[..until].iter().filter(|op| op.unit == unit && op.phase == phase).count();
+    let mut bytes = 0;
+    for (index, unit) in trace.units.iter().enumerate() {
+        let forwards = count(index as u32, Phase::Forward, at + 1);
+        // Its own backward still reads what was saved.
+        let backwards = count(index as u32, Phase::Backward, at);
+        let kept = if plan.recompute[index] { unit.input_bytes } else { unit.saved_bytes };
+        bytes += forwards.saturating_sub(backwards) as u64 * kept;
+    }
+    let op = &trace.ops[at];
+    if op.phase == Phase::Backward && plan.recompute[op.unit as usize] {
+        bytes += trace.units[op.unit as usize].saved_bytes;
+    }
+    if !trace.ops[at + 1..].iter().any(|op| op.phase == Phase::Forward) {
+        bytes += trace.outer_saved_bytes;
+    }
+    bytes
+}
+
+/// Gradients alive at an operation, by looking at every chunk anew.
+fn gradients_at(layout: &Layout, trace: &Trace, plan: &Plan, at: usize) -> u64 {
+    let (mut alive, mut sent, mut largest) = (0, 0, 0);
+    for chunk in layout.ids() {
+        let ops: Vec<usize> = trace
+            .ids()
+            .filter(|&op| trace.ops[op.index()].phase == Phase::Backward && trace.chunks(op).contains(&chunk))
+            .map(OpId::index)
+            .collect();
+        let (Some(&first), Some(&last)) = (ops.first(), ops.last()) else { continue };
+        let bytes = layout.grad_bytes(chunk);
+        let class = plan.chunks[chunk.index()].class;
+        let until_end = class == OptimizerClass::Device && plan.accumulation == 1;
+        if first <= at && (at <= last || until_end) {
+            alive += bytes;
+        }
+        if class == OptimizerClass::Host && last < at {
+            sent += bytes;
+            largest = bytes.max(largest);
+        }
+    }
+    alive + sent.min(plan.grad_in_flight_bytes.max(largest))
+}
+
+/// Everything that the plan says about memory, from the definitions.
+fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Plan) {
+    let up = |bytes: u64, to: u64| bytes.div_ceil(to) * to;
+    assert!(plan.device.total() <= request.device_budget, "device {} > {}", plan.device.total(), request.device_budget);
+    assert!(plan.host.total() <= request.host_budget, "host {} > {}", plan.host.total(), request.host_budget);
+    let (mut resident, mut states, mut accumulators) = (0, 0, 0);
+    let mut host = HostBytes::default();
+    let mut largest_grad = 0;
+    for (chunk, place) in layout.ids().zip(&plan.chunks) {
+        let numel = layout.chunks[chunk.index()].state_numel;
+        assert_eq!(place.class == OptimizerClass::Frozen, numel == 0);
+        assert!(place.class != OptimizerClass::Device || place.home == ParamHome::Resident);
+        if place.home == ParamHome::Resident {
+            resident += up(layout.param_bytes(chunk), 256);
+        }
+        if place.class == OptimizerClass::Device {
+            states += layout.state_bytes(chunk);
+            accumulators += if plan.accumulation > 1 { numel * 4 } else { 0 };
+        }
+        if place.class == OptimizerClass::Host || place.home == ParamHome::Streamed {
+            host.params += up(layout.param_bytes(chunk), 4096);
+        }
+        if place.class == OptimizerClass::Host {
+            host.states += up(numel * layout.precision.master_bytes(), 4096) + 2 * up(numel * 4, 4096);
+            host.gradients += up(if plan.accumulation > 1 { numel * 4 } else { layout.grad_bytes(chunk) }, 4096);
+            largest_grad = largest_grad.max(layout.grad_bytes(chunk));
+        }
+    }
+    host.staging = if plan.accumulation > 1 { 2 * up(largest_grad, 4096) } else { 0 };
+    host.undo = plan.host.undo;
+    assert_eq!(plan.host, host);
+    assert!(plan.undo_bytes <= plan.host.undo);
+    assert_eq!(plan.device.resident_params, resident);
+    assert_eq!(plan.device.states, states);
+    assert_eq!(plan.device.accumulators, accumulators);
+    assert_eq!(plan.device.stream_slab, plan.stream_slab_bytes);
+    assert_eq!(plan.device.reserve, request.reserve_bytes);
+    let at = plan.device_peak_op.index();
+    assert_eq!(plan.device.activations, activations_at(trace, plan, at));
+    assert_eq!(plan.device.gradients, gradients_at(layout, trace, plan, at));
+    let peak = (0..trace.ops.len()).map(|at| activations_at(trace, plan, at) + gradients_at(layout, trace, plan, at)).max();
+    assert_eq!(Some(plan.device.activations + plan.device.gradients), peak);
+    for op in trace.ids() {
+        let streamed = |c: &&ChunkId| plan.chunks[c.index()].home == ParamHome::Streamed;
+        let needed: u64 = trace.chunks(op).iter().filter(streamed).map(|&c| up(layout.param_bytes(c), 256)).sum();
+        assert!(needed <= plan.stream_slab_bytes, "{} does not fit the slab", trace.op_name(op));
+    }
+}
+
+fn requests() -> impl Strategy<Value = PlanRequest> {
+    let recompute = prop_oneof![1 => Just(Recompute::None), 1 => Just(Recompute::Full), 3 => Just(Recompute::Auto)];
+    let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
+    let speed = || (0.0..4.0_f64).prop_map(|e| 10_f64.powf(e));
+    let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64));
+    let speeds = (speed(), speed(), speed(), speed());
+    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, recompute, 1_u32..4, clip, speeds, fractions).prop_map(
+        |(device_budget, host_budget, reserve_bytes, recompute, accumulation, clip_mode, speeds, fractions)| PlanRequest {
+            device_budget,
+            host_budget,
+            reserve_bytes,
+            placement: fractions.map_or(Placement::Auto, |(optim, param)| Placement::Static {
+                shard_param_frac: 1.0,
+                offload_optim_frac: optim,
+                offload_param_frac: param * optim,
+            }),
+            recompute,
+            accumulation,
+            clip_mode,
+            speeds: Speeds {
+                flops: 1e6 * speeds.0,
+                h2d_bytes: 1e4 * speeds.1,
+                d2h_bytes: 1e4 * speeds.2,
+                host_adam_params: 1e4 * speeds.3,
+            },
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn budgets_hold_and_the_numbers_are_right((layout, trace) in models(), request in requests()) {
+        match plan(&layout, &trace, &request) {
+            Ok(plan) => check_memory(&layout, &trace, &request, &plan),
+            Err(PlanError::Device { needed, budget, shortfall, breakdown, .. }) => {
+                prop_assert_eq!(needed, breakdown.total());
+                prop_assert_eq!(needed, budget + shortfall);
+                prop_assert!(needed > request.device_budget);
+            }
+            Err(PlanError::Host { needed, budget, shortfall, breakdown }) => {
+                prop_assert_eq!(needed, breakdown.total());
+                prop_assert_eq!(needed, budget + shortfall);
+                prop_assert!(needed > request.host_budget);
+            }
+            Err(PlanError::Invalid(reason)) => prop_assert!(matches!(request.placement, Placement::Static { .. }), "{}", reason),
+        }
+    }
+
+    #[test]
+    fn the_minimum_is_tight((layout, trace) in models(), request in requests()) {
+        let device_budget = minimum_device_bytes(&layout, &trace, &request);
+        if device_budget == u64::MAX {
+            let generous = PlanRequest { device_budget: 1 << 50, ..request };
+            prop_assert!(plan(&layout, &trace, &generous).is_err());
+        } else {
+            let at = PlanRequest { device_budget, ..request };
+            let tightest = plan(&layout, &trace, &at);
+            prop_assert!(tightest.is_ok(), "{:?}", tightest);
+            check_memory(&layout, &trace, &at, &tightest.unwrap());
+            if device_budget > 0 {
+                let below = PlanRequest { device_budget: device_budget - 1, ..at };
+                prop_assert!(plan(&layout, &trace, &below).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn more_device_memory_never_predicts_a_slower_step((layout, trace) in models(), request in requests()) {
+        let mut slowest = f64::INFINITY;
+        for device_budget in (0..=400_000).step_by(20_000) {
+            match plan(&layout, &trace, &PlanRequest { device_budget, ..request.clone() }) {
+                Ok(plan) => {
+                    prop_assert!(plan.predicted_step_s <= slowest);
+                    slowest = plan.predicted_step_s;
+                }
+                Err(_) => prop_assert!(slowest.is_infinite(), "{} bytes are too few, fewer were not", device_budget),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_planned_survives_json((layout, trace) in models(), request in requests()) {
+        let layout_json = serde_json::to_string(&layout).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Layout>(&layout_json).unwrap(), layout.clone());
+        let trace_json = serde_json::to_string(&trace).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Trace>(&trace_json).unwrap(), trace.clone());
+        let request_json = serde_json::to_string(&request).unwrap();
+        prop_assert_eq!(serde_json::from_str::<PlanRequest>(&request_json).unwrap(), request.clone());
+        if let Ok(plan) = plan(&layout, &trace, &request) {
+            let json = serde_json::to_string(&plan).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), plan);
+        }
+    }
+}
+
+/// Device-class chunks are used before host-class ones, and whatever fits is used.
+#[test]
+fn llama_7b_on_an_h100() {
+    let (layout, trace) = llama_7b(16_384);
+    let request = h100(80 * GIB, 128 * GIB);
+    let plan = plan(&layout, &trace, &request).unwrap();
+    check_memory(&layout, &trace, &request, &plan);
+    let classes: Vec<_> = plan.chunks.iter().map(|c| c.class).collect();
+    let boundary = classes.iter().position(|c| *c == OptimizerClass::Host).unwrap();
+    eprintln!("{} {} {:?} {:?} {:?}", plan.predicted_step_s, plan.bound_by, plan.device, plan.host, plan.recompute);
+    assert!(boundary > 0 && classes[boundary..].iter().all(|c| *c == OptimizerClass::Host), "{classes:?}");
+    assert!(plan.recompute.iter().any(|r| *r));
+}
+
+#[test]
+fn llama_70b_streams_in_24_gib() {
+    let (layout, trace) = llama_70b(4096);
+    let request = h100(24 * GIB, 1100 * GIB);
+    let plan = plan(&layout, &trace, &request).unwrap();
+    check_memory(&layout, &trace, &request, &plan);
+    assert!(plan.stream_slab_bytes > 0);
+    // The slab holds two operations, so the next chunk is always on its way before it is needed.
+    for fetch in &plan.fetches {
+        assert_ne!(fetch.issued_at, fetch.needed_at, "{fetch:?}");
+    }
+    assert!(!plan.fetches.is_empty());
+    eprintln!("{:?} {} {} {:?} {:?}", plan.predicted_step_s, plan.bound_by, plan.fetches.len(), plan.device, plan.host);
+}
+
+#[test]
+fn a_device_that_is_too_small_is_told_where_and_by_how_much() {
+    let (layout, trace) = llama_7b(16_384);
+    let request = h100(GIB, 200 * GIB);
+    let minimum = minimum_device_bytes(&layout, &trace, &request);
+    let error = plan(&layout, &trace, &request).unwrap_err();
+    let PlanError::Device { op, needed, shortfall, .. } = &error else { panic!("{error}") };
+    assert_eq!(*needed, minimum);
+    assert_eq!(*shortfall, minimum - GIB);
+    assert!(op.contains("backward") || op.contains("forward"), "{op}");
+}
+
+#[test]
+fn a_host_that_is_too_small_is_told_by_how_much() {
+    let (layout, trace) = llama_7b(4096);
+    let error = plan(&layout, &trace, &h100(40 * GIB, GIB)).unwrap_err();
+    let PlanError::Host { needed, budget, .. } = error else { panic!("{error}") };
+    assert_eq!(budget, GIB);
+    assert!(plan(&layout, &trace, &h100(40 * GIB, needed)).is_ok());
+    assert!(plan(&layout, &trace, &h100(40 * GIB, needed - 1)).is_err());
+}
+
+#[test]
+fn contradictions_are_refused_with_numbers() {
+    let (layout, trace) = llama_7b(1024);
+    let placed = |shard, optim, param| PlanRequest {
+        placement: Placement::Static { shard_param_frac: shard, offload_optim_frac: optim, offload_param_frac: param },
+        ..h100(200 * GIB, 200 * GIB)
+    };
+    for (request, says) in [
+        (placed(1.0, 0.2, 0.5), "raise offload_optim_frac (now 0.2)"),
+        (placed(0.3, 1.0, 0.5), "shard_param_frac=0.3"),
+        (placed(1.0, 1.5, 0.5), "offload_optim_frac is 1.5"),
+        (PlanRequest { accumulation: 0, ..h100(GIB, GIB) }, "accumulation is 0"),
+        (PlanRequest { recompute: Recompute::Units(vec![true]), ..h100(GIB, GIB) }, "recompute names 1 units, the trace has 35"),
+        (PlanRequest { recompute: Recompute::Units(vec![true; 35]), ..h100(GIB, GIB) }, "unit `embed` cannot be recomputed"),
+    ] {
+        let error = plan(&layout, &trace, &request).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[test]
+fn fractions_place_the_latest_used_chunks() {
+    let (layout, trace) = llama_7b(1024);
+    let request = PlanRequest {
+        placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.5, offload_param_frac: 0.25 },
+        ..h100(200 * GIB, 200 * GIB)
+    };
+    let plan = plan(&layout, &trace, &request).unwrap();
+    let total: u64 = layout.chunks.iter().map(|c| c.numel).sum();
+    let share = |chosen: &dyn Fn(usize) -> bool| {
+        (0..layout.chunks.len()).filter(|&c| chosen(c)).map(|c| layout.chunks[c].numel).sum::<u64>() as f64 / total as f64
+    };
+    let host = share(&|c| plan.chunks[c].class == OptimizerClass::Host);
+    let streamed = share(&|c| plan.chunks[c].home == ParamHome::Streamed);
+    assert!((0.5..0.54).contains(&host), "{host}");
+    assert!((0.25..0.29).contains(&streamed), "{streamed}");
+    assert_eq!(plan.chunks[0].class, OptimizerClass::Device);
+    assert_eq!(plan.chunks.last().unwrap().home, ParamHome::Streamed);
+}
+
+#[test]
+fn undo_records_take_what_the_host_has_left() {
+    let (layout, trace) = llama_7b(16_384);
+    let deferred = plan(&layout, &trace, &h100(60 * GIB, 300 * GIB)).unwrap();
+    assert_eq!((deferred.undo_bytes, deferred.host.undo), (0, 0));
+    let all: u64 =
+        layout.ids().filter(|c| deferred.chunks[c.index()].class == OptimizerClass::Host).map(|c| layout.undo_bytes(c)).sum();
+    for spare in [0, GIB + 5, 200 * GIB] {
+        let host_budget = deferred.host.total() + spare;
+        let request = PlanRequest { clip_mode: ClipMode::Auto, ..h100(60 * GIB, host_budget) };
+        let plan = plan(&layout, &trace, &request).unwrap();
+        assert_eq!(plan.undo_bytes, all.min(spare / 4096 * 4096));
+        check_memory(&layout, &trace, &request, &plan);
+    }
+}
