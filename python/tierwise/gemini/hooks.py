@@ -80,7 +80,7 @@ class UnitHooks:
 
     def _before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runtime = self._runtime
-        if runtime.tracing:
+        if runtime.passive:
             return
         if in_graph_task():
             self.recompute(index)
@@ -91,7 +91,7 @@ class UnitHooks:
                 "first, or give GeminiPlugin micro_batch_size and seq_len"
             )
         runtime.gradients.collect()
-        if not self._stack and not runtime.saved.active and runtime.saved.needed:
+        if not self._stack and not runtime.saved.active and runtime.saved.needed and torch.is_grad_enabled():
             # A submodule called on its own saves slab views too.
             runtime.saved.enter()
             self._packing_owner = index
@@ -100,7 +100,7 @@ class UnitHooks:
 
     def _after(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         runtime = self._runtime
-        if runtime.tracing or in_graph_task():
+        if runtime.passive or in_graph_task():
             return
         if self._packing_owner == index and (not self._stack or self._stack[0] == index):
             runtime.saved.exit()

@@ -106,7 +106,7 @@ class ChunkMemory:
     # ---- reading and writing, after a flush ---------------------------------------------------------------------
 
     def read_param(self, chunk: int, position: int) -> Tensor:
-        """The parameter where it is authoritative; a view, in the model's dtype. Call `engine.prepare_read` first."""
+        """The parameter where it is authoritative; a view, in the model's dtype. Call `engine.flush` first."""
         if self.plan["chunks"][chunk]["class"] != "host" and chunk in self.resident:
             return self._view(self.resident[chunk], self.dtype, chunk, position)
         payload = self._host_payload(chunk, "param")

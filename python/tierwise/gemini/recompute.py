@@ -30,14 +30,14 @@ def wrap(runtime: Runtime, index: int, module: nn.Module) -> None:
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if in_graph_task() and not runtime.tracing:
+        if in_graph_task() and not runtime.passive:
             torch.compiler.disable(runtime.hooks.recompute)(index)
         return original(*args, **kwargs)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         wanted = runtime.recompute[index] and module.training and torch.is_grad_enabled()
-        if not wanted or runtime.tracing or in_graph_task() or checkpoints_itself(module):
+        if not wanted or runtime.passive or in_graph_task() or checkpoints_itself(module):
             return run(*args, **kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 

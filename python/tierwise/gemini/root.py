@@ -22,7 +22,7 @@ def install(runtime: Runtime) -> None:
     open_forwards = contextlib.ExitStack()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if runtime.tracing or in_graph_task():
+        if runtime.passive or in_graph_task():
             return None
         # An interrupted forward (Ctrl-C skips hooks) may have left these open.
         open_forwards.close()
@@ -46,7 +46,7 @@ def install(runtime: Runtime) -> None:
         return args, kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if runtime.tracing or in_graph_task():
+        if runtime.passive or in_graph_task():
             return None
         if output is not None and runtime.fused is not None:
             output = runtime.fused.without_logits(output)

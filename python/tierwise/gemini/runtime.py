@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,8 @@ class Runtime:
         self.dtype = DTYPES[plugin.precision]
         self.ready = False
         self.tracing = False
+        self.lent = False
+        """Inside `full_parameters`: every parameter is real, hooks have nothing to do."""
         self.counter: ActivationCounter | None = None
         self.unit_ids: list[int] = []
         self.recompute: list[bool] = [False] * len(grouping.units)
@@ -209,6 +211,15 @@ class Runtime:
                 for param, absent in zip(self.grouping.chunks[chunk].params, self._absent[chunk], strict=True):
                     param.data = absent
 
+    @property
+    def passive(self) -> bool:
+        """Whether hooks leave forwards alone."""
+        return self.tracing or self.lent
+
+    def absent(self, chunk: int) -> list[Tensor]:
+        """What parameters of a streamed-out chunk point at."""
+        return self._absent[chunk]
+
     def saved_bytes(self, unit: int) -> int:
         """Bytes that a recomputed unit saves again, by the trace."""
         return self.trace.units[self.unit_ids[unit]].saved_bytes
@@ -314,7 +325,7 @@ class Runtime:
     def flush(self) -> None:
         """Waits until weights and states equal those of a synchronous optimizer."""
         if self.ready:
-            self.engine.prepare_read()
+            self.engine.flush()
             self.gradients.collect()
 
     def stats(self) -> dict[str, Any]:
@@ -353,6 +364,3 @@ def runtime_of(value: object, what: str = "model") -> Runtime:
     if runtime is None:
         raise ValueError(f"this {what} was not boosted; pass it to booster.boost first")
     return runtime
-
-
-Callback = Callable[[], None]

@@ -656,7 +656,7 @@ impl Engine {
         let mut actions = Vec::new();
         state.scheduler.settle(&mut actions)?;
         self.shared.execute(&mut state, &actions)?;
-        let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy())?;
+        let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy() && !state.gradients.has_readers())?;
         drop(state);
         self.shared.device.synchronize()
     }

@@ -26,6 +26,7 @@ pub struct Gradients {
     /// Per chunk: tickets whose tensors a device step will read.
     held: Vec<Vec<u64>>,
     next_ticket: u64,
+    finished: u64,
     done: Vec<u64>,
     in_flight_bytes: u64,
     /// Bytes copied to the device so far.
@@ -45,6 +46,7 @@ impl Gradients {
             addresses: layout.chunks.iter().map(|c| vec![0; c.params.len()]).collect(),
             held: vec![Vec::new(); layout.chunks.len()],
             next_ticket: 0,
+            finished: 0,
             done: Vec::new(),
             in_flight_bytes: 0,
             h2d_bytes: 0,
@@ -66,7 +68,14 @@ impl Gradients {
 
     /// Tickets whose tensors nothing reads any more.
     pub fn finish(&mut self, tickets: impl IntoIterator<Item = u64>) {
+        let before = self.done.len();
         self.done.extend(tickets);
+        self.finished += (self.done.len() - before) as u64;
+    }
+
+    /// Whether something still reads gradients other than those that wait for a step.
+    pub fn has_readers(&self) -> bool {
+        self.next_ticket - self.finished > self.held.iter().map(|held| held.len() as u64).sum()
     }
 
     /// Parameters of a chunk that got a gradient in this step, with the address a device step reads (0: the accumulator).

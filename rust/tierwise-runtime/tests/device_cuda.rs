@@ -4,7 +4,7 @@
 mod device_support;
 
 use cudarc::driver::sys;
-use device_support::{Arena, Gate, accumulate_case, adam_case, grad_case, in_forked_child, span_at, within_limit};
+use device_support::{Arena, Gate, accumulate_case, adam_case, differences, grad_case, in_forked_child, span_at, within_limit};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tierwise_kernels::{GradSpan, Pool, accumulate, adam, norm};
@@ -110,7 +110,10 @@ fn adam_has_the_bits_of_the_cpu() {
         let at_base: Vec<_> = segments.iter().map(|segment| segment.at(base)).collect();
         device.adam(&at_base).unwrap();
     });
-    assert!(actual == expected && actual != before);
+    let found = differences(&segments, &mut expected, &mut actual);
+    assert!(found.is_empty(), "{found:#?}");
+    assert!(actual == expected, "a byte outside the arrays was written");
+    assert!(actual != before);
 }
 
 #[test]

@@ -1,1 +1,14 @@
-//! Virtual-time executor of Tierwise plans.
+//! The simulator: the planner and the scheduler of Tierwise in virtual time.
+//!
+//! Data flows one way: [`models`] and [`hardware`] -> [`costs`] -> the core's planner -> [`executor`] -> [`report`]. Time is integer
+//! nanoseconds, simultaneous events end in the order in which they began, and nothing reads a clock: equal inputs give equal bytes.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod costs;
+pub mod executor;
+pub mod hardware;
+pub mod models;
+pub mod report;
+pub mod units;

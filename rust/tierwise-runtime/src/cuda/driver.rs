@@ -91,8 +91,10 @@ pub(super) fn check(device: &str, call: &'static str, code: sys::CUresult) -> Re
     let message = unsafe {
         sys::cuGetErrorName(code, &raw mut name);
         sys::cuGetErrorString(code, &raw mut description);
-        let number = || format!("CUDA error {}", code as u32);
-        format!("{}: {}", text(name).unwrap_or_else(number), text(description).unwrap_or_else(|| "no description".into()))
+        // A stub library knows no text.
+        let stub = "the toolkit's stub library was loaded instead of the driver: take its `stubs` folder out of LD_LIBRARY_PATH";
+        let unknown = if code == sys::CUresult::CUDA_ERROR_STUB_LIBRARY { stub } else { "no description" };
+        format!("{}: {}", text(name).unwrap_or_else(|| format!("{code:?}")), text(description).unwrap_or_else(|| unknown.into()))
     };
     Err(Error::Device { device: device.to_owned(), call, message })
 }

@@ -3,6 +3,7 @@
 
 use std::sync::{Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
+use tierwise_kernels::convert::split_master;
 use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
 use tierwise_runtime::device::Event;
 use tierwise_runtime::error::Result;
@@ -188,6 +189,31 @@ impl Segment {
     }
 }
 
+/// Where two images of the same segments differ, for messages.
+pub fn differences(segments: &[Segment], expected: &mut Arena, actual: &mut Arena) -> Vec<String> {
+    let mut found = Vec::new();
+    for segment in segments {
+        let master = if segment.format == Format::Fp16Master { 4 } else { 2 };
+        let param = if segment.format == Format::Fp32 { 4 } else { 2 };
+        let arrays = [("param", param), ("master", master), ("exp_avg", 4), ("exp_avg_sq", 4), ("grad", segment.grad_dtype.bytes())];
+        for (offset, (name, bytes)) in segment.offsets.into_iter().zip(arrays) {
+            let range = offset..offset + segment.numel * bytes;
+            let pairs = expected.as_slice()[range.clone()].chunks_exact(bytes).zip(actual.as_slice()[range].chunks_exact(bytes));
+            let mut differing = pairs.enumerate().filter(|(_, (expected, actual))| expected != actual);
+            if let Some((i, (expected, actual))) = differing.next() {
+                found.push(format!(
+                    "{:?} {:?} numel {}: {name}[{i}] is {actual:02x?} and not {expected:02x?}, and {} more",
+                    segment.format,
+                    segment.grad_dtype,
+                    segment.numel,
+                    differing.count()
+                ));
+            }
+        }
+    }
+    found
+}
+
 /// Random states of every format and gradient type, of several sizes, aligned and not.
 pub fn adam_case(seed: u64, numels: &[usize]) -> (Arena, Vec<Segment>) {
     let (mut rng, mut arena, mut segments) = (Rng(seed), Arena::new(), Vec::new());
@@ -203,6 +229,14 @@ pub fn adam_case(seed: u64, numels: &[usize]) -> (Arena, Vec<Segment>) {
                 let offsets = dtypes.map(|dtype| arena.push(numel * dtype.bytes(), (i % 2) * dtype.bytes()));
                 for (offset, dtype) in offsets.into_iter().zip(dtypes) {
                     arena.fill(&mut rng, dtype, offset, numel);
+                }
+                if format == Format::SplitBf16 {
+                    // Not any two halves are a weight: 0 with a negative low half would be a NaN.
+                    for i in 0..numel {
+                        let (hi, lo) = split_master(rng.float());
+                        arena.as_slice()[offsets[0] + 2 * i..][..2].copy_from_slice(&hi.to_ne_bytes());
+                        arena.as_slice()[offsets[1] + 2 * i..][..2].copy_from_slice(&lo.to_ne_bytes());
+                    }
                 }
                 // The second moment is not negative: the sign is in the highest byte.
                 for element in arena.as_slice()[offsets[3]..offsets[3] + numel * 4].chunks_exact_mut(4) {

@@ -1,0 +1,56 @@
+"""The plan in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tierwise.config import format_bytes
+from tierwise.gemini.runtime import Runtime
+
+_BOUNDS = {
+    "compute": "computing",
+    "h2d": "copying parameters to the device",
+    "d2h": "copying gradients to the host",
+    "cpu_adam": "the CPU's optimizer step",
+}
+
+
+def explain(runtime: Runtime) -> str:
+    """A report of several lines: classes, bytes per tier, peak operation, what bounds the step."""
+    if not runtime.ready:
+        return "not planned yet: the plan is made at the first forward, for its shapes"
+    plan = runtime.memory.plan
+    layout = runtime.layout
+    groups: dict[tuple[str, str], list[int]] = {}
+    for chunk, placed in enumerate(plan["chunks"]):
+        groups.setdefault((placed["class"], placed["home"]), []).append(chunk)
+    total = sum(param.numel() for chunk in runtime.grouping.chunks for param in chunk.params)
+    lines = [
+        f"{type(runtime.model).__name__}: {total / 1e6:.1f}M parameters, {runtime.plugin.precision}, "
+        f"{runtime.trace.tokens} tokens per micro-batch, {plan['accumulation']} micro-batches per step, clip_mode {plan['clip_mode']}",
+        "chunks:",
+    ]
+    for (cls, home), chunks in sorted(groups.items()):
+        numel = sum(layout.numel(chunk) for chunk in chunks)
+        step = {"device": "stepped on the device", "host": "stepped by the CPU", "frozen": "frozen"}[cls]
+        lines.append(f"  {len(chunks)} {step}, parameters {home}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+    for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
+        parts = {name: size for name, size in plan[tier].items() if size}
+        used = sum(parts.values())
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
+        lines.append(f"{tier}: {format_bytes(used)} of {format_bytes(budget)} ({listed or 'nothing'})")
+    operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
+    if operation is not None:
+        lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")
+    counts = Counter(runtime.recompute[unit] for unit in runtime.trace.order if runtime.grouping.units[unit].recomputable)
+    lines.append(f"recomputed in backward: {counts[True]} of {counts[True] + counts[False]} layers")
+    if not runtime.trace.exact:
+        lines.append("activations are estimated: the model cannot be traced without data")
+    bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])
+    lines.append(f"predicted step: {plan['predicted_step_s']:.3g} s, bounded by {bound}")
+    return "\n".join(lines)
+
+
+def _some(runtime: Runtime, chunks: list[int]) -> str:
+    names = [runtime.grouping.chunks[chunk].name for chunk in chunks]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"

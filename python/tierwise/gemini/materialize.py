@@ -1,0 +1,123 @@
+"""Values for chunks: the parameters that a model has, or for lazily built ones a checkpoint or their own initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tierwise._core import TierwiseError
+from tierwise.checkpoint.reader import SafetensorsReader
+from tierwise.gemini.chunking import Chunk, Grouping
+
+
+class Materializer:
+    """Gives the values of one chunk at a time and moves buffers last, so that a lazily built model is never whole in host memory."""
+
+    def __init__(self, model: nn.Module, grouping: Grouping) -> None:
+        self._model = model
+        self._grouping = grouping
+        self._reader: SafetensorsReader | None = None
+        self._reader_path: str | None = None
+        self._owners: dict[nn.Parameter, nn.Module] = {}
+        for module in model.modules():
+            for param in module.parameters(recurse=False):
+                self._owners.setdefault(param, module)
+        self._initializers = _initializers(model)
+
+    def values(self, chunk: Chunk) -> list[Tensor]:
+        """Values of a chunk's parameters, in any float dtype, on any device."""
+        checkpoints = {getattr(param, "_tierwise_checkpoint", None) for param in chunk.params if param.is_meta}
+        checkpoints.discard(None)
+        if checkpoints:
+            return [self._load(param, checkpoints.pop() if len(checkpoints) == 1 else None) for param in chunk.params]
+        if any(param.is_meta for param in chunk.params):
+            return self._initialize(chunk)
+        return [param.detach() for param in chunk.params]
+
+    def _load(self, param: nn.Parameter, fallback: Any) -> Tensor:
+        path = getattr(param, "_tierwise_checkpoint", None) or self._reader_path or fallback
+        if not param.is_meta:
+            return param.detach()
+        if self._reader is None or self._reader_path != str(path):
+            self._reader, self._reader_path = SafetensorsReader(path), str(path)
+        for name in self._grouping.names[param]:
+            if name in self._reader.names:
+                value = self._reader.read(name)
+                if value.shape != param.shape:
+                    raise ValueError(f"{name!r} has shape {tuple(value.shape)} in {path}, the model wants {tuple(param.shape)}")
+                return value
+        raise ValueError(f"{path} has no tensor {self._grouping.names[param][0]!r}; its first names are {sorted(self._reader.names)[:5]}")
+
+    def _initialize(self, chunk: Chunk) -> list[Tensor]:
+        """Runs the modules' own initialisation on real CPU parameters that stand in for the meta ones."""
+        modules = list(dict.fromkeys(self._owners[param] for param in chunk.params))
+        stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for module in modules:
+                for name, param in list(module._parameters.items()):
+                    if param is None:
+                        continue
+                    if param not in stand_ins:
+                        value = torch.zeros(param.shape, dtype=param.dtype) if param.is_meta else param.detach()
+                        stand_ins[param] = nn.Parameter(value, requires_grad=param.requires_grad)
+                    module._parameters[name] = stand_ins[param]
+                    swapped.append((module, name, param))
+            with torch.no_grad():
+                for module in modules:
+                    self._initializers(module)
+        finally:
+            for module, name, param in swapped:
+                module._parameters[name] = param
+        return [stand_ins[param].detach() for param in chunk.params]
+
+    @staticmethod
+    def set_data(param: nn.Parameter, value: Tensor) -> None:
+        """Points a parameter at `value`; a meta parameter keeps its identity."""
+        if param.is_meta:
+            attributes = dict(param.__dict__)
+            torch.utils.swap_tensors(param, nn.Parameter(value, requires_grad=param.requires_grad))
+            attributes.pop("_tierwise_checkpoint", None)
+            param.__dict__.update(attributes)
+        else:
+            param.data = value
+
+    def finish(self, device: torch.device) -> None:
+        """Moves buffers to the compute device; they stay in their own dtype."""
+        self._reader = None
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    raise TierwiseError(f"buffer {name!r} of {type(module).__name__} is on the meta device; build it with tierwise.lazy_init")
+                if buffer is not None and buffer.device != device:
+                    module._buffers[name] = buffer.to(device)
+
+
+def _initializers(model: nn.Module) -> Any:
+    """How one module initialises its own parameters: Hugging Face's `_init_weights` of the innermost model around it, else
+    `reset_parameters`."""
+    owners: dict[nn.Module, nn.Module] = {}
+    for parent in model.modules():
+        if hasattr(parent, "_init_weights"):
+            for child in parent.modules():
+                owners[child] = parent
+
+    def initialize(module: nn.Module) -> None:
+        for param in module.parameters(recurse=False):
+            param.__dict__.pop("_is_hf_initialized", None)
+        owner = owners.get(module)
+        if owner is not None:
+            owner._init_weights(module)  # type: ignore[operator]
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif hasattr(module, "_reset_parameters"):
+            module._reset_parameters()
+        else:
+            raise TierwiseError(
+                f"{type(module).__name__} owns parameters but has no reset_parameters(); build the model outside lazy_init, or give "
+                "lazy_init a checkpoint"
+            )
+
+    return initialize
