@@ -153,7 +153,7 @@ def run_row(a: argparse.Namespace) -> None:
     backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[a.attention]
     start = time.perf_counter()
     ours = a.row.startswith("ours")
-    kernels = liger(True, loss=not ours)
+    kernels = False if ours else liger(True, loss=True)
     accumulation = a.tokens // (a.micro_batch * a.seq)
     ids = torch.randint(0, 32000, (a.micro_batch, a.seq), device="cuda")
     batch = {"input_ids": ids, "labels": ids}
@@ -265,6 +265,8 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         gradient_accumulation_steps=accumulation,
         micro_batch_size=a.micro_batch,
         seq_len=a.seq,
+        enable_fused_normalization=True,
+        enable_jit_fused=True,
         recompute=a.recompute if a.recompute in ("full", "none", "auto") else "auto",
         **placement,
     )

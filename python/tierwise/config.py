@@ -23,10 +23,10 @@ _UNITS = {
 }
 
 
-def parse_bytes(value: int | str, name: str = "size") -> int:
+def parse_bytes(value: int | str, name: str = "size", minimum: int = 1) -> int:
     """Bytes of `value`: an integer, or a string such as "6GiB" (2**30), "700MB" (10**6) or "1.5 GB".
 
-    Raises ValueError for anything else, naming the units that are known.
+    Raises ValueError for anything else, naming the units that are known, and for less than `minimum` bytes.
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{name} must be bytes or a string such as '6GiB', got {value!r}")
@@ -35,8 +35,8 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{name}={value!r} is not a size; use bytes or a number with one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
         value = int(float(match[1]) * _UNITS[match[2].lower()])
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value} bytes")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum} bytes, got {value}")
     return value
 
 

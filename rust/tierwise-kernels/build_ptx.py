@@ -18,6 +18,7 @@ PTX_VERSION = "8.0"
 
 
 def find_nvrtc() -> str:
+    """Path of an NVRTC from the installed `nvidia` wheels, else the name the loader knows it by."""
     for folder in map(Path, sys.path):
         for path in sorted(folder.glob("nvidia/**/libnvrtc.so.*")):
             return str(path)
@@ -25,6 +26,7 @@ def find_nvrtc() -> str:
 
 
 def build(library: str) -> str:
+    """The PTX of kernels.cu, compiled by the NVRTC at `library`."""
     nvrtc = ctypes.CDLL(library)
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
 
@@ -63,6 +65,7 @@ def tidy(ptx: str) -> str:
 
 
 def main() -> None:
+    """Writes or checks kernels.ptx."""
     arguments = sys.argv[1:]
     check = "--check" in arguments
     libraries = [argument for argument in arguments if argument != "--check"]

@@ -18,6 +18,7 @@ from tierwise.gemini.model import install_state_dict_hooks
 from tierwise.gemini.optimizer import convert
 from tierwise.gemini.runtime import Runtime, find_runtime
 from tierwise.gemini.tracing import map_tensors
+from tierwise.kernels.fused import fuse_activations, fuse_normalization
 from tierwise.kernels.fused_loss import FusedLoss
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     if fused is not None:
         chunk, _ = grouping.place[fused.weight]
         grouping.units.append(Unit("loss", fused.module, [chunk], False, [fused.weight]))
+    if plugin.enable_fused_normalization or plugin.enable_all_optimization:
+        fuse_normalization(model)
+    if plugin.enable_jit_fused or plugin.enable_all_optimization:
+        fuse_activations(model)
     runtime = Runtime(plugin, model, grouping, trainable, hyper, Materializer(model, grouping), fused)
     root.install(runtime)
     install_state_dict_hooks(runtime)

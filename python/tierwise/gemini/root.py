@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tierwise.gemini.hooks import in_graph_task
 from tierwise.gemini.runtime import Runtime
 from tierwise.gemini.tracing import count_tokens, map_tensors
+from tierwise.kernels.fused import attention_backends
 
 
 def install(runtime: Runtime) -> None:
@@ -38,6 +39,7 @@ def install(runtime: Runtime) -> None:
             if takes_cache and kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
                 # A cache would be appended to twice where a layer is recomputed, and training has no use for it.
                 kwargs["use_cache"] = False
+        open_forwards.enter_context(attention_backends(runtime.fused_attention))
         if runtime.fused is not None:
             open_forwards.enter_context(runtime.fused.active(args, kwargs, training))
         if runtime.saved.needed and torch.is_grad_enabled():

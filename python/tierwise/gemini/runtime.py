@@ -23,6 +23,7 @@ from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
 from tierwise.gemini.scaler import LossScaler
 from tierwise.gemini.target import DTYPES, Target
+from tierwise.kernels.fused import attention_backends
 
 if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin
@@ -58,6 +59,7 @@ class Runtime:
         self.fused = fused
         self.target = Target.choose(plugin)
         self.dtype = DTYPES[plugin.precision]
+        self.fused_attention = not self.target.emulated and (plugin.enable_flash_attention or plugin.enable_all_optimization)
         self.ready = False
         self.tracing = False
         self.lent = False
@@ -261,7 +263,8 @@ class Runtime:
         self.gradients.begin()
         try:
             self.engine.backward_begin(self.target.stream(), 1.0 / scale)
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            with attention_backends(self.fused_attention):
+                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self.hooks.end_backward()
             self.gradients.finish()
             self.unmap_chunks(list(self.saved.mapped))

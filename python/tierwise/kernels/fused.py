@@ -39,6 +39,19 @@ def _silu_class() -> type:
     return found if isinstance(found, type) else nn.SiLU
 
 
+class _SavesLike(torch.autograd.Function):
+    """Stands for a fused kernel in a trace on the meta device: the output has the first input's shape, and every input is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise AssertionError("a trace has no backward")
+
+
 def fuse_normalization(model: nn.Module) -> int:
     """Gives RMSNorm modules of LLaMA-style models liger's fused kernel; returns how many. Does nothing without liger-kernel and CUDA.
 
@@ -49,6 +62,11 @@ def fuse_normalization(model: nn.Module) -> int:
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.is_meta:
+            row = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
+            return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return, no-untyped-call]
+        if not hidden_states.is_cuda:
+            return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
         # Not in place: the gradient of the output may be read by others.
         out: torch.Tensor = function.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
         return out
@@ -63,6 +81,10 @@ def fuse_activations(model: nn.Module) -> int:
     silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.is_meta:
+            return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, no-untyped-call]
+        if not x.is_cuda:
+            return type(self).forward(self, x)  # type: ignore[no-any-return]
         out: torch.Tensor = self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
         return out
 

@@ -221,6 +221,17 @@ pub enum ScheduleError {
         /// `accumulation` of the plan.
         planned: u32,
     },
+    /// A step in the middle of its micro-batches.
+    #[error(
+        "optimizer.step() after {got} of the {planned} backward passes that the plan accumulates; run the others, call zero_grad(), or set \
+         gradient_accumulation_steps={got}"
+    )]
+    TooFewBackwards {
+        /// Backward passes since the last step.
+        got: u32,
+        /// `accumulation` of the plan.
+        planned: u32,
+    },
     /// A completion for work that was not running.
     #[error("`{chunk}` finished `{what}` that was not running")]
     NotRunning {
@@ -413,6 +424,9 @@ impl Scheduler {
             }
             Event::Touch { chunk } => return self.touch(chunk, actions),
             Event::BackwardBegin { grad_scale } => {
+                if let Some(on) = self.undecided() {
+                    return Ok(Progress::Blocked { on });
+                }
                 if self.micro_step >= self.plan.accumulation {
                     return Err(ScheduleError::TooManyBackwards { got: self.micro_step + 1, planned: self.plan.accumulation });
                 }
@@ -434,18 +448,20 @@ impl Scheduler {
     // ---- reading ------------------------------------------------------------------------------------------------------------
 
     fn enter(&mut self, unit: u32, phase: Phase, actions: &mut Vec<Action>) -> Result<Progress, ScheduleError> {
-        let chunks = self.unit_chunks(unit)?;
+        let mut chunks = self.unit_chunks(unit)?;
         let before = self.cursor;
         self.release_touched(actions);
         // The cursor moves first: what the operation itself needs is then "now" for eviction.
-        self.advance(unit, phase);
+        let expected = self.advance(unit, phase);
         for &chunk in &chunks {
             if let Some(on) = self.unready(chunk, actions)? {
                 self.cursor = before;
                 return Ok(Progress::Blocked { on });
             }
         }
-        // Pinned one after the other, so that fetching one never evicts another of the same operation.
+        // Pinned one after the other, those on the device first, so that fetching one never evicts another of the same operation: the
+        // decided copy of a speculated chunk could not be fetched again.
+        chunks.sort_by_key(|c| !self.chunks[c.index()].param.readable_at(Tier::Device));
         for (i, &chunk) in chunks.iter().enumerate() {
             if let Err(error) = self.fetch_now(chunk, actions) {
                 for &pinned in &chunks[..i] {
@@ -462,9 +478,7 @@ impl Scheduler {
             }
             self.pin(chunk, phase);
         }
-        if self.cursor != before + 1 {
-            self.counters.off_trace += 1;
-        }
+        self.counters.off_trace += u64::from(!expected);
         self.prefetch(actions)?;
         Ok(Progress::Done)
     }
@@ -559,7 +573,10 @@ impl Scheduler {
     /// Starts a copy into the slab if a place is allowed.
     fn fetch(&mut self, chunk: ChunkId, needed_at: u64, demand: bool, actions: &mut Vec<Action>) -> Result<bool, ScheduleError> {
         let bytes = slot_bytes(self.layout.param_bytes(chunk));
-        let Some(place) = self.slab.place(bytes, needed_at, |c| self.next_use(c)) else { return Ok(false) };
+        // Compute waits for a demanded chunk: whoever may leave is used later, also before the first operation.
+        let needed_at = if demand { 0 } else { needed_at };
+        let next_use = |c| self.next_use(c).map(|at| at.saturating_add(u64::from(demand)));
+        let Some(place) = self.slab.place(bytes, needed_at, next_use) else { return Ok(false) };
         for &victim in &place.evict {
             self.drop_cache(victim)?;
             self.counters.evictions += 1;
@@ -660,13 +677,18 @@ impl Scheduler {
         })
     }
 
-    /// Moves the cursor to the next occurrence of an operation.
-    fn advance(&mut self, unit: u32, phase: Phase) {
+    /// Moves the cursor to the next occurrence of an operation; gives whether that is what the trace expects next.
+    fn advance(&mut self, unit: u32, phase: Phase) -> bool {
+        let before = self.cursor;
+        // A forward inside a backward recomputes for the backward that follows: the trace has no operation of its own for it.
+        let recompute = self.in_backward && phase == Phase::Forward;
+        let phase = if recompute { Phase::Backward } else { phase };
         let positions = &self.positions[unit as usize][phase as usize];
-        let next = positions.partition_point(|&at| at <= self.cursor);
+        let next = positions.partition_point(|&at| at <= before);
         if let Some(&at) = positions.get(next).or(positions.first()) {
-            self.cursor = at;
+            self.cursor = at - i64::from(recompute);
         }
+        self.cursor == before + i64::from(!recompute)
     }
 
     // ---- gradients and the decision -----------------------------------------------------------------------------------------
@@ -678,7 +700,8 @@ impl Scheduler {
             return error("no optimizer steps it");
         }
         let state = &self.chunks[chunk.index()];
-        if state.work != Work::Idle || (self.committed.is_some() && state.grad != Grad::None) {
+        // Gradients of the next batch must not join an undecided step.
+        if state.work != Work::Idle || self.committed.is_some() {
             return Ok(Progress::Blocked { on: chunk });
         }
         match state.grad {
@@ -767,14 +790,25 @@ impl Scheduler {
     }
 
     fn commit(&mut self, grad_scale: f64, hyper_changed: bool, actions: &mut Vec<Action>) -> Result<Progress, ScheduleError> {
-        if self.committed.is_some() {
-            let on = self.layout.ids().find(|c| self.chunks[c.index()].grad == Grad::InFlight).unwrap_or(ChunkId(0));
+        if let Some(on) = self.undecided() {
             return Ok(Progress::Blocked { on });
+        }
+        let open = self.chunks.iter().any(|c| matches!(c.grad, Grad::Partial | Grad::PartialNow));
+        if open && self.micro_step < self.plan.accumulation {
+            let got = self.micro_step + u32::from(self.in_backward);
+            return Err(ScheduleError::TooFewBackwards { got, planned: self.plan.accumulation });
         }
         self.release_touched(actions);
         self.committed = Some(Commit { grad_scale, hyper_changed });
         self.decide(actions)?;
         Ok(Progress::Done)
+    }
+
+    /// The chunk whose gradient a committed step waits for.
+    fn undecided(&self) -> Option<ChunkId> {
+        self.committed?;
+        let on_its_way = |c: &ChunkId| !matches!(self.chunks[c.index()].grad, Grad::None | Grad::Landed);
+        Some(self.layout.ids().find(on_its_way).unwrap_or(ChunkId(0)))
     }
 
     /// Decides a committed step once every gradient has landed.
@@ -1081,6 +1115,9 @@ impl Scheduler {
     pub fn set_class(&mut self, chunk: ChunkId, class: OptimizerClass) -> Result<(), ScheduleError> {
         let state = &self.chunks[chunk.index()];
         let placement = &mut self.plan.chunks[chunk.index()];
+        if placement.class == OptimizerClass::Frozen {
+            return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
+        }
         if state.work != Work::Idle || state.grad != Grad::None || placement.home == ParamHome::Streamed {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "its class changes only while it is resident and idle" });
         }

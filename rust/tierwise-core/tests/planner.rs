@@ -217,17 +217,27 @@ fn llama_7b_on_an_h100() {
 }
 
 #[test]
-fn llama_70b_streams_in_24_gib() {
+fn llama_70b_streams_without_waiting_wherever_the_slab_has_room_for_two() {
     let (layout, trace) = llama_70b(4096);
-    let request = h100(24 * GIB, 1100 * GIB);
-    let plan = plan(&layout, &trace, &request).unwrap();
-    check_memory(&layout, &trace, &request, &plan);
-    assert!(plan.stream_slab_bytes > 0);
-    // The slab holds two operations, so the next chunk is always on its way before it is needed.
-    for fetch in &plan.fetches {
-        assert_ne!(fetch.issued_at, fetch.needed_at, "{fetch:?}");
+    let minimum = minimum_device_bytes(&layout, &trace, &h100(0, 1200 * GIB));
+    assert!(minimum < 12 * GIB, "{minimum}");
+    let mut roomy = 0;
+    for device_budget in [minimum, minimum + GIB, 12 * GIB, 16 * GIB, 24 * GIB, 48 * GIB, 80 * GIB] {
+        let request = h100(device_budget, 1200 * GIB);
+        let plan = plan(&layout, &trace, &request).unwrap();
+        check_memory(&layout, &trace, &request, &plan);
+        let streamed = |c: &ChunkId| plan.chunks[c.index()].home == ParamHome::Streamed;
+        let largest = layout.ids().filter(streamed).map(|c| layout.param_bytes(c)).max().unwrap();
+        let waits = plan.fetches.iter().filter(|fetch| fetch.issued_at == fetch.needed_at).count();
+        if plan.stream_slab_bytes >= 2 * largest {
+            roomy += 1;
+            assert_eq!(waits, 0, "{device_budget} bytes: {} fetches", plan.fetches.len());
+        }
+        // Every streamed chunk comes at least once in each cycle.
+        let fetched: std::collections::BTreeSet<_> = plan.fetches.iter().map(|fetch| fetch.chunk).collect();
+        assert_eq!(fetched, layout.ids().filter(streamed).collect());
     }
-    assert!(!plan.fetches.is_empty());
+    assert!(roomy >= 5, "{roomy}");
 }
 
 #[test]

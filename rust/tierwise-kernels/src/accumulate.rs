@@ -2,13 +2,10 @@
 
 use half::{bf16, f16};
 
-use crate::dispatch::{self, Level, PREFETCH_NUMEL, Supported, at_every_level, prefetch_lines, prefetch_write};
+use crate::dispatch::{self, Level, Supported, at_every_level};
 use crate::element::Element;
 use crate::pool::{GRAIN_NUMEL, Grains, Pool, Shared};
 use crate::{GradDtype, GradSpan};
-
-/// Elements between prefetches: whole cache lines.
-const BLOCK: usize = 256;
 
 /// `dst = src` (`overwrite`) or `dst += src`, in fp32.
 ///
@@ -104,22 +101,16 @@ at_every_level! {
 
 at_every_level! {
     fn widen_add<G: Element>(dst: &mut [f32], src: &[G]) {
-        for (dst, src) in dst.chunks_mut(BLOCK).zip(src.chunks(BLOCK)) {
-            prefetch_lines(dst.as_ptr().wrapping_add(PREFETCH_NUMEL), BLOCK, prefetch_write);
-            for (dst, src) in dst.iter_mut().zip(src) {
-                *dst += src.widen();
-            }
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst += src.widen();
         }
     }
 }
 
 at_every_level! {
     fn round_add<G: Element>(dst: &mut [G], src: &[G]) {
-        for (dst, src) in dst.chunks_mut(BLOCK).zip(src.chunks(BLOCK)) {
-            prefetch_lines(dst.as_ptr().wrapping_add(PREFETCH_NUMEL), BLOCK, prefetch_write);
-            for (dst, src) in dst.iter_mut().zip(src) {
-                *dst = G::round(dst.widen() + src.widen());
-            }
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = G::round(dst.widen() + src.widen());
         }
     }
 }

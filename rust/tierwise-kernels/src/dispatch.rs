@@ -129,9 +129,6 @@ macro_rules! at_every_level {
 }
 pub(crate) use at_every_level;
 
-/// How far ahead lines are asked for, in elements: far enough to cover the latency of loaded DRAM in the CPU Adam, 26 KiB.
-pub(crate) const PREFETCH_NUMEL: usize = 1024;
-
 /// Asks for the cache line at `ptr` in a state that can be written. Any address is allowed, also an invalid one.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "one instruction")]
@@ -156,15 +153,6 @@ pub(crate) fn prefetch_read<T>(ptr: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = ptr;
-}
-
-/// Asks for `numel` elements from `first` on, a cache line at a time. Any address is allowed.
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "one instruction per cache line")]
-pub(crate) fn prefetch_lines<T>(first: *const T, numel: usize, prefetch: impl Fn(*const u8)) {
-    for offset in (0..numel * size_of::<T>()).step_by(64) {
-        prefetch(first.cast::<u8>().wrapping_add(offset));
-    }
 }
 
 #[cfg(test)]

@@ -173,7 +173,7 @@ impl Engine {
     #[pyo3(signature = (stream, grad_scale = 1.0))]
     fn backward_begin(&self, py: Python<'_>, stream: u64, grad_scale: f64) -> PyResult<()> {
         let _ = stream;
-        call(py, || self.inner.backward_begin(grad_scale))
+        call_waiting(py, |keep| self.inner.backward_begin(grad_scale, keep))
     }
 
     fn grads(&self, py: Python<'_>, chunk: u32, grads: Vec<(usize, u64)>, stream: u64) -> PyResult<u64> {

@@ -120,14 +120,21 @@ impl Shared {
 
     /// Stops the engine with an error; everybody who waits gets it.
     pub(crate) fn fail(&self, error: &Error) {
-        let mut state = self.lock();
+        self.stop_with(&mut self.lock(), error);
+    }
+
+    /// Passes on the outcome of work that must not be left half done: its error stops the engine.
+    pub(crate) fn or_stop<T>(&self, state: &mut State, outcome: Result<T>) -> Result<T> {
+        outcome.inspect_err(|error| self.stop_with(state, error))
+    }
+
+    fn stop_with(&self, state: &mut State, error: &Error) {
         if state.failed.is_none() {
             state.failed = Some(Error::Stopped(match error {
                 Error::Stopped(message) => message.clone(),
                 other => other.to_string(),
             }));
         }
-        drop(state);
         self.changed.notify_all();
     }
 
@@ -140,7 +147,8 @@ impl Shared {
         let mut actions = Vec::new();
         let progress = state.scheduler.step(event, &mut actions);
         // Even a refused event may have freed something before.
-        self.execute(state, &actions)?;
+        let outcome = self.execute(state, &actions);
+        self.or_stop(state, outcome)?;
         if !actions.is_empty() {
             self.changed.notify_all();
         }
@@ -302,6 +310,12 @@ impl Engine {
         Ok(state)
     }
 
+    /// The lock for calls that move things: all memory has to be there.
+    fn lock_started(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock()?;
+        if state.started { Ok(state) } else { Err(Error::Usage("start() was not called".to_owned())) }
+    }
+
     // ---- memory -------------------------------------------------------------------------------------------------------------
 
     /// Address and bytes of the host slab.
@@ -379,9 +393,20 @@ impl Engine {
         let accumulates = state.scheduler.plan().accumulation > 1;
         placement.class = class;
         let new = host_sizes(state.scheduler.layout(), state.scheduler.plan(), chunk, placement);
-        let places = if class == OptimizerClass::Host { Some(take_places(&mut state.regions, new)?) } else { None };
+        let before = state.scheduler.plan().chunks[chunk.index()].class;
+        // First what can be refused, then what is taken.
         state.scheduler.set_class(chunk, class)?;
-        if let Some(places) = places {
+        if before == class {
+            return Ok(());
+        }
+        if class == OptimizerClass::Host {
+            let places = match take_places(&mut state.regions, new) {
+                Ok(places) => places,
+                Err(error) => {
+                    state.scheduler.set_class(chunk, before)?;
+                    return Err(error);
+                }
+            };
             let layout = state.scheduler.layout();
             let freed = layout.state_bytes(chunk) + if accumulates { layout.grad_acc_bytes(chunk) } else { 0 };
             state.places[chunk.index()].0 = places;
@@ -459,10 +484,7 @@ impl Engine {
 
     /// Makes a unit's chunks readable on the compute stream; gives the slots of its streamed chunks.
     pub fn enter(&self, unit: u32, phase: Phase, stream: ComputeStream, keep_waiting: KeepWaiting<'_>) -> Result<Vec<(ChunkId, u64)>> {
-        let state = self.lock()?;
-        if !state.started {
-            return Err(Error::Usage("start() was not called".to_owned()));
-        }
+        let state = self.lock_started()?;
         let state = self.make_readable(state, &Event::Enter { unit, phase }, stream, keep_waiting)?;
         let chunks = &state.scheduler.trace().units[unit as usize].chunks;
         Ok(chunks.iter().filter_map(|&c| state.scheduler.slot(c).map(|slot| (c, slot))).collect())
@@ -494,7 +516,8 @@ impl Engine {
         let mut events = Vec::new();
         for chunk in chunks {
             if let Some(event) = state.written[chunk.index()].clone() {
-                if event.is_done()? {
+                let done = event.is_done();
+                if self.shared.or_stop(&mut state, done)? {
                     state.written[chunk.index()] = None;
                 } else {
                     events.push(event);
@@ -505,10 +528,9 @@ impl Engine {
             // The emulated device blocks here; what is read is pinned, so the lock need not be held.
             drop(state);
             waited = true;
-            for event in &events {
-                self.shared.device.compute_wait(stream, event)?;
-            }
+            let outcome = events.iter().try_for_each(|event| self.shared.device.compute_wait(stream, event));
             state = self.lock()?;
+            self.shared.or_stop(&mut state, outcome)?;
         }
         let after = if waited { self.shared.device.record_compute(stream)? } else { before.clone() };
         if waited {
@@ -522,7 +544,7 @@ impl Engine {
 
     /// The unit's work is enqueued; gives its streamed chunks that nothing uses any more.
     pub fn leave(&self, unit: u32, phase: Phase, stream: ComputeStream) -> Result<Vec<ChunkId>> {
-        let mut state = self.lock()?;
+        let mut state = self.lock_started()?;
         state.release_event = Some(self.shared.device.record_compute(stream)?);
         let entered = state.open.remove(&(unit, phase == Phase::Backward));
         if let (Some(end), true) = (state.release_event.clone(), state.recorder.enabled()) {
@@ -550,7 +572,7 @@ impl Engine {
 
     /// Makes one chunk readable until the next boundary; gives its slot.
     pub fn touch(&self, chunk: ChunkId, stream: ComputeStream, keep_waiting: KeepWaiting<'_>) -> Result<u64> {
-        let state = self.lock()?;
+        let state = self.lock_started()?;
         if chunk.index() >= state.places.len() {
             return Err(unknown_chunk(chunk));
         }
@@ -587,17 +609,17 @@ impl Engine {
         Ok(())
     }
 
-    /// A backward pass starts.
-    pub fn backward_begin(&self, grad_scale: f64) -> Result<()> {
-        let mut state = self.lock()?;
-        self.shared.apply(&mut state, &Event::BackwardBegin { grad_scale })?;
+    /// A backward pass starts. Waits only if the previous step is still undecided.
+    pub fn backward_begin(&self, grad_scale: f64, keep_waiting: KeepWaiting<'_>) -> Result<()> {
+        let state = self.lock_started()?;
+        let mut state = self.shared.apply_waiting(state, keep_waiting, &Event::BackwardBegin { grad_scale })?;
         state.speculation_hyper = state.hyper.clone();
         Ok(())
     }
 
     /// Hands over gradients as (position in the chunk, address); gives a ticket.
     pub fn grads(&self, chunk: ChunkId, grads: &[(usize, u64)], stream: ComputeStream, keep_waiting: KeepWaiting<'_>) -> Result<u64> {
-        let state = self.lock()?;
+        let state = self.lock_started()?;
         self.shared.hand_over(state, chunk, grads, stream, keep_waiting)
     }
 
@@ -613,15 +635,17 @@ impl Engine {
         state.open.clear();
         self.shared.apply(&mut state, &Event::BackwardEnd)?;
         for chunk in state.scheduler.stale_partials() {
-            self.shared.reduce_stale(&mut state, chunk)?;
+            let outcome = self.shared.reduce_stale(&mut state, chunk);
+            self.shared.or_stop(&mut state, outcome)?;
         }
         Ok(())
     }
 
     /// `optimizer.step()`. Waits only if the previous step is still undecided.
     pub fn commit(&self, grad_scale: f64, stream: ComputeStream, keep_waiting: KeepWaiting<'_>) -> Result<()> {
-        let state = self.lock()?;
+        let state = self.lock_started()?;
         let mut state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_undecided())?;
+        state.gradients.check_hyper(state.scheduler.layout(), &state.hyper)?;
         let event = self.shared.device.record_compute(stream)?;
         state.commit_event = Some(event.clone());
         state.release_event = Some(event);
@@ -634,6 +658,9 @@ impl Engine {
     /// Forgets gradients that were not committed.
     pub fn drop_grads(&self, keep_waiting: KeepWaiting<'_>) -> Result<()> {
         let state = self.lock()?;
+        if !state.started {
+            return Ok(());
+        }
         drop(self.shared.apply_waiting(state, keep_waiting, &Event::DropGrads)?);
         Ok(())
     }
@@ -655,10 +682,11 @@ impl Engine {
         let mut state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.has_in_flight())?;
         let mut actions = Vec::new();
         state.scheduler.settle(&mut actions)?;
-        self.shared.execute(&mut state, &actions)?;
+        let outcome = self.shared.execute(&mut state, &actions);
+        self.shared.or_stop(&mut state, outcome)?;
         let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy() && !state.gradients.has_readers())?;
         drop(state);
-        self.shared.device.synchronize()
+        self.shared.device.synchronize().inspect_err(|error| self.shared.fail(error))
     }
 
     // ---- state --------------------------------------------------------------------------------------------------------------
@@ -752,6 +780,8 @@ impl Drop for Engine {
         for worker in std::mem::take(&mut self.workers) {
             let _ = worker.join();
         }
+        // What a worker was in the middle of may have started another copy.
+        let _ = self.shared.device.synchronize();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The way of gradients: from where autograd put them to where their step reads them, and their norm there.
 
 use crate::device::{ComputeStream, EventRef, Queue, Transfer};
-use crate::engine::{KeepWaiting, Shared, State};
+use crate::engine::{Hyper, KeepWaiting, Shared, State};
 use crate::error::{Error, Result};
 use crate::memory::{grad_dtype, span};
 use crate::workers::Job;
@@ -78,6 +78,15 @@ impl Gradients {
         self.next_ticket - self.finished > self.held.iter().map(|held| held.len() as u64).sum()
     }
 
+    /// Refuses a step of parameters that no group holds, before anything of it is done.
+    pub fn check_hyper(&self, layout: &Layout, hyper: &Hyper) -> Result<()> {
+        let mut touched = layout.ids().flat_map(|chunk| self.touched(layout, chunk));
+        let missing = touched.find(|(param, _)| hyper.group_of_param.get(param.index as usize).copied().flatten().is_none());
+        missing.map_or(Ok(()), |(param, _)| {
+            Err(Error::Usage(format!("no hyperparameters were set for `{}`; call set_hyper before the step", param.name)))
+        })
+    }
+
     /// Parameters of a chunk that got a gradient in this step, with the address a device step reads (0: the accumulator).
     pub fn touched<'a>(&'a self, layout: &'a Layout, chunk: ChunkId) -> impl Iterator<Item = (&'a ParamLayout, u64)> + 'a {
         let touched = &self.touched[chunk.index()];
@@ -121,6 +130,11 @@ impl Shared {
         let class = state.scheduler.plan().chunks[chunk.index()].class;
         let accumulates = state.scheduler.plan().accumulation > 1;
         let bytes = layout.grad_bytes(chunk);
+        let bound = state.places[chunk.index()].1;
+        if class == OptimizerClass::Device && layout.state_bytes(chunk) > 0 && (bound.states == 0 || accumulates && bound.accumulator == 0) {
+            let missing = if bound.states == 0 { "states" } else { "accumulator" };
+            return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
+        }
         if class == OptimizerClass::Host {
             let limit = state.scheduler.plan().grad_in_flight_bytes;
             state = self.wait_until(state, keep_waiting, |state| {
@@ -135,11 +149,12 @@ impl Shared {
         let ticket = state.gradients.next_ticket;
         state.gradients.next_ticket += 1;
         let produced = self.device.record_compute(stream)?;
-        match class {
-            OptimizerClass::Device => self.to_device(state, chunk, &incoming, ticket, &produced, last)?,
-            OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last)?,
-            OptimizerClass::Frozen => return Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
-        }
+        let outcome = match class {
+            OptimizerClass::Device => self.to_device(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
+        };
+        self.or_stop(state, outcome)?;
         Ok(ticket)
     }
 

@@ -20,7 +20,8 @@ impl Costs {
     /// Compute-bound kernels and element-wise kernels one after the other; backward does everything twice.
     pub fn new(built: &Built, hardware: &Hardware) -> Self {
         let ns = |work: &Work, times: f64, matmul: f64, attention: f64| {
-            let seconds = work.matmul_flops / matmul + work.attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s;
+            let seconds =
+                work.matmul_flops / matmul + work.attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s;
             (times * seconds * 1e9).round() as u64
         };
         let forward = |w| ns(w, 1.0, hardware.matmul_forward_flops, hardware.attention_forward_flops);

@@ -4,6 +4,7 @@
 //! nanoseconds, simultaneous events end in the order in which they began, and nothing reads a clock: equal inputs give equal bytes.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::doc_markdown, reason = "LLaMA, RMSNorm and GeForce are names, not code")]
 
 pub mod cli;
 pub mod costs;

@@ -169,12 +169,7 @@ impl Model {
 
     /// Bytes that autograd saves per token in one decoder layer.
     pub fn saved_bytes_per_token(&self) -> u64 {
-        8 * self.hidden_size
-            + 4 * self.query_width()
-            + 4 * self.kv_width()
-            + 4 * self.num_attention_heads
-            + 6 * self.intermediate_size
-            + 8
+        8 * self.hidden_size + 4 * self.query_width() + 4 * self.kv_width() + 4 * self.num_attention_heads + 6 * self.intermediate_size + 8
     }
 
     fn layer_params(&self, prefix: &str) -> Vec<ParamSpec> {
@@ -204,9 +199,7 @@ impl Model {
     pub fn build(&self, seq: u64, sequences: u64) -> Built {
         let (h, i, q, kv, v) = (self.hidden_size, self.intermediate_size, self.query_width(), self.kv_width(), self.vocab_size);
         let tokens = seq * sequences;
-        let single = |name: &str, numel: u64| {
-            (name.to_owned(), vec![ParamSpec { name: format!("{name}.weight"), numel, trainable: true }])
-        };
+        let single = |name: &str, numel: u64| (name.to_owned(), vec![ParamSpec { name: format!("{name}.weight"), numel, trainable: true }]);
         let mut builder = Builder { tokens, chunks: Vec::new(), units: Vec::new(), work: Vec::new() };
         let embedding = builder.chunk(single("model.embed_tokens", v * h));
         // Token ids stay; the output is the first layer's input.

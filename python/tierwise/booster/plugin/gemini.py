@@ -83,6 +83,14 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Threads of the CPU kernels. None: TIERWISE_NUM_THREADS, else the CPUs of this process."""
     fused_loss: bool = True
     """Compute the loss of Hugging Face causal LMs in chunks, never whole logits (`outputs.logits` is None in training)."""
+    enable_flash_attention: bool = False
+    """CUDA: prefer cuDNN's attention, then flash, in `scaled_dot_product_attention` (not under deterministic algorithms)."""
+    enable_fused_normalization: bool = False
+    """CUDA with liger-kernel: fused RMSNorm in LLaMA-style models. Agrees with the plain model to rounding, not to the bit."""
+    enable_jit_fused: bool = False
+    """CUDA with liger-kernel: fused SwiGLU and rotary embedding in LLaMA-style models. Agrees to rounding, not to the bit."""
+    enable_all_optimization: bool = False
+    """All three of the above."""
     device: Literal["auto", "cuda", "emulated"] = "auto"
     """"emulated" is host memory with a hard budget; "auto" takes CUDA where there is one."""
     h2d_bytes_per_second: float | None = None
@@ -101,7 +109,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         for name in ("device_budget", "host_budget", "reserve"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, parse_bytes(value, name))
+                object.__setattr__(self, name, parse_bytes(value, name, minimum=0 if name == "reserve" else 1))
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {self.max_norm}")
         for name in ("gradient_accumulation_steps", "micro_batch_size", "seq_len", "growth_interval", "num_threads"):
@@ -147,7 +155,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     def reserve_bytes(self, device_budget: int) -> int:
         """Device bytes kept free for temporaries under this budget."""
         if self.reserve is not None:
-            return parse_bytes(self.reserve)
+            return parse_bytes(self.reserve, minimum=0)
         return min(_DEFAULT_RESERVE, device_budget // 8)
 
     def configure(self, model: nn.Module, optimizer: Optimizer | None, dataloader: Iterable[Any] | None) -> Runtime:

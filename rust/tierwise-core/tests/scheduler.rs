@@ -1,0 +1,678 @@
+//! The scheduler: eviction against the optimum, and a state machine that carries out every action on simulated values.
+
+mod common;
+
+use common::{STREAMED, bare_plan, models, uniform};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use tierwise_core::layout::Layout;
+use tierwise_core::plan::{ChunkPlan, ClipMode, OptimizerClass, ParamHome, Plan};
+use tierwise_core::scheduler::{Action, Decision, Event, Progress, ScheduleError, Scheduler};
+use tierwise_core::trace::{Op, Phase, Trace};
+use tierwise_core::{ChunkId, OpId, Tier};
+
+// ---- eviction -------------------------------------------------------------------------------------------------------------------
+
+/// Fewest fetches that serve `accesses` with `slots` slots, by keeping every reachable content of the slab. With `ahead`, the next
+/// chunk must be there too while one is used, because otherwise compute would wait for it.
+fn optimum(accesses: &[u32], slots: usize, ahead: bool) -> u64 {
+    let mut states: BTreeMap<BTreeSet<u32>, u64> = std::iter::once((BTreeSet::new(), 0)).collect();
+    for (at, &access) in accesses.iter().enumerate() {
+        let mut needed: BTreeSet<u32> = std::iter::once(access).collect();
+        if ahead {
+            needed.extend(accesses.get(at + 1));
+        }
+        let mut next: BTreeMap<BTreeSet<u32>, u64> = BTreeMap::new();
+        for (content, &cost) in &states {
+            let missing = needed.difference(content).count();
+            let with: BTreeSet<u32> = content.union(&needed).copied().collect();
+            for kept in subsets(&with, with.len().saturating_sub(slots), &needed) {
+                let best = next.entry(kept).or_insert(u64::MAX);
+                *best = (cost + missing as u64).min(*best);
+            }
+        }
+        states = next;
+    }
+    states.into_values().min().unwrap()
+}
+
+/// `all` without `excess` of its elements, in every way that keeps `needed`.
+fn subsets(all: &BTreeSet<u32>, excess: usize, needed: &BTreeSet<u32>) -> Vec<BTreeSet<u32>> {
+    let mut result = vec![all.clone()];
+    for _ in 0..excess {
+        result = result
+            .iter()
+            .flat_map(|set| {
+                set.difference(needed).map(|victim| {
+                    let mut rest = set.clone();
+                    rest.remove(victim);
+                    rest
+                })
+            })
+            .collect();
+    }
+    result
+}
+
+const BYTES: u64 = 256;
+const NUMEL: u64 = 128;
+
+/// Fetches of the scheduler in the later ones of `cycles` runs over a trace, and those that compute waited for.
+fn steady_fetches(trace: &Trace, layout: &Layout, plan: &Plan, warm_up: usize, cycles: usize) -> (u64, u64) {
+    let mut scheduler = Scheduler::new(layout.clone(), trace.clone(), plan.clone(), None);
+    let mut actions = Vec::new();
+    let mut before = scheduler.counters();
+    for cycle in 0..cycles {
+        if cycle == warm_up {
+            before = scheduler.counters();
+        }
+        for op in &trace.ops {
+            for event in [Event::Enter { unit: op.unit, phase: op.phase }, Event::Leave { unit: op.unit, phase: op.phase }] {
+                assert_eq!(scheduler.step(&event, &mut actions), Ok(Progress::Done));
+            }
+        }
+    }
+    let after = scheduler.counters();
+    (after.fetches - before.fetches, after.demand_fetches - before.demand_fetches)
+}
+
+/// Fewest fetches in the later cycles, once it does not matter any more how the slab was filled first.
+fn steady_optimum(trace: &Trace, slots: usize, ahead: bool, warm_up: usize, cycles: usize) -> u64 {
+    let accesses = |cycles: usize| -> Vec<u32> { (0..cycles).flat_map(|_| trace.ops.iter().map(|op| op.unit)).collect() };
+    optimum(&accesses(cycles), slots, ahead) - optimum(&accesses(warm_up), slots, ahead)
+}
+
+#[test]
+fn a_training_step_fetches_no_more_than_the_optimum() {
+    for chunks in 1..=6 {
+        for slots in 1..=chunks {
+            let (layout, trace, plan) = uniform(chunks, NUMEL, |_| STREAMED, u64::from(slots) * BYTES, u32::MAX);
+            let (fetches, demand) = steady_fetches(&trace, &layout, &plan, 4, 12);
+            assert_eq!(fetches, steady_optimum(&trace, slots as usize, false, 4, 12), "{chunks} chunks, {slots} slots");
+            // With a second slot every copy starts before it is needed.
+            assert!(slots == 1 || demand == 0, "{chunks} chunks, {slots} slots: compute waited {demand} times");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    /// Shared chunks come up again: any forward, then its mirror image.
+    #[test]
+    fn any_training_step_fetches_no_more_than_the_optimum(order in prop::collection::vec(0_u32..5, 1..8), slots in 1_u64..5) {
+        let (layout, mut trace, plan) = uniform(5, NUMEL, |_| STREAMED, slots * BYTES, u32::MAX);
+        let op = |phase| move |&unit: &u32| Op { unit, phase };
+        trace.ops = order.iter().map(op(Phase::Forward)).chain(order.iter().rev().map(op(Phase::Backward))).collect();
+        let (fetches, _) = steady_fetches(&trace, &layout, &plan, 5, 15);
+        let best = steady_optimum(&trace, slots as usize, slots > 1, 5, 15);
+        if order.iter().collect::<BTreeSet<_>>().len() == order.len() {
+            prop_assert_eq!(fetches, best);
+        } else {
+            // Copies run as far ahead as they can, which may push out a chunk that comes up again soon.
+            prop_assert!((best..=2 * best).contains(&fetches), "{} fetches in 10 cycles, {} would do", fetches, best);
+        }
+    }
+}
+
+#[test]
+fn recomputation_does_not_disturb_the_schedule() {
+    let (layout, trace, plan) = uniform(6, NUMEL, |_| STREAMED, 2 * BYTES, u32::MAX);
+    let run = |recompute: bool| {
+        let mut scheduler = Scheduler::new(layout.clone(), trace.clone(), plan.clone(), None);
+        let mut actions = Vec::new();
+        for _ in 0..3 {
+            let mut in_backward = false;
+            for op in &trace.ops {
+                let mut events = Vec::new();
+                if op.phase == Phase::Backward {
+                    if !std::mem::replace(&mut in_backward, true) {
+                        events.push(Event::BackwardBegin { grad_scale: 1.0 });
+                    }
+                    if recompute {
+                        let (unit, phase) = (op.unit, Phase::Forward);
+                        events.extend([Event::Enter { unit, phase }, Event::Hold { unit }, Event::Leave { unit, phase }]);
+                    }
+                }
+                events.extend([Event::Enter { unit: op.unit, phase: op.phase }, Event::Leave { unit: op.unit, phase: op.phase }]);
+                for event in events {
+                    assert_eq!(scheduler.step(&event, &mut actions), Ok(Progress::Done));
+                }
+            }
+            scheduler.step(&Event::BackwardEnd, &mut actions).unwrap();
+        }
+        let counters = scheduler.counters();
+        (counters.fetches, counters.demand_fetches, counters.off_trace)
+    };
+    assert_eq!(run(true), run(false));
+    assert_eq!(run(true).2, 0);
+}
+
+// ---- the state machine ----------------------------------------------------------------------------------------------------------
+
+/// What a payload holds, as a fingerprint of everything that was ever done to it.
+type Value = u64;
+
+/// Bytes that nobody may read: half written, or another chunk's by now.
+const POISON: Value = u64::MAX;
+
+fn mix(parts: &[u64]) -> Value {
+    parts.iter().fold(0x9e37_79b9_7f4a_7c15, |hash, part| {
+        let mixed = (hash ^ part).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed ^ (mixed >> 29)
+    })
+}
+
+/// One optimizer step: depends on the old value, the gradient, the scale and the hyperparameters.
+fn stepped(value: Value, grad: Value, scale: f32, hyper: u64) -> Value {
+    assert_ne!(value, POISON, "stepped bytes that are not there");
+    mix(&[value, grad, u64::from(scale.to_bits()), hyper])
+}
+
+/// Host work in the order in which it was asked for.
+#[derive(Debug, Clone, Copy)]
+enum Job {
+    Step { grad: Value, scale: f32, hyper: u64 },
+    Speculate { grad: Value, scale: f32, hyper: u64 },
+    Undo,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pin {
+    slot: Option<u64>,
+    generation: u64,
+}
+
+/// Executor, compute and a synchronous reference in one.
+struct World {
+    scheduler: Scheduler,
+    /// Random choices; all zero once they are used up.
+    choices: VecDeque<u16>,
+    host: Vec<Value>,
+    device: Vec<Value>,
+    slots: Vec<Option<(u64, u64)>>,
+    /// What a synchronous optimizer on one device would hold.
+    reference: Vec<Value>,
+    steps: Vec<u64>,
+    undo: Vec<Option<(u64, u64, Value)>>,
+    jobs: Vec<VecDeque<Job>>,
+    grads: Vec<Option<Value>>,
+    /// Chunks whose final gradient is on its way.
+    landing: BTreeSet<ChunkId>,
+    /// Chunks with gradients of the step that is not decided yet.
+    handed: BTreeSet<ChunkId>,
+    pins: Vec<Vec<Pin>>,
+    hyper: u64,
+    speculation_hyper: u64,
+    commit: Option<(f64, u64)>,
+    sums: Vec<Option<f64>>,
+    generations: Vec<u64>,
+    decisions: u64,
+    serial: u64,
+}
+
+impl World {
+    fn new(layout: Layout, trace: Trace, plan: Plan, max_norm: Option<f64>, choices: Vec<u16>) -> Self {
+        let chunks = layout.chunks.len();
+        let params = layout.chunks.iter().map(|c| c.params.len()).sum();
+        let initial: Vec<Value> = (0..chunks as u64).map(|c| mix(&[c])).collect();
+        let off = |keep: fn(&ChunkPlan) -> bool| -> Vec<Value> {
+            plan.chunks.iter().zip(&initial).map(|(p, v)| if keep(p) { *v } else { POISON }).collect()
+        };
+        World {
+            host: off(|p| p.class == OptimizerClass::Host || p.home == ParamHome::Streamed),
+            device: off(|p| p.home == ParamHome::Resident),
+            scheduler: Scheduler::new(layout, trace, plan, max_norm),
+            choices: choices.into(),
+            slots: vec![None; chunks],
+            reference: initial,
+            steps: vec![0; chunks],
+            undo: vec![None; chunks],
+            jobs: vec![VecDeque::new(); chunks],
+            grads: vec![None; chunks],
+            landing: BTreeSet::new(),
+            handed: BTreeSet::new(),
+            pins: vec![Vec::new(); chunks],
+            hyper: 0,
+            speculation_hyper: 0,
+            commit: None,
+            sums: vec![None; params],
+            generations: vec![0; chunks],
+            decisions: 0,
+            serial: 0,
+        }
+    }
+
+    /// A choice of `0..below`.
+    fn choose(&mut self, below: usize) -> usize {
+        self.choices.pop_front().unwrap_or(0) as usize % below
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.serial += 1;
+        self.serial
+    }
+
+    fn plan(&self, chunk: ChunkId) -> ChunkPlan {
+        self.scheduler.plan().chunks[chunk.index()]
+    }
+
+    /// Hands over an event; other work finishes in between, and as long as it blocks.
+    fn event(&mut self, event: &Event) -> Result<(), ScheduleError> {
+        while self.choose(3) == 1 {
+            if !self.finish_something()? {
+                break;
+            }
+        }
+        while self.apply(event)? != Progress::Done {
+            assert!(self.finish_something()?, "{event:?} waits for nothing: {}", self.scheduler.snapshot());
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, event: &Event) -> Result<Progress, ScheduleError> {
+        let mut actions = Vec::new();
+        let progress = self.scheduler.step(event, &mut actions)?;
+        if let Event::UndoDone { chunk } = *event {
+            if matches!(self.jobs[chunk.index()].front(), Some(Job::Step { .. })) {
+                // It gave up its slot for its own step, not for another chunk.
+                self.slots[chunk.index()] = None;
+            }
+        }
+        self.carry_out(&actions);
+        self.check();
+        Ok(progress)
+    }
+
+    /// Finishes one piece of running work, if there is any.
+    fn finish_something(&mut self) -> Result<bool, ScheduleError> {
+        let working: Vec<ChunkId> = self.scheduler.layout().ids().filter(|c| !self.jobs[c.index()].is_empty()).collect();
+        let landing: Vec<ChunkId> = self.landing.iter().copied().collect();
+        if working.len() + landing.len() == 0 {
+            return Ok(false);
+        }
+        let chosen = self.choose(working.len() + landing.len());
+        if let Some(&chunk) = working.get(chosen) {
+            let job = self.jobs[chunk.index()].pop_front().unwrap();
+            let value = &mut self.host[chunk.index()];
+            let event = match job {
+                Job::Step { grad, scale, hyper } => {
+                    *value = stepped(*value, grad, scale, hyper);
+                    Event::StepDone { chunk }
+                }
+                Job::Speculate { grad, scale, hyper } => {
+                    *value = stepped(*value, grad, scale, hyper);
+                    Event::SpeculateDone { chunk }
+                }
+                Job::Undo => {
+                    *value = self.undo[chunk.index()].take().expect("an undo record").2;
+                    Event::UndoDone { chunk }
+                }
+            };
+            assert_eq!(self.apply(&event)?, Progress::Done);
+        } else {
+            let chunk = landing[chosen - working.len()];
+            self.landing.remove(&chunk);
+            self.land(chunk)?;
+        }
+        Ok(true)
+    }
+
+    fn land(&mut self, chunk: ChunkId) -> Result<(), ScheduleError> {
+        let size = [1.0, 0.0, 1e-3, 4.0][self.choose(4)];
+        let poisoned = self.choose(40) == 39;
+        let params = &self.scheduler.layout().chunks[chunk.index()].params;
+        let sums: Vec<(u32, f64)> =
+            params.iter().filter(|p| p.trainable).map(|p| (p.index, if poisoned { f64::NAN } else { size })).collect();
+        for &(index, sum) in &sums {
+            self.sums[index as usize] = Some(sum);
+        }
+        assert_eq!(self.apply(&Event::GradLanded { chunk, sums })?, Progress::Done);
+        Ok(())
+    }
+
+    fn carry_out(&mut self, actions: &[Action]) {
+        let mut decided = None;
+        for action in actions {
+            match action {
+                Action::Fetch { chunk, offset, evicted, .. } => {
+                    assert_eq!(self.plan(*chunk).home, ParamHome::Streamed);
+                    let end = offset + self.scheduler.layout().param_bytes(*chunk).next_multiple_of(256);
+                    assert!(end <= self.scheduler.plan().stream_slab_bytes, "a slot ends behind the slab");
+                    self.slots[chunk.index()] = None;
+                    for other in self.scheduler.layout().ids() {
+                        if self.slots[other.index()].is_some_and(|(start, stop)| start < end && stop > *offset) {
+                            assert!(self.pins[other.index()].is_empty(), "{other:?} is in use and was overwritten by {chunk:?}");
+                            assert!(evicted.contains(&other), "{other:?} was overwritten by {chunk:?} without notice");
+                            self.slots[other.index()] = None;
+                            self.device[other.index()] = POISON;
+                        }
+                    }
+                    self.slots[chunk.index()] = Some((*offset, end));
+                    assert!(self.jobs[chunk.index()].is_empty(), "{chunk:?} is fetched while it is rewritten");
+                    self.device[chunk.index()] = self.host[chunk.index()];
+                    assert_ne!(self.device[chunk.index()], POISON);
+                }
+                Action::Refresh { chunk } => {
+                    assert_eq!(self.plan(*chunk), common::RESIDENT_HOST);
+                    assert!(self.jobs[chunk.index()].is_empty(), "{chunk:?} is refreshed while it is rewritten");
+                    self.device[chunk.index()] = self.host[chunk.index()];
+                }
+                Action::Release { chunk } => assert!(self.pins[chunk.index()].is_empty(), "{chunk:?} was released in use"),
+                Action::Step { chunk, tier, grad_scale } => {
+                    let decision: &Decision = decided.expect("a step outside of a decision");
+                    assert!(!decision.skipped);
+                    let grad = self.grads[chunk.index()].take().expect("a gradient to step with");
+                    let hyper = self.commit_hyper();
+                    self.steps[chunk.index()] += 1;
+                    match tier {
+                        Tier::Device => {
+                            assert_eq!(self.plan(*chunk).class, OptimizerClass::Device);
+                            self.device[chunk.index()] = stepped(self.device[chunk.index()], grad, *grad_scale, hyper);
+                        }
+                        _ => {
+                            assert_eq!(self.plan(*chunk).class, OptimizerClass::Host);
+                            if self.jobs[chunk.index()].is_empty() {
+                                self.slots[chunk.index()] = None;
+                            }
+                            self.jobs[chunk.index()].push_back(Job::Step { grad, scale: *grad_scale, hyper });
+                        }
+                    }
+                }
+                Action::Speculate { chunk, grad_scale, undo_offset } => {
+                    let bytes = self.scheduler.layout().undo_bytes(*chunk);
+                    assert!(undo_offset + bytes <= self.scheduler.plan().undo_bytes, "an undo record outside of its room");
+                    for (offset, other, _) in self.undo.iter().flatten() {
+                        assert!(offset + other <= *undo_offset || *offset >= undo_offset + bytes, "undo records overlap");
+                    }
+                    assert!(self.jobs[chunk.index()].is_empty() && self.commit.is_none());
+                    let grad = self.grads[chunk.index()].expect("a gradient to speculate with");
+                    self.undo[chunk.index()] = Some((*undo_offset, bytes, self.host[chunk.index()]));
+                    let job = Job::Speculate { grad, scale: *grad_scale, hyper: self.speculation_hyper };
+                    self.jobs[chunk.index()].push_back(job);
+                }
+                Action::Undo { chunk } => self.jobs[chunk.index()].push_back(Job::Undo),
+                Action::Accept { chunk } => {
+                    self.undo[chunk.index()] = None;
+                    self.grads[chunk.index()] = None;
+                    self.steps[chunk.index()] += 1;
+                    self.slots[chunk.index()] = None;
+                }
+                Action::Decided(decision) => {
+                    self.decide(decision);
+                    decided = Some(decision);
+                }
+                Action::Forget { chunk } => self.grads[chunk.index()] = None,
+            }
+        }
+        if decided.is_some() {
+            self.commit = None;
+        }
+    }
+
+    fn commit_hyper(&self) -> u64 {
+        self.commit.expect("a committed step").1
+    }
+
+    /// The synchronous reference steps at the moment of the decision.
+    fn decide(&mut self, decision: &Decision) {
+        let (grad_scale, hyper) = self.commit.expect("nothing is decided before it is committed");
+        assert!(self.landing.is_empty(), "decided before every gradient was there");
+        self.decisions += 1;
+        assert_eq!(decision.step, self.decisions);
+        let norm = self.sums.iter().flatten().sum::<f64>().sqrt() * grad_scale;
+        assert_eq!(decision.norm.to_bits(), norm.to_bits());
+        assert_eq!(decision.skipped, !norm.is_finite());
+        let coefficient = match self.scheduler.max_norm() {
+            Some(limit) if norm.is_finite() => (limit / (norm + 1e-6)).min(1.0),
+            _ => 1.0,
+        };
+        assert_eq!(decision.coefficient.to_bits(), coefficient.to_bits());
+        self.sums.fill(None);
+        for chunk in std::mem::take(&mut self.handed) {
+            if !decision.skipped {
+                let grad = self.grads[chunk.index()].expect("a gradient");
+                let value = &mut self.reference[chunk.index()];
+                *value = stepped(*value, grad, (coefficient * grad_scale) as f32, hyper);
+                self.generations[chunk.index()] += 1;
+            }
+        }
+    }
+
+    /// What must hold after every event.
+    fn check(&mut self) {
+        let mut ranges = Vec::new();
+        for chunk in self.scheduler.layout().ids() {
+            let residency = self.scheduler.residency(chunk);
+            let placement = self.plan(chunk);
+            let slot = self.scheduler.slot(chunk);
+            let home = if placement.class == OptimizerClass::Host || placement.home == ParamHome::Streamed { Tier::Host } else { Tier::Device };
+            assert_eq!(residency.authority(), Some(home), "{chunk:?} {residency:?}");
+            let in_slab = placement.home == ParamHome::Streamed && residency.tiers().any(|t| t == Tier::Device);
+            assert_eq!(slot.is_some(), in_slab, "{chunk:?} {residency:?} {slot:?}");
+            match (slot, self.slots[chunk.index()]) {
+                (Some(slot), Some((start, end))) => {
+                    assert_eq!(slot, start, "{chunk:?} moved without a fetch");
+                    ranges.push((start, end));
+                }
+                (Some(_), None) => panic!("{chunk:?} has a slot that was never filled"),
+                (None, _) => self.slots[chunk.index()] = None,
+            }
+            let now = Pin { slot, generation: self.scheduler.generation(chunk) };
+            for pin in &self.pins[chunk.index()] {
+                assert_eq!(*pin, now, "{chunk:?} is in use and changed");
+                assert!(self.scheduler.in_use(chunk));
+                assert!(residency.readable_at(Tier::Device), "{chunk:?} is in use and gone: {residency:?}");
+            }
+            assert!(self.scheduler.generation(chunk) <= self.generations[chunk.index()], "{chunk:?} was rewritten before the decision");
+        }
+        ranges.sort_unstable();
+        assert!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0), "slots overlap: {ranges:?}");
+        assert_eq!(self.scheduler.slab_used(), ranges.iter().map(|(start, end)| end - start).sum::<u64>());
+        assert!(self.scheduler.slab_used() <= self.scheduler.plan().stream_slab_bytes);
+    }
+
+    /// Compute reads what a synchronous optimizer would have left there.
+    fn read(&self, chunk: ChunkId) {
+        assert!(self.plan(chunk).home == ParamHome::Resident || self.slots[chunk.index()].is_some());
+        assert_eq!(self.device[chunk.index()], self.reference[chunk.index()], "{chunk:?} is not what it should be");
+    }
+
+    fn enter(&mut self, unit: u32, phase: Phase) -> Result<(), ScheduleError> {
+        self.event(&Event::Enter { unit, phase })?;
+        for chunk in self.scheduler.trace().units[unit as usize].chunks.clone() {
+            self.read(chunk);
+            let pin = Pin { slot: self.scheduler.slot(chunk), generation: self.scheduler.generation(chunk) };
+            self.pins[chunk.index()].push(pin);
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, unit: u32, phase: Phase) -> Result<(), ScheduleError> {
+        for chunk in self.scheduler.trace().units[unit as usize].chunks.clone() {
+            self.read(chunk);
+            self.pins[chunk.index()].pop();
+        }
+        self.event(&Event::Leave { unit, phase })
+    }
+
+    fn touch_something(&mut self) -> Result<(), ScheduleError> {
+        let chunk = ChunkId(self.choose(self.reference.len()) as u32);
+        self.event(&Event::Touch { chunk })?;
+        self.read(chunk);
+        Ok(())
+    }
+
+    /// Forward and backward of a random subset of the units, sometimes given up in between.
+    fn micro_batch(&mut self, last: bool) -> Result<(), ScheduleError> {
+        let units = self.scheduler.trace().units.len();
+        let skipped: Vec<bool> = (0..units).map(|_| self.choose(8) == 7).collect();
+        let ops: Vec<Op> = self.scheduler.trace().ops.iter().filter(|op| !skipped[op.unit as usize]).cloned().collect();
+        for op in ops.iter().filter(|op| op.phase == Phase::Forward) {
+            self.enter(op.unit, op.phase)?;
+            self.leave(op.unit, op.phase)?;
+            if self.choose(12) == 11 {
+                self.touch_something()?;
+            }
+        }
+        // A step of other units than the one before may get here before that one is decided: whoever executes waits for it.
+        while self.scheduler.is_undecided() {
+            assert!(self.finish_something()?);
+        }
+        let grad_scale = [1.0, 0.5][self.choose(2)];
+        self.event(&Event::BackwardBegin { grad_scale })?;
+        self.speculation_hyper = self.hyper;
+        let backward: Vec<Op> = ops.iter().filter(|op| op.phase == Phase::Backward).cloned().collect();
+        for (at, op) in backward.iter().enumerate() {
+            if self.choose(4) == 3 {
+                self.enter(op.unit, Phase::Forward)?;
+                self.event(&Event::Hold { unit: op.unit })?;
+                self.leave(op.unit, Phase::Forward)?;
+            }
+            self.enter(op.unit, op.phase)?;
+            self.leave(op.unit, op.phase)?;
+            let later: BTreeSet<ChunkId> =
+                backward[at + 1..].iter().flat_map(|op| self.scheduler.trace().units[op.unit as usize].chunks.clone()).collect();
+            for chunk in self.scheduler.trace().units[op.unit as usize].chunks.clone() {
+                // An unused parameter has no gradient.
+                if !later.contains(&chunk) && self.plan(chunk).class != OptimizerClass::Frozen && self.choose(10) != 9 {
+                    self.event(&Event::GradsHanded { chunk })?;
+                    let part = self.fresh();
+                    self.grads[chunk.index()] = Some(mix(&[self.grads[chunk.index()].unwrap_or(0), part]));
+                    self.handed.insert(chunk);
+                    if last {
+                        self.landing.insert(chunk);
+                    }
+                }
+            }
+        }
+        self.event(&Event::BackwardEnd)?;
+        for chunk in self.scheduler.stale_partials() {
+            self.land(chunk)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<(), ScheduleError> {
+        if self.choose(6) == 5 {
+            // An evaluation pass.
+            for unit in 0..self.scheduler.trace().units.len() as u32 {
+                self.enter(unit, Phase::Forward)?;
+                self.leave(unit, Phase::Forward)?;
+            }
+        }
+        let accumulation = self.scheduler.plan().accumulation;
+        for micro in 0..accumulation {
+            self.micro_batch(micro + 1 == accumulation)?;
+        }
+        if self.choose(6) == 5 {
+            self.touch_something()?;
+        }
+        if self.choose(6) == 5 {
+            self.event(&Event::DropGrads)?;
+            self.handed.clear();
+            self.sums.fill(None);
+            return Ok(());
+        }
+        while self.scheduler.is_undecided() {
+            assert!(self.finish_something()?);
+        }
+        let hyper_changed = self.choose(6) == 5;
+        self.hyper += u64::from(hyper_changed);
+        let grad_scale = [1.0, 0.5][self.choose(2)];
+        while self.choose(3) == 1 && self.finish_something()? {}
+        self.commit = Some((grad_scale, self.hyper));
+        assert_eq!(self.apply(&Event::Commit { grad_scale, hyper_changed })?, Progress::Done);
+        // `zero_grad()` after `step()` forgets nothing of it.
+        self.event(&Event::DropGrads)
+    }
+
+    /// Everything running finishes; then every chunk is what a synchronous optimizer makes of it.
+    fn flush(&mut self) -> Result<(), ScheduleError> {
+        while self.scheduler.has_in_flight() || self.scheduler.is_undecided() {
+            assert!(self.finish_something()?);
+        }
+        let mut actions = Vec::new();
+        self.scheduler.settle(&mut actions)?;
+        self.carry_out(&actions);
+        self.check();
+        while self.finish_something()? {}
+        assert!(!self.scheduler.is_busy());
+        for chunk in self.scheduler.layout().ids() {
+            let at = chunk.index();
+            let value = if self.plan(chunk).class == OptimizerClass::Host { self.host[at] } else { self.device[at] };
+            if self.plan(chunk).class != OptimizerClass::Frozen {
+                assert_eq!(value, self.reference[at], "{chunk:?} after the flush");
+            }
+            assert_eq!(self.scheduler.generation(chunk), self.generations[at]);
+            assert_eq!(self.steps[at], self.generations[at], "{chunk:?} is stepped once for every decided step with a gradient");
+        }
+        assert!(self.undo.iter().all(Option::is_none), "an undo record was left behind");
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    layout: Layout,
+    trace: Trace,
+    plan: Plan,
+    max_norm: Option<f64>,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
+    let norm = prop_oneof![Just(None), Just(Some(1e9)), Just(Some(1.5))];
+    (models(), prop::collection::vec(0_u8..3, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
+        |((layout, trace), kinds, accumulation, clip_mode, max_norm, slots, undo)| {
+            let chunks: Vec<ChunkPlan> = layout
+                .chunks
+                .iter()
+                .zip(kinds)
+                .map(|(chunk, kind)| ChunkPlan {
+                    class: match kind {
+                        _ if chunk.state_numel == 0 => OptimizerClass::Frozen,
+                        0 => OptimizerClass::Device,
+                        _ => OptimizerClass::Host,
+                    },
+                    home: if kind == 2 { ParamHome::Streamed } else { ParamHome::Resident },
+                })
+                .collect();
+            let streamed = |c: &ChunkId| chunks[c.index()].home == ParamHome::Streamed;
+            let slot = |c: ChunkId| layout.param_bytes(c).next_multiple_of(256);
+            let operation = trace
+                .ids()
+                .map(|op: OpId| trace.chunks(op).iter().copied().filter(streamed).map(slot).sum())
+                .chain(layout.ids().filter(streamed).map(slot))
+                .max()
+                .unwrap_or(0);
+            let undo_all: u64 = layout.ids().map(|c| layout.undo_bytes(c)).sum();
+            // The smallest slab that any operation fits into, up to two and a half of it.
+            let slab = operation + operation * slots / 512 * 256;
+            let mut plan = bare_plan(chunks, trace.units.len(), slab, accumulation);
+            plan.clip_mode = clip_mode;
+            plan.undo_bytes = (undo_all as f64 * undo) as u64;
+            Case { layout, trace, plan, max_norm }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, max_shrink_iters: 5000, ..ProptestConfig::with_cases(4000) })]
+
+    #[test]
+    fn any_program_reads_and_leaves_what_a_synchronous_optimizer_would(
+        case in cases(),
+        choices in prop::collection::vec(any::<u16>(), 0..1500),
+        steps in 1_usize..6,
+    ) {
+        let mut world = World::new(case.layout, case.trace, case.plan, case.max_norm, choices);
+        for _ in 0..steps {
+            world.step().map_err(|e| TestCaseError::fail(e.to_string()))?;
+            if world.choose(4) == 3 {
+                world.flush().map_err(|e| TestCaseError::fail(e.to_string()))?;
+            }
+        }
+        world.flush().map_err(|e| TestCaseError::fail(e.to_string()))?;
+    }
+}

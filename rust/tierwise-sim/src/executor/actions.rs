@@ -1,0 +1,166 @@
+//! Carrying out the scheduler's actions, and the way of gradients: the counterpart of the runtime's `execute.rs` and `gradients.rs`.
+
+use super::machine::{Lane, Task, Token};
+use super::stalls::Cause;
+use super::{Effect, Run, SimError};
+use tierwise_core::plan::OptimizerClass;
+use tierwise_core::scheduler::{Action, Event, Progress};
+use tierwise_core::{ChunkId, Tier};
+
+impl Run<'_> {
+    /// Carries out actions in order. Everything here only enqueues.
+    pub(super) fn execute(&mut self, actions: &[Action]) {
+        for action in actions {
+            match *action {
+                Action::Fetch { chunk, offset, demand, .. } => self.fetch(chunk, offset, demand),
+                Action::Refresh { chunk } => {
+                    let waits = self.commit.into_iter().collect();
+                    self.copy_params(chunk, "refresh", waits, Cause::Optimizer);
+                }
+                Action::Release { chunk } => {
+                    if let (Some(offset), Some(token)) = (self.scheduler.slot(chunk), self.release) {
+                        let end = offset + self.setup.layout.param_bytes(chunk);
+                        self.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
+                        self.guards.push((offset, end, token));
+                    }
+                }
+                Action::Step { chunk, tier: Tier::Device, .. } => self.step_on_device(chunk),
+                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
+                Action::Speculate { chunk, .. } => {
+                    // Everything that the step overwrites is read and written once more.
+                    let undo = 2.0 * self.setup.layout.undo_bytes(chunk) as f64;
+                    self.step_on_host(chunk, "speculate", undo, Event::SpeculateDone { chunk });
+                }
+                Action::Undo { chunk } => {
+                    let bytes = 2 * self.setup.layout.undo_bytes(chunk);
+                    let event = Effect::Post(Event::UndoDone { chunk });
+                    self.enqueue(Lane::HostAdam, "undo", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), vec![event]);
+                }
+                Action::Forget { chunk } => {
+                    let held = std::mem::take(&mut self.held[chunk.index()]);
+                    self.free_gradients(held);
+                }
+                Action::Accept { .. } | Action::Decided(_) => {}
+            }
+        }
+    }
+
+    fn chunk_name(&self, chunk: ChunkId) -> &str {
+        &self.setup.layout.chunks[chunk.index()].name
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of a task, in their order")]
+    fn enqueue(
+        &mut self,
+        lane: Lane,
+        what: &str,
+        chunk: ChunkId,
+        bytes: u64,
+        work: f64,
+        waits: Vec<Token>,
+        on_start: Vec<Effect>,
+        on_end: Vec<Effect>,
+    ) -> Token {
+        let name = format!("{what} {}", self.chunk_name(chunk));
+        self.machine.push(lane, Task { name, bytes, work, waits, on_start, on_end })
+    }
+
+    /// Copies a chunk's parameters from its home to the device.
+    fn copy_params(&mut self, chunk: ChunkId, what: &str, waits: Vec<Token>, cause: Cause) {
+        let bytes = self.setup.layout.param_bytes(chunk);
+        let token = self.enqueue(Lane::HostToDevice, what, chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
+        self.written[chunk.index()] = Some((token, cause));
+    }
+
+    fn fetch(&mut self, chunk: ChunkId, offset: u64, demand: bool) {
+        let end = offset + self.setup.layout.param_bytes(chunk);
+        let waits = self.guards.iter().filter(|(start, stop, _)| *start < end && *stop > offset).map(|(_, _, token)| *token).collect();
+        // A guard that sticks out still protects the rest of its range.
+        self.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
+        self.copy_params(chunk, if demand { "demand fetch" } else { "fetch" }, waits, Cause::Fetch);
+    }
+
+    /// Bytes that one step of a chunk moves, its final gradient included.
+    fn step_bytes(&self, chunk: ChunkId) -> u64 {
+        let layout = self.setup.layout;
+        let state = &layout.chunks[chunk.index()];
+        self.final_grad_bytes(chunk) + 2 * state.state_numel * (layout.precision.param_bytes() + layout.precision.state_bytes())
+    }
+
+    fn final_grad_bytes(&self, chunk: ChunkId) -> u64 {
+        let layout = self.setup.layout;
+        if self.setup.plan.accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) }
+    }
+
+    fn step_on_device(&mut self, chunk: ChunkId) {
+        let bytes = self.step_bytes(chunk);
+        let waits = self.commit.into_iter().collect();
+        let read = std::mem::take(&mut self.held[chunk.index()]);
+        self.leaving_bytes += read;
+        let freed = vec![Effect::FreeGradients(read)];
+        let token = self.enqueue(Lane::Optimizer, "step", chunk, bytes, bytes as f64, waits, Vec::new(), freed);
+        self.written[chunk.index()] = Some((token, Cause::Optimizer));
+    }
+
+    fn step_on_host(&mut self, chunk: ChunkId, what: &str, extra_bytes: f64, done: Event) {
+        let bytes = self.step_bytes(chunk);
+        // A copy that nobody waited for may still read the parameters that are about to be rewritten.
+        let waits = self.written[chunk.index()].map(|(token, _)| token).into_iter().collect();
+        let work = bytes as f64 + extra_bytes;
+        self.enqueue(Lane::HostAdam, what, chunk, bytes, work, waits, Vec::new(), vec![Effect::Post(done)]);
+    }
+
+    /// Takes over the gradients of a chunk; gives what the training thread waits for if it cannot yet.
+    pub(super) fn hand_over(&mut self, chunk: ChunkId) -> Result<Option<Cause>, SimError> {
+        let plan = self.setup.plan;
+        let bytes = self.setup.layout.grad_bytes(chunk);
+        let accumulates = plan.accumulation > 1;
+        let on_host = plan.chunks[chunk.index()].class == OptimizerClass::Host;
+        if on_host {
+            let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;
+            if !room || (accumulates && self.staging_free == 0) {
+                return Ok(Some(Cause::Gradients));
+            }
+        }
+        if self.apply(&Event::GradsHanded { chunk })? != Progress::Done {
+            return Ok(Some(Cause::Optimizer));
+        }
+        let last = self.scheduler.is_last_backward();
+        let produced: Vec<Token> = self.machine.record(Lane::Compute).into_iter().collect();
+        let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
+        // The first micro-batch overwrites its accumulator, later ones read it.
+        let added = if self.is_first_micro_batch() { bytes + 2 * bytes } else { bytes + 4 * bytes };
+        if on_host {
+            self.in_flight_bytes += bytes;
+            self.staging_free -= u32::from(accumulates);
+            let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
+            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
+            let mut on_end: Vec<Effect> = landed.into_iter().collect();
+            if accumulates {
+                traffic += added;
+                on_end.insert(0, Effect::FreeStaging);
+            }
+            let on_start = vec![Effect::Landed { bytes }];
+            self.enqueue(Lane::Landing, "norm", chunk, traffic, traffic as f64, vec![copied], on_start, on_end);
+        } else {
+            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
+            let mut on_end: Vec<Effect> = landed.into_iter().collect();
+            if accumulates {
+                traffic += added;
+                self.leaving_bytes += bytes;
+                on_end.push(Effect::FreeGradients(bytes));
+            } else {
+                self.held[chunk.index()] += bytes;
+            }
+            self.enqueue(Lane::Optimizer, "reduce", chunk, traffic, traffic as f64, produced, Vec::new(), on_end);
+        }
+        Ok(None)
+    }
+
+    /// Every parameter's share of the norm: its value only decides whether the norm is above the limit of 1.
+    fn grad_landed(&self, chunk: ChunkId) -> Event {
+        let sum = if self.setup.clips { 4.0 } else { 0.0 };
+        let params = &self.setup.layout.chunks[chunk.index()].params;
+        Event::GradLanded { chunk, sums: params.iter().filter(|p| p.trainable).map(|p| (p.index, sum)).collect() }
+    }
+}

@@ -1,0 +1,241 @@
+//! The machine in virtual time: one FIFO lane per CUDA stream and worker, with rates that depend on which of them are busy.
+
+use crate::costs::ADAM_BYTES_PER_PARAM;
+use crate::hardware::Hardware;
+use std::collections::VecDeque;
+
+/// What works one task after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// The compute stream; work is nanoseconds.
+    Compute,
+    /// The host-to-device copy stream; work is bytes.
+    HostToDevice,
+    /// The device-to-host copy stream; work is bytes.
+    DeviceToHost,
+    /// The device optimizer's stream; work is bytes of device memory traffic.
+    Optimizer,
+    /// The host's Adam; work is bytes of host memory traffic.
+    HostAdam,
+    /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
+    Landing,
+}
+
+/// All lanes, in the order in which ties are broken between tasks that began together.
+pub const LANES: [Lane; 6] = [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Landing];
+
+impl Lane {
+    /// Its track of the timeline, named as the runtime names it.
+    pub fn track(self) -> &'static str {
+        match self {
+            Lane::Compute => "compute",
+            Lane::HostToDevice => "h2d",
+            Lane::DeviceToHost => "d2h",
+            Lane::Optimizer => "device optimizer",
+            Lane::HostAdam => "host optimizer",
+            Lane::Landing => "host norm",
+        }
+    }
+}
+
+/// A place in the order of all tasks ever enqueued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token(usize);
+
+impl Token {
+    /// The place as a number.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
+/// A task of a lane.
+#[derive(Debug)]
+pub struct Task<E> {
+    /// What it is, for the timeline.
+    pub name: String,
+    /// Bytes moved, for the timeline and the counters.
+    pub bytes: u64,
+    /// Amount of work in the lane's unit.
+    pub work: f64,
+    /// Tasks that have to end before.
+    pub waits: Vec<Token>,
+    /// What happens when it begins.
+    pub on_start: Vec<E>,
+    /// What happens when it ends.
+    pub on_end: Vec<E>,
+}
+
+/// A task that began.
+#[derive(Debug)]
+pub struct Began<E> {
+    pub lane: Lane,
+    pub enqueued_ns: u64,
+    /// When the lane could have begun it, had it been enqueued and ready.
+    pub idle_since_ns: u64,
+    pub waits: Vec<Token>,
+    pub effects: Vec<E>,
+}
+
+/// A task that ended.
+#[derive(Debug)]
+pub struct Ended<E> {
+    pub lane: Lane,
+    pub name: String,
+    pub bytes: u64,
+    pub work: f64,
+    pub start_ns: u64,
+    pub effects: Vec<E>,
+}
+
+struct Queued<E> {
+    token: Token,
+    enqueued_ns: u64,
+    task: Task<E>,
+}
+
+struct Running<E> {
+    queued: Queued<E>,
+    start_ns: u64,
+    remaining: f64,
+    sequence: u64,
+}
+
+struct State<E> {
+    queue: VecDeque<Queued<E>>,
+    running: Option<Running<E>>,
+    last: Option<Token>,
+    idle_since_ns: u64,
+}
+
+/// The lanes and the clock.
+pub struct Machine<'a, E> {
+    hardware: &'a Hardware,
+    now_ns: u64,
+    sequence: u64,
+    lanes: [State<E>; 6],
+    /// When every task ended.
+    ended_ns: Vec<Option<u64>>,
+}
+
+impl<'a, E> Machine<'a, E> {
+    /// Idle at time 0.
+    pub fn new(hardware: &'a Hardware) -> Self {
+        let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, last: None, idle_since_ns: 0 });
+        Machine { hardware, now_ns: 0, sequence: 0, lanes, ended_ns: Vec::new() }
+    }
+
+    /// Nanoseconds since the start.
+    pub fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    /// Enqueues a task.
+    pub fn push(&mut self, lane: Lane, task: Task<E>) -> Token {
+        let token = Token(self.ended_ns.len());
+        self.ended_ns.push(None);
+        let state = &mut self.lanes[lane as usize];
+        state.last = Some(token);
+        state.queue.push_back(Queued { token, enqueued_ns: self.now_ns, task });
+        token
+    }
+
+    /// Where a lane is: the latest task enqueued on it.
+    pub fn record(&self, lane: Lane) -> Option<Token> {
+        self.lanes[lane as usize].last
+    }
+
+    /// When a task ended.
+    pub fn ended_ns(&self, token: Token) -> Option<u64> {
+        self.ended_ns[token.0]
+    }
+
+    /// Begins the next task that can begin now.
+    pub fn begin_one(&mut self) -> Option<Began<E>> {
+        for lane in LANES {
+            let state = &mut self.lanes[lane as usize];
+            let ready =
+                state.running.is_none() && state.queue.front().is_some_and(|q| q.task.waits.iter().all(|w| self.ended_ns[w.0].is_some()));
+            if !ready {
+                continue;
+            }
+            let Some(mut queued) = state.queue.pop_front() else { continue };
+            let began = Began {
+                lane,
+                enqueued_ns: queued.enqueued_ns,
+                idle_since_ns: state.idle_since_ns,
+                waits: std::mem::take(&mut queued.task.waits),
+                effects: std::mem::take(&mut queued.task.on_start),
+            };
+            let remaining = queued.task.work;
+            state.running = Some(Running { queued, start_ns: self.now_ns, remaining, sequence: self.sequence });
+            self.sequence += 1;
+            return Some(began);
+        }
+        None
+    }
+
+    /// When the next task ends at the present rates, and on which lane.
+    pub fn next_end(&self) -> Option<(u64, Lane)> {
+        let rates = self.rates();
+        LANES
+            .into_iter()
+            .filter_map(|lane| {
+                let running = self.lanes[lane as usize].running.as_ref()?;
+                let left = (running.remaining / rates[lane as usize]).ceil() as u64;
+                Some((self.now_ns + left, running.sequence, lane))
+            })
+            .min_by_key(|&(at, sequence, _)| (at, sequence))
+            .map(|(at, _, lane)| (at, lane))
+    }
+
+    /// Lets time pass; nothing may end before `to_ns`.
+    pub fn advance(&mut self, to_ns: u64) {
+        let rates = self.rates();
+        let elapsed = (to_ns - self.now_ns) as f64;
+        for (state, rate) in self.lanes.iter_mut().zip(rates) {
+            if let Some(running) = &mut state.running {
+                running.remaining = (running.remaining - elapsed * rate).max(0.0);
+            }
+        }
+        self.now_ns = to_ns;
+    }
+
+    /// Ends the running task of a lane.
+    pub fn end(&mut self, lane: Lane) -> Option<Ended<E>> {
+        let state = &mut self.lanes[lane as usize];
+        let running = state.running.take()?;
+        state.idle_since_ns = self.now_ns;
+        let Queued { token, task, .. } = running.queued;
+        self.ended_ns[token.0] = Some(self.now_ns);
+        Some(Ended { lane, name: task.name, bytes: task.bytes, work: task.work, start_ns: running.start_ns, effects: task.on_end })
+    }
+
+    /// Work per nanosecond of every lane, given who is busy.
+    fn rates(&self) -> [f64; 6] {
+        let busy = |lane: Lane| self.lanes[lane as usize].running.is_some();
+        let h = self.hardware;
+        let mut compute = 1.0;
+        if busy(Lane::DeviceToHost) {
+            compute -= h.d2h_compute_tax;
+        }
+        if busy(Lane::HostAdam) {
+            compute -= h.host_adam_compute_tax;
+        }
+        let mut optimizer = h.device_memory_bytes_per_s / 1e9;
+        if busy(Lane::Compute) && busy(Lane::Optimizer) {
+            // They share the GPU: together they do as much as one after the other.
+            compute *= 0.5;
+            optimizer *= 0.5;
+        }
+        let duplex = busy(Lane::HostToDevice) && busy(Lane::DeviceToHost);
+        let (h2d, d2h) = if duplex { (h.h2d_duplex_bytes_per_s, h.d2h_duplex_bytes_per_s) } else { (h.h2d_bytes_per_s, h.d2h_bytes_per_s) };
+        // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
+        let left = h.host_memory_bytes_per_s - if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
+        let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
+        let wanted = [(Lane::HostToDevice, h2d), (Lane::HostAdam, adam), (Lane::Landing, h.host_stream_bytes_per_s)];
+        let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
+        let share = if total > left { left / total } else { 1.0 };
+        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, h.host_stream_bytes_per_s * share / 1e9]
+    }
+}

@@ -1,0 +1,139 @@
+"""A tiny LLaMA, and a training loop that gives everything a test may want to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tierwise import BudgetError  # noqa: E402
+from tierwise.booster import Booster  # noqa: E402
+from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
+
+BATCH, SEQ, VOCAB = 2, 16, 128
+
+
+def llama(layers: int = 3, tied: bool = False, seed: int = 0, **config: Any) -> Any:
+    """A LLaMA of hidden size 64 in training mode."""
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        **config,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).train()
+
+
+def batches(count: int, rows: int = BATCH, seq: int = SEQ, seed: int = 1) -> list[Any]:
+    """Token batches."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (rows, seq), generator=generator) for _ in range(count)]
+
+
+@dataclasses.dataclass
+class Result:
+    """What training gave."""
+
+    losses: list[float]
+    weights: dict[str, Any]
+    norms: list[float]
+    booster: Any
+    model: Any
+    optimizer: Any
+
+    def same_as(self, other: Result) -> None:
+        """Bits are equal."""
+        assert self.losses == other.losses
+        assert self.norms == other.norms
+        assert self.weights.keys() == other.weights.keys()
+        for name, weight in self.weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+
+
+def plugin(**options: Any) -> GeminiPlugin:
+    """A plugin for the emulated device with budgets that hold everything."""
+    defaults = {
+        "device": "emulated",
+        "device_budget": "256MiB",
+        "host_budget": "256MiB",
+        "reserve": 0,
+        "micro_batch_size": BATCH,
+        "seq_len": SEQ,
+        "num_threads": 1,
+    }
+    return GeminiPlugin(**{**defaults, **options})
+
+
+def boosted(model: Any, lr: float = 3e-3, weight_decay: float = 0.1, **options: Any) -> tuple[Any, Any, Any]:
+    """(booster, model, optimizer)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    booster = Booster(plugin(**options))
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    return booster, model, optimizer
+
+
+def train(model: Any, steps: int = 20, synchronous: bool = False, **options: Any) -> Result:
+    """Trains a causal LM; `synchronous` flushes after every step."""
+    booster, model, optimizer = boosted(model, **options)
+    accumulation = booster.plugin.gradient_accumulation_steps
+    losses: list[float] = []
+    norms: list[float] = []
+    data = iter(batches(steps * accumulation))
+    for _ in range(steps):
+        for _ in range(accumulation):
+            ids = next(data)
+            loss = model(input_ids=ids, labels=ids).loss
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        if synchronous:
+            booster.flush()
+            norms.append(optimizer.grad_norm)
+    if not synchronous:
+        norms = []
+    weights = dict(model.state_dict())
+    if booster.plugin.precision != "fp32":
+        booster.flush()
+        for name, param in model.named_parameters():
+            weights[f"{name}.master"] = optimizer.read_state(param)["master"]
+    return Result(losses, weights, norms, booster, model, optimizer)
+
+
+def tightest(make_model: Callable[[], Any], **options: Any) -> int:
+    """The smallest device budget that the planner names for this model."""
+    with pytest.raises(BudgetError) as caught:
+        boosted(make_model(), **{**options, "device_budget": 1})
+    assert caught.value.tier == "device"
+    return int(caught.value.needed_bytes)
+
+
+@pytest.fixture(autouse=True)
+def _free_engines() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def kit() -> Any:
+    """The helpers of this file (tests are imported by path, so they cannot import it)."""
+
+    class Kit:
+        pass
+
+    for name in ("llama", "batches", "plugin", "boosted", "train", "tightest"):
+        setattr(Kit, name, staticmethod(globals()[name]))
+    Kit.BATCH, Kit.SEQ, Kit.VOCAB = BATCH, SEQ, VOCAB
+    return Kit
