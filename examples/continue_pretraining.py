@@ -18,9 +18,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from smollm2 import load_model, standard_library_blocks
 from torch.utils.data import DataLoader
 
+from smollm2 import load_model, standard_library_blocks
 from tierwise.booster import Booster
 from tierwise.booster.plugin import GeminiPlugin
 from tierwise.config import format_bytes
@@ -143,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         meter.start(booster.stats())
         micro_losses: list[torch.Tensor] = []
         for batch in dataloader:
+            if not micro_losses and len(losses) == args.steps - 1:
+                booster.record_timeline()  # The last step, and what it leaves to do.
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             learning_rate = optimizer.param_groups[0]["lr"]
             loss = model(**batch).loss
@@ -179,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     plain = plain_adamw_bytes(numel)
     activations = "" if use.activation_peak_bytes is None else f", saved activations {format_bytes(use.activation_peak_bytes)} of it"
     print()
-    print(f"loss      {statistics.fmean(losses[:window]):.4f} (first {window} steps) -> {statistics.fmean(losses[-window:]):.4f} (last {window})")
+    first, last = statistics.fmean(losses[:window]), statistics.fmean(losses[-window:])
+    print(f"loss      {first:.4f} (mean of the first {window} steps) -> {last:.4f} (of the last {window})")
     print(f"held out  {loss_before:.4f} -> {loss_after:.4f}")
     print(f"clipped   {clipped} of {len(losses)} steps")
     print(f"device    peak {format_bytes(use.device_peak_bytes)} of a budget of {format_bytes(use.device_budget_bytes)}{activations}")

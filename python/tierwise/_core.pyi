@@ -231,3 +231,6 @@ def adam_step(
 
 def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -> float:
     """Sum of squares in the reduction tree that every device shares; dtype "bf16", "fp16" or "fp32"."""
+
+def sim_main(args: list[str]) -> int:
+    """Runs the `tierwise-sim` command with these arguments; returns its exit code."""

@@ -18,6 +18,9 @@ from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
 
 BATCH, SEQ, VOCAB = 2, 16, 128
 
+# Tiny tensors: a second thread only waits, and badly so on a busy machine.
+torch.set_num_threads(1)
+
 
 def llama(layers: int = 3, tied: bool = False, seed: int = 0, **config: Any) -> Any:
     """A LLaMA of hidden size 64 in training mode."""

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data import Dataset
+
+    _Dataset = Dataset[dict[str, Tensor]]
+else:
+    _Dataset = object  # torch's DataLoader takes anything with a length and items.
 
 
 def pack_tokens(documents: Iterable[Sequence[int]], seq_len: int, separator: int, max_blocks: int | None = None) -> TokenBlocks:
@@ -31,7 +36,7 @@ def pack_tokens(documents: Iterable[Sequence[int]], seq_len: int, separator: int
     return TokenBlocks(tokens[: blocks * seq_len], seq_len)
 
 
-class TokenBlocks:
+class TokenBlocks(_Dataset):
     """A map-style dataset of equal blocks for causal language models.
 
     `blocks[i]` is `{"input_ids": int64 [seq_len], "labels": the same tensor}`; models of Hugging Face transformers shift the labels.

@@ -27,15 +27,15 @@ def measured_activation_bytes(runtime: Runtime) -> int:
 
 
 def correct(runtime: Runtime) -> None:
-    """Plans again with the measured activations. Room that turned up takes optimizer states from the host; the plan is otherwise kept,
-    because moving a chunk's class changes no bit, while a plan that already ran within its budget needs no rescue."""
-    planned = runtime.planned.plan["device"]["activations"]
+    """Plans again with the measured activations. Room that turned up takes optimizer states from the host, which changes no bit; the plan is
+    otherwise kept, because one that ran within its budget needs no rescue."""
+    units = [runtime.recompute[unit] for unit in runtime.trace.order]
+    planned = runtime.trace.activation_peak_bytes(units)
     measured = measured_activation_bytes(runtime)
     if runtime.plugin.placement_policy != "auto" or not planned or not measured or measured > planned * (1 - _TOLERANCE):
         return
     from tierwise.gemini.planning import make_plan, request
 
-    units = [runtime.recompute[unit] for unit in runtime.trace.order]
     target = runtime.target
     wanted = request(
         runtime.plugin, target.speeds(runtime.plugin), runtime.planned.device_budget, runtime.planned.host_budget, {"units": units}

@@ -61,6 +61,16 @@ class ModelTrace:
         ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
         return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": int(self.outer_saved_bytes * scale)})
 
+    def activation_peak_bytes(self, recompute: list[bool]) -> int:
+        """Most bytes of saved activations at once, if the units of the trace recompute like this."""
+        kept = [unit.input_bytes if again else unit.saved_bytes for unit, again in zip(self.units, recompute, strict=True)]
+        alive = self.outer_saved_bytes
+        peak = 0
+        for unit, again in zip(range(len(self.units)), recompute, strict=True):
+            alive += kept[unit]
+            peak = max(peak, alive + (self.units[unit].saved_bytes if again else 0))
+        return peak
+
     def flops(self) -> float:
         """FLOPs of one forward."""
         return sum(unit.flops for unit in self.units)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def liger_is_available() -> bool:
@@ -40,7 +41,7 @@ def _silu_class() -> type:
 
 
 class _SavesLike(torch.autograd.Function):
-    """Stands for a fused kernel in a trace on the meta device: the output has the first input's shape, and every input is saved."""
+    """Stands for a fused kernel in a trace: the output has the first input's shape, and every input is saved."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,11 @@ class _SavesLike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise AssertionError("a trace has no backward")
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory: a trace runs the model with such tensors, which claim to be on the device."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def fuse_normalization(model: nn.Module) -> int:
@@ -62,7 +68,7 @@ def fuse_normalization(model: nn.Module) -> int:
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.is_meta:
+        if _is_fake(hidden_states):
             row = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
             return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return, no-untyped-call]
         if not hidden_states.is_cuda:
@@ -81,7 +87,7 @@ def fuse_activations(model: nn.Module) -> int:
     silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if x.is_meta:
+        if _is_fake(x):
             return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, no-untyped-call]
         if not x.is_cuda:
             return type(self).forward(self, x)  # type: ignore[no-any-return]
@@ -102,7 +108,7 @@ def _rotary(plain: Any) -> Any:
     function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
 
     def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not q.is_cuda or unsqueeze_dim != 1:
+        if not q.is_cuda or unsqueeze_dim != 1 or _is_fake(q):
             return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return function.apply(q, k, cos, sin, None, unsqueeze_dim)
 

@@ -38,7 +38,5 @@ def training_flops_per_token(numel: int, num_layers: int, hidden_size: int, seq_
     After Chowdhery et al., "PaLM" (arXiv:2204.02311), appendix B, halved for causal attention.
     """
     if min(numel, num_layers, hidden_size, seq_len) < 0:
-        raise ValueError(
-            f"sizes cannot be negative: numel={numel}, num_layers={num_layers}, hidden_size={hidden_size}, seq_len={seq_len}"
-        )
+        raise ValueError(f"sizes cannot be negative: numel={numel}, num_layers={num_layers}, hidden_size={hidden_size}, seq_len={seq_len}")
     return 6.0 * numel + 6.0 * num_layers * hidden_size * seq_len

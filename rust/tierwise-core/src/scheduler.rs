@@ -712,15 +712,20 @@ impl Scheduler {
         Ok(Progress::Done)
     }
 
-    /// After the last backward pass: chunks whose gradients came in earlier micro-batches only. Their final gradient is already there.
-    pub fn stale_partials(&self) -> Vec<ChunkId> {
+    /// After the last backward pass: chunks whose gradients came in earlier micro-batches only. Their final gradient is already there; it
+    /// counts as on its way until the caller hands over its `GradLanded`.
+    pub fn stale_partials(&mut self) -> Vec<ChunkId> {
         let ended = self.micro_step >= self.plan.accumulation;
-        self.layout.ids().filter(|c| ended && self.chunks[c.index()].grad == Grad::Partial).collect()
+        let stale: Vec<ChunkId> = self.layout.ids().filter(|c| ended && self.chunks[c.index()].grad == Grad::Partial).collect();
+        for chunk in &stale {
+            self.chunks[chunk.index()].grad = Grad::InFlight;
+        }
+        stale
     }
 
     fn grad_landed(&mut self, chunk: ChunkId, sums: &[(u32, f64)], actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         let state = &mut self.chunks[chunk.index()];
-        if !matches!(state.grad, Grad::InFlight | Grad::Partial) {
+        if state.grad != Grad::InFlight {
             return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "gradient transfer" });
         }
         state.grad = Grad::Landed;

@@ -237,7 +237,7 @@ fn llama_70b_streams_without_waiting_wherever_the_slab_has_room_for_two() {
         let fetched: std::collections::BTreeSet<_> = plan.fetches.iter().map(|fetch| fetch.chunk).collect();
         assert_eq!(fetched, layout.ids().filter(streamed).collect());
     }
-    assert!(roomy >= 5, "{roomy}");
+    assert!(roomy >= 4, "{roomy}");
 }
 
 #[test]

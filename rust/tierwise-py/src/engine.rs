@@ -30,6 +30,7 @@ fn call<T: Send>(py: Python<'_>, f: impl FnOnce() -> Result<T> + Send) -> PyResu
 fn call_waiting<T: Send>(py: Python<'_>, f: impl FnOnce(&mut dyn FnMut() -> bool) -> Result<T> + Send) -> PyResult<T> {
     let mut raised: Option<PyErr> = None;
     let outcome = py.detach(|| {
+        #[allow(clippy::redundant_closure_for_method_calls)] // The method is not general over lifetimes.
         f(&mut || match Python::attach(|py| py.check_signals()) {
             Ok(()) => true,
             Err(error) => {
@@ -65,12 +66,11 @@ impl HostBuffer {
 
     /// # Safety
     /// Called by Python with a view to fill.
+    #[allow(clippy::needless_pass_by_value)] // The slot's signature.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let (address, bytes) = (slf.get().address, slf.get().bytes);
         // SAFETY: `view` comes from Python; the view holds `slf`, which keeps the memory mapped.
-        let filled = unsafe {
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address as *mut c_void, bytes as ffi::Py_ssize_t, 0, flags)
-        };
+        let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address as *mut c_void, bytes as ffi::Py_ssize_t, 0, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::take(slf.py()).unwrap_or_else(|| PyBufferError::new_err("no buffer"))) }
     }
 }
@@ -176,6 +176,7 @@ impl Engine {
         call_waiting(py, |keep| self.inner.backward_begin(grad_scale, keep))
     }
 
+    #[allow(clippy::needless_pass_by_value)] // Python lists arrive by value.
     fn grads(&self, py: Python<'_>, chunk: u32, grads: Vec<(usize, u64)>, stream: u64) -> PyResult<u64> {
         call_waiting(py, |keep| self.inner.grads(ChunkId(chunk), &grads, ComputeStream(stream), keep))
     }

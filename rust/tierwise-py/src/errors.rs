@@ -23,7 +23,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// The numbers of a budget error, as attributes.
-struct Shortfall<'a> {
+struct Numbers<'a> {
     tier: &'a str,
     op: Option<&'a str>,
     needed: u64,
@@ -32,7 +32,7 @@ struct Shortfall<'a> {
     breakdown: serde_json::Value,
 }
 
-fn budget_error(py: Python<'_>, message: String, numbers: &Shortfall<'_>) -> PyErr {
+fn budget_error(py: Python<'_>, message: String, numbers: &Numbers<'_>) -> PyErr {
     let error = BudgetError::new_err(message);
     let value = error.value(py);
     let set = || -> PyResult<()> {
@@ -52,7 +52,7 @@ pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
     match error {
         Error::Budget(e) => {
             let tier = e.tier.to_string();
-            let numbers = Shortfall {
+            let numbers = Numbers {
                 tier: &tier,
                 op: None,
                 needed: e.used + e.requested,
@@ -76,7 +76,7 @@ pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
     let message = error.to_string();
     let json = |value: Result<serde_json::Value, serde_json::Error>| value.unwrap_or_default();
     let numbers = match error {
-        PlanError::Device { op, needed, budget, shortfall, breakdown } => Shortfall {
+        PlanError::Device { op, needed, budget, shortfall, breakdown } => Numbers {
             tier: "device",
             op: Some(op),
             needed: *needed,
@@ -84,7 +84,7 @@ pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
             shortfall: *shortfall,
             breakdown: json(serde_json::to_value(breakdown)),
         },
-        PlanError::Host { needed, budget, shortfall, breakdown } => Shortfall {
+        PlanError::Host { needed, budget, shortfall, breakdown } => Numbers {
             tier: "host",
             op: None,
             needed: *needed,

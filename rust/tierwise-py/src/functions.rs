@@ -25,24 +25,27 @@ pub fn plan(py: Python<'_>, layout: &Layout, trace: &str, request: &str) -> PyRe
 }
 
 /// The pool of the latest call, kept because starting threads costs more than small calls.
-static POOL: Mutex<Option<(Option<usize>, u32, std::sync::Arc<Pool>)>> = Mutex::new(None);
+static POOL: Mutex<Option<Kept>> = Mutex::new(None);
+
+struct Kept {
+    threads: Option<usize>,
+    /// Process that started the pool's threads.
+    owner: u32,
+    pool: std::sync::Arc<Pool>,
+}
 
 fn pool(threads: Option<usize>) -> PyResult<std::sync::Arc<Pool>> {
     let mut kept = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    let process = std::process::id();
+    let owner = std::process::id();
     match &*kept {
-        // A forked child has none of its parent's threads.
-        Some((size, owner, pool)) if *size == threads && *owner == process => Ok(pool.clone()),
-        _ => {
-            let pool = std::sync::Arc::new(Pool::try_new(threads).map_err(PyValueError::new_err)?);
-            if let Some((_, owner, old)) = kept.replace((threads, process, pool.clone())) {
-                if owner != process {
-                    std::mem::forget(old);
-                }
-            }
-            Ok(pool)
-        }
+        Some(known) if known.threads == threads && known.owner == owner => return Ok(known.pool.clone()),
+        _ => {}
     }
+    let pool = std::sync::Arc::new(Pool::try_new(threads).map_err(PyValueError::new_err)?);
+    let old = kept.replace(Kept { threads, owner, pool: pool.clone() });
+    // A forked child has none of its parent's threads, so it cannot join them either.
+    old.into_iter().filter(|old| old.owner != owner).for_each(std::mem::forget);
+    Ok(pool)
 }
 
 /// Splits fp32 masters into bf16 parameters and int16 low halves.

@@ -24,10 +24,7 @@ pub fn precision(name: &str) -> PyResult<Precision> {
 
 impl Layout {
     fn chunk(&self, chunk: u32) -> PyResult<&ChunkLayout> {
-        self.inner
-            .chunks
-            .get(chunk as usize)
-            .ok_or_else(|| PyIndexError::new_err(format!("chunk {chunk} of {}", self.inner.chunks.len())))
+        self.inner.chunks.get(chunk as usize).ok_or_else(|| PyIndexError::new_err(format!("chunk {chunk} of {}", self.inner.chunks.len())))
     }
 }
 

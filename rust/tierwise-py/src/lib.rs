@@ -5,6 +5,7 @@ mod engine;
 mod errors;
 mod functions;
 mod layout;
+mod sim;
 
 use pyo3::prelude::*;
 
@@ -19,6 +20,8 @@ mod _core {
     use crate::functions::{adam_step, join_master, plan, split_master, sum_squares};
     #[pymodule_export]
     use crate::layout::Layout;
+    #[pymodule_export]
+    use crate::sim::sim_main;
     use pyo3::prelude::*;
 
     #[pymodule_init]

@@ -9,9 +9,8 @@ use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, HostPlaces, Regions, host_sizes};
 use crate::record::Recorder;
-use crate::workers::{Job, spawn};
+use crate::workers::{Job, Worker, worker};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -60,9 +59,9 @@ pub struct Shared {
     /// Address of the host slab.
     pub(crate) host: u64,
     pub(crate) slab: HostSlab,
-    pub(crate) adam_jobs: Sender<Job>,
-    pub(crate) landing_jobs: Sender<Job>,
-    pub(crate) optimizer_jobs: Sender<Job>,
+    pub(crate) adam_jobs: Worker,
+    pub(crate) landing_jobs: Worker,
+    pub(crate) optimizer_jobs: Worker,
     pub(crate) state: Mutex<State>,
     changed: Condvar,
     stop: AtomicBool,
@@ -280,9 +279,9 @@ impl Engine {
             started: false,
             open: std::collections::BTreeMap::new(),
         };
-        let (adam_jobs, start_adam) = spawn("adam");
-        let (landing_jobs, start_landing) = spawn("landing");
-        let (optimizer_jobs, start_optimizer) = spawn("optimizer");
+        let (adam_jobs, start_adam) = worker("adam");
+        let (landing_jobs, start_landing) = worker("landing");
+        let (optimizer_jobs, start_optimizer) = worker("optimizer");
         let shared = Arc::new(Shared {
             device,
             pool,
@@ -295,8 +294,7 @@ impl Engine {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let workers =
-            vec![start_adam(shared.clone())?, start_landing(shared.clone())?, start_optimizer(shared.clone())?];
+        let workers = vec![start_adam.start(shared.clone())?, start_landing.start(shared.clone())?, start_optimizer.start(shared.clone())?];
         Ok(Engine { shared, workers, owner: std::process::id() })
     }
 
@@ -338,9 +336,7 @@ impl Engine {
             "exp_avg" => Ok(places.exp_avg),
             "exp_avg_sq" => Ok(places.exp_avg_sq),
             "grad" => Ok(places.grad),
-            other => {
-                Err(Error::Usage(format!("unknown payload `{other}`; known are param, master, exp_avg, exp_avg_sq, grad")))
-            }
+            other => Err(Error::Usage(format!("unknown payload `{other}`; known are param, master, exp_avg, exp_avg_sq, grad"))),
         }
     }
 
@@ -438,9 +434,7 @@ impl Engine {
             state.external.insert(kind.to_owned(), used + delta as u64);
         } else {
             let back = delta.unsigned_abs();
-            let left = used.checked_sub(back).ok_or_else(|| {
-                Error::Usage(format!("{kind}: {back} bytes given back, {used} were taken"))
-            })?;
+            let left = used.checked_sub(back).ok_or_else(|| Error::Usage(format!("{kind}: {back} bytes given back, {used} were taken")))?;
             state.device_budget.release(back);
             state.external.insert(kind.to_owned(), left);
         }
@@ -594,11 +588,7 @@ impl Engine {
     pub fn set_hyper(&self, hyper: Hyper) -> Result<()> {
         let mut state = self.lock()?;
         if hyper.group_of_param.len() != state.param_steps.len() {
-            return Err(Error::Usage(format!(
-                "{} group indices for {} parameters",
-                hyper.group_of_param.len(),
-                state.param_steps.len()
-            )));
+            return Err(Error::Usage(format!("{} group indices for {} parameters", hyper.group_of_param.len(), state.param_steps.len())));
         }
         if let Some(group) = hyper.group_of_param.iter().flatten().find(|g| **g >= hyper.groups.len()) {
             return Err(Error::Usage(format!("group {group} of {}", hyper.groups.len())));

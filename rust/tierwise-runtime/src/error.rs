@@ -31,7 +31,9 @@ pub enum Error {
     #[error("the engine stopped: {0}")]
     Stopped(String),
     /// The engine was called in a forked child process.
-    #[error("this engine belongs to process {owner}; it cannot be used in its forked child {child} (load the data there, train in the parent)")]
+    #[error(
+        "this engine belongs to process {owner}; it cannot be used in its forked child {child} (load the data there, train in the parent)"
+    )]
     Forked {
         /// Process that built the engine.
         owner: u32,

@@ -52,21 +52,19 @@ impl Shared {
     }
 
     fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
-        self.send(
-            &self.optimizer_jobs,
-            Job::new(Some(event), move |shared| {
-                shared.lock().gradients.finish(tickets);
-                shared.notify();
-                Ok(())
-            }),
-        )
+        self.optimizer_jobs.send(Job::new(Some(event), move |shared| {
+            shared.lock().gradients.finish(tickets);
+            shared.notify();
+            Ok(())
+        }))
     }
 
     /// Copies a chunk's parameters from its home to the device.
     fn copy_params(&self, state: &mut State, chunk: ChunkId, dst: u64, what: &str) -> Result<()> {
         let bytes = state.scheduler.layout().param_bytes(chunk);
         let name = &state.scheduler.layout().chunks[chunk.index()].name;
-        let src = self.host + state.places[chunk.index()].0.param.ok_or_else(|| Error::Usage(format!("`{name}` has no host parameters")))?;
+        let src =
+            self.host + state.places[chunk.index()].0.param.ok_or_else(|| Error::Usage(format!("`{name}` has no host parameters")))?;
         let name = format!("{what} {name}");
         let start = state.recorder.enabled().then(|| self.device.record(Queue::HostToDevice)).transpose()?;
         let transfer = Transfer { dst: dst as *mut u8, src: src as *const u8, bytes: bytes as usize };
@@ -125,13 +123,10 @@ impl Shared {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let reader = state.written[chunk.index()].clone();
         let _ = state.gradients.clear(chunk);
-        self.send(
-            &self.adam_jobs,
-            Job::new(reader, move |shared| {
-                run_adam(shared, &segments, &format!("step {name}"));
-                shared.post(&Event::StepDone { chunk })
-            }),
-        )
+        self.adam_jobs.send(Job::new(reader, move |shared| {
+            run_adam(shared, &segments, &format!("step {name}"));
+            shared.post(&Event::StepDone { chunk })
+        }))
     }
 
     fn speculate(&self, state: &mut State, chunk: ChunkId, grad_scale: f32, undo_offset: u64) -> Result<()> {
@@ -140,32 +135,26 @@ impl Shared {
         let record = state.undo_base + undo_offset;
         state.undo_records.insert(chunk, record);
         let saved = self.undo_pieces(state, chunk, record);
-        self.send(
-            &self.adam_jobs,
-            Job::new(reader, move |shared| {
-                for &(home, record, bytes) in &saved {
-                    // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
-                    unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
-                }
-                run_adam(shared, &segments, &format!("speculate {name}"));
-                shared.post(&Event::SpeculateDone { chunk })
-            }),
-        )
+        self.adam_jobs.send(Job::new(reader, move |shared| {
+            for &(home, record, bytes) in &saved {
+                // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
+                unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
+            }
+            run_adam(shared, &segments, &format!("speculate {name}"));
+            shared.post(&Event::SpeculateDone { chunk })
+        }))
     }
 
     fn undo(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Usage(format!("chunk {} has no undo record", chunk.0)))?;
         let saved = self.undo_pieces(state, chunk, record);
-        self.send(
-            &self.adam_jobs,
-            Job::new(None, move |shared| {
-                for &(home, record, bytes) in &saved {
-                    // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
-                    unsafe { convert::copy(&shared.pool, record as *const u8, home as *mut u8, bytes) };
-                }
-                shared.post(&Event::UndoDone { chunk })
-            }),
-        )
+        self.adam_jobs.send(Job::new(None, move |shared| {
+            for &(home, record, bytes) in &saved {
+                // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
+                unsafe { convert::copy(&shared.pool, record as *const u8, home as *mut u8, bytes) };
+            }
+            shared.post(&Event::UndoDone { chunk })
+        }))
     }
 
     /// (home, undo record, bytes) of everything that a host step overwrites.
@@ -228,9 +217,9 @@ fn segments(
         .touched(layout, chunk)
         .map(|(param, address)| {
             let group = hyper.group_of_param.get(param.index as usize).copied().flatten();
-            let group = group.and_then(|g| hyper.groups.get(g)).ok_or_else(|| {
-                Error::Usage(format!("no hyperparameters were set for `{}`; call set_hyper before the step", param.name))
-            })?;
+            let group = group
+                .and_then(|g| hyper.groups.get(g))
+                .ok_or_else(|| Error::Usage(format!("no hyperparameters were set for `{}`; call set_hyper before the step", param.name)))?;
             let step = state.param_steps[param.index as usize] + ahead;
             let constants = AdamConstants::new(group, step, grad_scale);
             let grad = if address == 0 { grad_base + param.offset * dtype.bytes() as u64 } else { address };

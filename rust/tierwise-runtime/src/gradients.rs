@@ -91,12 +91,7 @@ impl Gradients {
     pub fn touched<'a>(&'a self, layout: &'a Layout, chunk: ChunkId) -> impl Iterator<Item = (&'a ParamLayout, u64)> + 'a {
         let touched = &self.touched[chunk.index()];
         let addresses = &self.addresses[chunk.index()];
-        layout.chunks[chunk.index()]
-            .params
-            .iter()
-            .enumerate()
-            .filter(|&(i, _)| touched[i])
-            .map(|(i, param)| (param, addresses[i]))
+        layout.chunks[chunk.index()].params.iter().enumerate().filter(|&(i, _)| touched[i]).map(|(i, param)| (param, addresses[i]))
     }
 }
 
@@ -131,7 +126,8 @@ impl Shared {
         let accumulates = state.scheduler.plan().accumulation > 1;
         let bytes = layout.grad_bytes(chunk);
         let bound = state.places[chunk.index()].1;
-        if class == OptimizerClass::Device && layout.state_bytes(chunk) > 0 && (bound.states == 0 || accumulates && bound.accumulator == 0) {
+        if class == OptimizerClass::Device && layout.state_bytes(chunk) > 0 && (bound.states == 0 || accumulates && bound.accumulator == 0)
+        {
             let missing = if bound.states == 0 { "states" } else { "accumulator" };
             return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
         }
@@ -184,7 +180,7 @@ impl Shared {
         }
         if accumulates {
             let added = self.device.record(Queue::Optimizer)?;
-            self.send(&self.optimizer_jobs, Job::new(Some(added), move |shared| {
+            self.optimizer_jobs.send(Job::new(Some(added), move |shared| {
                 shared.lock().gradients.finish([ticket]);
                 shared.notify();
                 Ok(())
@@ -214,7 +210,7 @@ impl Shared {
         let out = norms + u64::from(indices.first().copied().unwrap_or(0)) * 8;
         self.device.sum_squares(&spans, out as *mut f64)?;
         let reduced = self.device.record(Queue::Optimizer)?;
-        self.send(&self.optimizer_jobs, Job::new(Some(reduced), move |shared| {
+        self.optimizer_jobs.send(Job::new(Some(reduced), move |shared| {
             let sums = indices
                 .iter()
                 .enumerate()
@@ -268,7 +264,7 @@ impl Shared {
         state.gradients.d2h_bytes += moved;
         state.gradients.in_flight_bytes += bytes;
         let spans = if last { host_spans(state, self.host, chunk)? } else { Vec::new() };
-        self.send(&self.landing_jobs, Job::new(Some(landed), move |shared| {
+        self.landing_jobs.send(Job::new(Some(landed), move |shared| {
             {
                 let mut state = shared.lock();
                 state.gradients.in_flight_bytes -= bytes;
@@ -293,11 +289,7 @@ impl Shared {
             return self.reduce_on_device(state, chunk);
         }
         let spans = host_spans(state, self.host, chunk)?;
-        self.send(&self.landing_jobs, Job::new(None, move |shared| reduce_on_host(shared, chunk, &spans)))
-    }
-
-    pub(crate) fn send(&self, worker: &std::sync::mpsc::Sender<Job>, job: Job) -> Result<()> {
-        worker.send(job).map_err(|_| Error::Stopped("a worker thread ended".to_owned()))
+        self.landing_jobs.send(Job::new(None, move |shared| reduce_on_host(shared, chunk, &spans)))
     }
 }
 

