@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tierwise.data import TokenBlocks, pack_tokens, read_texts
@@ -35,12 +35,10 @@ def load_model() -> tuple[Any, Any]:
     that is built from the same configuration without that memory.
     """
     gguf = find_gguf()
-    transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
-    config._name_or_path = "SmolLM2-135M"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
@@ -48,8 +46,29 @@ def load_model() -> tuple[Any, Any]:
 
 
 def standard_library_blocks(tokenizer: Any, seq_len: int, max_blocks: int, seed: int) -> TokenBlocks:
-    """Token blocks from the source of Python's standard library, without its tests and without installed packages."""
+    """Token blocks from the source of Python's standard library, without its tests, its tables and installed packages.
+
+    One block from the middle of every file, so that a few hundred blocks are a sample of the whole library. When every file had its
+    turn, the next round takes the block after it.
+    """
     folder = Path(sysconfig.get_path("stdlib"))
-    texts = read_texts(folder, exclude=("site-packages", "dist-packages", "test", "tests", "__pycache__"), seed=seed)
-    documents = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
-    return pack_tokens(documents, seq_len, tokenizer.eos_token_id, max_blocks)
+    excluded = ("site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__")
+    texts = read_texts(folder, exclude=excluded, seed=seed)
+    return pack_tokens(_excerpts(texts, tokenizer, seq_len), seq_len, tokenizer.eos_token_id, max_blocks)
+
+
+def _excerpts(texts: Iterable[str], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:
+    numel = seq_len - 1  # The separator takes one.
+    later: list[list[int]] = []
+    for text in texts:
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        middle = len(tokens) // 2
+        if len(tokens) >= numel:
+            start = min(middle, len(tokens) - numel)
+            yield tokens[start : start + numel]
+            later.append(tokens[start + numel :])
+    while later:
+        for tokens in later:
+            if len(tokens) >= numel:
+                yield tokens[:numel]
+        later = [tokens[numel:] for tokens in later if len(tokens) >= 2 * numel]

@@ -115,6 +115,32 @@ def train(model: Any, steps: int = 20, synchronous: bool = False, **options: Any
     return Result(losses, weights, norms, booster, model, optimizer)
 
 
+def fit(model: Any, loss_of: Callable[[Any, int], Any], steps: int = 6, **options: Any) -> Result:
+    """Trains any module; `loss_of(model, step)` gives the loss. The plan is made at the first forward."""
+    booster, model, optimizer = boosted(model, **{"precision": "fp32", "micro_batch_size": None, "seq_len": None, **options})
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, step)
+        losses.append(loss.item())
+        booster.backward(loss, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Result(losses, dict(model.state_dict()), [], booster, model, optimizer)
+
+
+def plain_fit(model: Any, loss_of: Callable[[Any, int], Any], steps: int = 6, lr: float = 3e-3, weight_decay: float = 0.1) -> Result:
+    """The same with plain torch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, step)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Result(losses, dict(model.state_dict()), [], None, model, optimizer)
+
+
 def tightest(make_model: Callable[[], Any], **options: Any) -> int:
     """The smallest device budget that the planner names for this model."""
     with pytest.raises(BudgetError) as caught:
@@ -136,7 +162,7 @@ def kit() -> Any:
     class Kit:
         pass
 
-    for name in ("llama", "batches", "plugin", "boosted", "train", "tightest"):
+    for name in ("llama", "batches", "plugin", "boosted", "train", "fit", "plain_fit", "tightest"):
         setattr(Kit, name, staticmethod(globals()[name]))
     Kit.BATCH, Kit.SEQ, Kit.VOCAB = BATCH, SEQ, VOCAB
     return Kit

@@ -6,6 +6,7 @@ them, so that a late reader computes something wrong), and compares every parame
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +26,8 @@ SLOT_ALIGN = 256
 STREAM = 0
 ADAMW: Hyper = (1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 
-PARAM_DTYPE = {"bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-MASTER_DTYPE = {"bf16": np.dtype(np.int16), "fp16": np.dtype(np.float32)}
+PARAM_DTYPE: dict[str, np.dtype[Any]] = {"bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+MASTER_DTYPE: dict[str, np.dtype[Any]] = {"bf16": np.dtype(np.int16), "fp16": np.dtype(np.float32)}
 
 
 def address(array: Array) -> int:
@@ -133,9 +134,7 @@ class Setup:
         """The plan, with predictions left at zero."""
         layout = self.layout()
         staging = max(layout.grad_bytes(c) for c in range(len(self.chunks))) if self.accumulation > 1 else 0
-        device = dict.fromkeys(
-            ("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve"), 0
-        )
+        device = dict.fromkeys(("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve"), 0)
         host = {"params": 0, "states": 0, "gradients": 0, "staging": 2 * staging, "undo": 0}
         return json.dumps(
             {
@@ -248,9 +247,9 @@ class Reference:
         lr, beta1, beta2, eps, weight_decay, decoupled = self.groups[self.group_of_param[index]]
         correction1 = 1.0 - math.pow(beta1, float(self.steps[index]))
         correction2 = 1.0 - math.pow(beta2, float(self.steps[index]))
-        w = self.master[chunk][at]
+        w: Array = self.master[chunk][at]
         with np.errstate(all="ignore"):
-            g = widen(grad) * f32(grad_scale)
+            g: Array = widen(grad) * f32(grad_scale)
             if not decoupled and weight_decay != 0.0:
                 g = g + f32(weight_decay) * w
             m = f32(beta1) * self.exp_avg[chunk][at] + f32(1.0 - beta1) * g
@@ -318,7 +317,7 @@ class Rig:
         )
         self.reference = Reference(setup, self.layout)
         self.classes = [spec.cls for spec in setup.chunks]
-        self.host = np.frombuffer(self.engine.host_buffer, dtype=np.uint8)
+        self.host: Array = np.frombuffer(memoryview(self.engine.host_buffer), dtype=np.uint8)
         self.slab = np.zeros(max(setup.slab_bytes(), 1), np.uint8)
         self.memory = [DeviceMemory() for _ in setup.chunks]
         self.lent: dict[int, list[Array]] = {}
@@ -339,7 +338,7 @@ class Rig:
         if offset is None:
             return None
         numel = self.layout.numel(chunk) if payload == "param" else self.layout.state_numel(chunk)
-        dtype = np.dtype(np.float32)
+        dtype: np.dtype[Any] = np.dtype(np.float32)
         if payload == "param":
             dtype = PARAM_DTYPE[self.setup.precision]
         elif payload == "master":
@@ -606,7 +605,7 @@ class Rig:
             assert generation <= self.reference.generation[chunk]
             self.generations[chunk] = generation
         occupied.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(occupied, occupied[1:], strict=False)), occupied
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(occupied)), occupied
         assert all(end <= slab for _, end in occupied), (occupied, slab)
         stats = self.engine.stats()
         assert stats["device_bytes"] <= stats["device_peak_bytes"] <= stats["device_budget_bytes"]
@@ -630,9 +629,10 @@ class Rig:
 def same(got: Array, want: Array, what: str) -> None:
     """Equality of bits, with the first difference in the message."""
     different = np.flatnonzero(bits(got) != bits(want))
-    assert different.size == 0, (
-        f"{what}: {different.size} of {want.size} elements differ, first at {different[0]}: {got[different[0]]!r}, not {want[different[0]]!r}"
-    )
+    if different.size:
+        first = different[0]
+        values = f"{got[first]!r}, not {want[first]!r}"
+        raise AssertionError(f"{what}: {different.size} of {want.size} elements differ, first at {first}: {values}")
 
 
 def with_placement(setup: Setup, placement: str, **changes: Any) -> Setup:

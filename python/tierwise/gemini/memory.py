@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -174,8 +175,9 @@ class ChunkMemory:
             self._view(self.resident[chunk], self.dtype, chunk, position).copy_(value)
         elif self.started:
             # A clean copy may be in a slot: it has to say the same.
-            slot = self.engine.touch(chunk, self.target.stream())
-            self.slot_views(chunk, slot)[position].copy_(value)
+            slot = json.loads(self.engine.residency())[chunk]["slot"]
+            if slot is not None:
+                self.slot_views(chunk, slot)[position].copy_(value)
 
     def write_state(self, chunk: int, position: int, payload: str, value: Tensor) -> None:
         """Sets "exp_avg" or "exp_avg_sq" (fp32)."""

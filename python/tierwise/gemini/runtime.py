@@ -144,6 +144,8 @@ class Runtime:
             max_norm=self.plugin.max_norm,
             threads=self.plugin.num_threads,
         )
+        if self.plugin.device_budget is not None:
+            self.target.limit(self.planned.device_budget)
         self.memory = ChunkMemory(self.engine, self.layout, self.grouping, plan, self.target)
         if self.target.emulated:
             self.counter = ActivationCounter(self.account)
@@ -172,7 +174,7 @@ class Runtime:
         steps = [0] * sum(len(chunk.params) for chunk in self.grouping.chunks)
         for index, chunk in enumerate(self.grouping.chunks):
             indices = self.layout.param_indices(index)
-            for position, value in enumerate(self.materializer.values(chunk)):
+            for position, value in enumerate(self.materializer.values(chunk, self.target.torch_device)):
                 param = chunk.params[position]
                 self.memory.write_param(index, position, value, param in self.trainable)
                 if self.hyper is not None and param in self.trainable:
@@ -184,8 +186,9 @@ class Runtime:
             for param, view in zip(chunk.params, views, strict=True):
                 self.materializer.set_data(param, view)
                 param.grad = None
-        self.materializer.finish(self.target.torch_device)
+        self.materializer.finish(self.target.torch_device, self.dtype)
         self.target.synchronize()
+        self.target.reset_peak()
         self.engine.set_param_steps(steps)
 
     def _nan(self, param: nn.Parameter) -> Tensor:

@@ -51,6 +51,18 @@ class Target:
         if not self.emulated:
             torch.cuda.synchronize(self.torch_device)
 
+    def reset_peak(self) -> None:
+        """Forgets torch's memory peak so far: filling chunks needs room that training does not."""
+        if not self.emulated:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def limit(self, device_budget: int) -> None:
+        """Makes torch's allocator refuse what exceeds the budget: on CUDA it holds everything but the context."""
+        if not self.emulated:
+            _, total = torch.cuda.mem_get_info(self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(min(device_budget / total, 1.0), self.torch_device)
+
     def device_budget(self, plugin: GeminiPlugin) -> int:
         """The plugin's device budget, or what the device has left (see `GeminiPlugin.device_budget`)."""
         if plugin.device_budget is not None:

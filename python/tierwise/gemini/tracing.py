@@ -42,6 +42,16 @@ class ModelTrace:
     outer_saved_bytes: int
     tokens: int
     exact: bool
+    regions: list[set[int]] = dataclasses.field(default_factory=list)
+    """Groupings' units that run inside one checkpoint of the user's."""
+
+    def _chunks(self, grouping: Grouping, unit: int) -> list[int]:
+        """Chunks that a unit needs: with a checkpoint around several units all of theirs, because one recomputation saves raw views of all."""
+        chunks = list(grouping.units[unit].chunks)
+        for region in self.regions:
+            if unit in region:
+                chunks += [chunk for other in sorted(region) for chunk in grouping.units[other].chunks]
+        return list(dict.fromkeys(chunks))
 
     def to_json(self, grouping: Grouping, scale: float = 1.0) -> str:
         """The core's `Trace`; `scale` multiplies the saved bytes."""
@@ -51,7 +61,7 @@ class ModelTrace:
             units.append(
                 {
                     "name": unit.name,
-                    "chunks": unit.chunks,
+                    "chunks": self._chunks(grouping, index),
                     "saved_bytes": int(traced.saved_bytes * scale),
                     "input_bytes": int(traced.input_bytes * scale),
                     "recomputable": unit.recomputable,
@@ -171,9 +181,11 @@ class _Recorder:
         self.order: list[int] = []
         self.units: dict[int, UnitTrace] = {}
         self.forward: list[int] = []
-        self.backward: list[int] = []
+        self._leaves: list[tuple[list[int], list[Tensor]]] = []
         self.outer = 0
         self.alive: list[Tensor] = []
+        self.regions: dict[int, set[int]] = {}
+        self._region_hooks: list[object] = []
         self._params = params
         self._seen: set[int] = set()
         self._inputs: set[int] = set()
@@ -212,13 +224,28 @@ class _Recorder:
                 self.units[unit].input_bytes += storage.nbytes()
         self.forward.append(unit)
         self._stack.append(unit)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks[0] != self.pack:
+            # Somebody else's hooks are innermost: a checkpoint. What it recomputes, it recomputes together.
+            self._region_hooks.append(hooks)
+            self.regions.setdefault(id(hooks[0]), set()).add(unit)
 
     def leave(self, unit: int, output: Any) -> None:
         self._attribute_flops()
         if self._stack and self._stack[-1] == unit:
             self._stack.pop()
-        if any(tensor.requires_grad for tensor in tensors_in(output)):
-            self.backward.append(unit)
+        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if not outputs:
+            return
+        if self._leaves and any(tensor is other for tensor in outputs for other in self._leaves[-1][1]):
+            # A parent that returns its child's output: gradient hooks of one tensor run in the order of registration, child first.
+            self._leaves[-1][0].append(unit)
+        else:
+            self._leaves.append(([unit], outputs))
+
+    def backward(self) -> list[int]:
+        """Units in the order in which their backward will be entered."""
+        return [unit for units, _ in reversed(self._leaves) for unit in units]
 
 
 def _run(
@@ -261,8 +288,8 @@ def _run(
     # Units that this forward did not call are known to the engine too: another forward may call them.
     rest = [unit for unit in range(len(grouping.units)) if unit not in position]
     ops = [(position[unit], "forward") for unit in recorder.forward]
-    ops += [(position[unit], "backward") for unit in reversed(recorder.backward)]
-    return ModelTrace(recorder.order + rest, called + [UnitTrace() for _ in rest], ops, recorder.outer, tokens, exact=True)
+    ops += [(position[unit], "backward") for unit in recorder.backward()]
+    return ModelTrace(recorder.order + rest, called + [UnitTrace() for _ in rest], ops, recorder.outer, tokens, True, list(recorder.regions.values()))
 
 
 @contextlib.contextmanager

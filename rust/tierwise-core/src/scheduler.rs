@@ -593,17 +593,17 @@ impl Scheduler {
 
     /// Clears the slab of everything that nobody reads and places the chunks of one operation next to each other.
     fn fetch_side_by_side(&mut self, chunks: &[ChunkId], actions: &mut Vec<Action>) -> Result<bool, ScheduleError> {
-        let mut left: Vec<(u64, ChunkId, u64)> = Vec::new();
-        for (offset, chunk, bytes) in self.slab.occupants().collect::<Vec<_>>() {
+        let mut left: Vec<ChunkId> = Vec::new();
+        for (_, chunk, _) in self.slab.occupants().collect::<Vec<_>>() {
             let state = &self.chunks[chunk.index()];
             // The decided copy of a speculated chunk cannot be fetched again.
             let needed = chunks.contains(&chunk) && state.work != Work::Idle;
             if !state.in_use() && !needed {
                 self.drop_cache(chunk)?;
-                left.push((offset, chunk, bytes));
+                left.push(chunk);
             }
         }
-        self.counters.evictions += left.iter().filter(|(_, chunk, _)| !chunks.contains(chunk)).count() as u64;
+        self.counters.evictions += left.iter().filter(|chunk| !chunks.contains(chunk)).count() as u64;
         for &chunk in chunks {
             if self.chunks[chunk.index()].param.readable_at(Tier::Device) {
                 continue;
@@ -612,9 +612,8 @@ impl Scheduler {
             if !self.fetch(chunk, self.cursor.max(0) as u64, true, actions)? {
                 return Ok(false);
             }
-            if let Some(Action::Fetch { offset, evicted, .. }) = actions[before..].last_mut() {
-                let (start, end) = (*offset, *offset + slot_bytes(self.layout.param_bytes(chunk)));
-                evicted.extend(left.iter().filter(|(at, _, bytes)| *at < end && at + bytes > start).map(|&(_, chunk, _)| chunk));
+            if let Some(Action::Fetch { evicted, .. }) = actions[before..].last_mut() {
+                evicted.extend(left.drain(..).filter(|other| *other != chunk));
             }
         }
         Ok(true)

@@ -375,13 +375,13 @@ impl World {
                     let end = offset + self.scheduler.layout().param_bytes(*chunk).next_multiple_of(256);
                     assert!(end <= self.scheduler.plan().stream_slab_bytes, "a slot ends behind the slab");
                     self.slots[chunk.index()] = None;
-                    for other in self.scheduler.layout().ids() {
-                        if self.slots[other.index()].is_some_and(|(start, stop)| start < end && stop > *offset) {
-                            assert!(self.pins[other.index()].is_empty(), "{other:?} is in use and was overwritten by {chunk:?}");
-                            assert!(evicted.contains(&other), "{other:?} was overwritten by {chunk:?} without notice");
-                            self.slots[other.index()] = None;
-                            self.device[other.index()] = POISON;
-                        }
+                    for other in evicted {
+                        assert!(self.pins[other.index()].is_empty(), "{other:?} is in use and left for {chunk:?}");
+                        self.slots[other.index()] = None;
+                        self.device[other.index()] = POISON;
+                    }
+                    for (start, stop) in self.slots.iter().flatten() {
+                        assert!(*start >= end || stop <= offset, "{chunk:?} was written over a chunk that did not leave");
                     }
                     self.slots[chunk.index()] = Some((*offset, end));
                     assert!(self.jobs[chunk.index()].is_empty(), "{chunk:?} is fetched while it is rewritten");

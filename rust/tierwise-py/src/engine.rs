@@ -54,6 +54,7 @@ fn phase(backward: bool) -> Phase {
 pub struct HostBuffer {
     address: u64,
     bytes: u64,
+    process: u32,
     /// Keeps the mapping alive while views of it exist.
     _owner: Arc<engine::Shared>,
 }
@@ -69,6 +70,11 @@ impl HostBuffer {
     #[allow(clippy::needless_pass_by_value)] // The slot's signature.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let (address, bytes) = (slf.get().address, slf.get().bytes);
+        let (owner, process) = (slf.get().process, std::process::id());
+        if owner != process {
+            // The memory is not mapped there: a view would crash.
+            return Err(PyBufferError::new_err(format!("this memory belongs to process {owner}; its forked child {process} does not have it")));
+        }
         // SAFETY: `view` comes from Python; the view holds `slf`, which keeps the memory mapped.
         let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address as *mut c_void, bytes as ffi::Py_ssize_t, 0, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::take(slf.py()).unwrap_or_else(|| PyBufferError::new_err("no buffer"))) }
@@ -107,7 +113,7 @@ impl Engine {
     #[getter]
     fn host_buffer(&self) -> HostBuffer {
         let (address, bytes) = self.inner.host_slab();
-        HostBuffer { address, bytes, _owner: self.inner.keep_alive() }
+        HostBuffer { address, bytes, process: self.inner.process(), _owner: self.inner.keep_alive() }
     }
 
     fn host_offset(&self, py: Python<'_>, chunk: u32, payload: &str) -> PyResult<Option<u64>> {

@@ -321,6 +321,11 @@ impl Engine {
         (self.shared.host, self.shared.slab.bytes() as u64)
     }
 
+    /// The process that the engine and its memory belong to.
+    pub fn process(&self) -> u32 {
+        self.owner
+    }
+
     /// A handle that keeps the host slab mapped.
     pub fn keep_alive(&self) -> Arc<Shared> {
         self.shared.clone()
@@ -781,9 +786,20 @@ fn unknown_chunk(chunk: ChunkId) -> Error {
 
 fn take_places(regions: &mut Regions, sizes: [u64; 5]) -> Result<HostPlaces> {
     let mut taken = [None; 5];
-    for (place, bytes) in taken.iter_mut().zip(sizes) {
-        if bytes > 0 {
-            *place = Some(regions.take(bytes)?);
+    for at in 0..taken.len() {
+        if sizes[at] == 0 {
+            continue;
+        }
+        match regions.take(sizes[at]) {
+            Ok(offset) => taken[at] = Some(offset),
+            Err(error) => {
+                for (offset, bytes) in taken.into_iter().zip(sizes) {
+                    if let Some(offset) = offset {
+                        regions.give(offset, bytes);
+                    }
+                }
+                return Err(error);
+            }
         }
     }
     let [param, master, exp_avg, exp_avg_sq, grad] = taken;

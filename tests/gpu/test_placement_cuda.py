@@ -1,0 +1,119 @@
+"""On CUDA, under deterministic algorithms, losses and weights do not depend on where chunks live."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read once, when cuBLAS starts.
+torch = pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
+transformers = pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
+
+from tierwise.booster import Booster  # noqa: E402
+from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def train(precision: str, accumulation: int, max_norm: float | None, **options: Any) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    booster = Booster(
+        plugin=GeminiPlugin(
+            precision=precision,
+            max_norm=max_norm,
+            gradient_accumulation_steps=accumulation,
+            micro_batch_size=2,
+            seq_len=128,
+            **options,
+        )
+    )
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(STEPS):
+        for _ in range(accumulation):
+            ids = torch.randint(0, 512, (2, 128), generator=generator).cuda()
+            loss = model(input_ids=ids, labels=ids).loss
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    return [float(loss) for loss in losses], weights, booster.stats()
+
+
+STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "again": {"placement_policy": "static"},
+    "host optimizer": STATIC,
+    "half and half": {"placement_policy": "static", "offload_optim_frac": 0.5},
+    "streamed": {**STATIC, "offload_param_frac": 1.0},
+    "streamed, recomputed": {**STATIC, "offload_param_frac": 1.0, "recompute": "full"},
+    "one thread": {**STATIC, "num_threads": 1},
+    "speculate": {**STATIC, "clip_mode": "speculate"},
+    "auto clip": {**STATIC, "clip_mode": "auto"},
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, 0.5), (1, 100.0)])
+def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: float | None) -> None:
+    losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
+    for name, options in PLACEMENTS.items():
+        got, theirs, stats = train(precision, accumulation, max_norm, **options)
+        assert got == losses, name
+        for key, value in weights.items():
+            assert torch.equal(value, theirs[key]), (name, key)
+        if "streamed" in name:
+            assert stats["fetches"] > 0
+        if max_norm == 0.5:
+            assert stats["clipped"] > 0
+
+
+def test_agrees_with_plain_adamw() -> None:
+    losses, _, _ = train("fp32", 1, 0.5, **STATIC)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+        use_cache=False,
+    )
+    model: Any = transformers.LlamaForCausalLM(config).cuda()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for expected in losses:
+        ids = torch.randint(0, 512, (2, 128), generator=generator).cuda()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)

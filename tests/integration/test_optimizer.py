@@ -1,0 +1,221 @@
+"""The converted optimizer as users know it: state dicts, resuming, refusals, train_step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import tierwise
+from tierwise.booster import Booster
+
+STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+
+
+def steps(booster: Any, model: Any, optimizer: Any, data: list[Any]) -> list[float]:
+    losses = []
+    for ids in data:
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        if booster is None:
+            loss.backward()
+        else:
+            booster.backward(loss, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("options", [{}, STREAMED], ids=["device", "streamed"])
+def test_state_dict_resumes_to_the_bit(kit: Any, precision: str, options: dict[str, Any]) -> None:
+    data = kit.batches(8)
+    booster, model, optimizer = kit.boosted(kit.llama(), precision=precision, **options)
+    steps(booster, model, optimizer, data[:4])
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = steps(booster, model, optimizer, data[4:])
+    assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"} | (set() if precision == "fp32" else {"master"})
+    assert state["state"][0]["step"].item() == 4
+    other, fresh, restarted = kit.boosted(kit.llama(seed=5), precision=precision)
+    fresh.load_state_dict(weights)
+    restarted.load_state_dict(state)
+    assert steps(other, fresh, restarted, data[4:]) == expected
+
+
+def test_a_plain_optimizer_is_continued_and_continues(kit: Any) -> None:
+    data = kit.batches(9)
+    plain = kit.llama()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3)
+    steps(None, plain, plain_optimizer, data[:3])
+    resumed, saved = copy.deepcopy(plain), copy.deepcopy(plain_optimizer.state_dict())
+    expected = steps(None, plain, plain_optimizer, data[3:])
+    # A plain optimizer with state, boosted.
+    carried = torch.optim.AdamW(resumed.parameters(), lr=3e-3)
+    carried.load_state_dict(saved)
+    booster = Booster(kit.plugin(precision="fp32", **STREAMED))
+    model, optimizer, *_ = booster.boost(copy.deepcopy(resumed), None) if False else booster.boost(resumed, carried)
+    assert steps(booster, model, optimizer, data[3:6]) == pytest.approx(expected[:3], rel=1e-5)
+    # Back to plain.
+    back = kit.llama()
+    back.load_state_dict(model.state_dict())
+    back_optimizer = torch.optim.AdamW(back.parameters(), lr=1.0)
+    back_optimizer.load_state_dict(optimizer.state_dict())
+    assert back_optimizer.param_groups[0]["lr"] == 3e-3
+    assert steps(None, back, back_optimizer, data[6:]) == pytest.approx(expected[3:], rel=1e-5)
+
+
+def test_a_plain_state_dict_loads_into_a_boosted_optimizer(kit: Any) -> None:
+    data = kit.batches(6)
+    plain = kit.llama()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3)
+    steps(None, plain, plain_optimizer, data[:3])
+    weights, saved = copy.deepcopy(plain.state_dict()), copy.deepcopy(plain_optimizer.state_dict())
+    expected = steps(None, plain, plain_optimizer, data[3:])
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="fp32", **STREAMED)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    assert steps(booster, model, optimizer, data[3:]) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="param groups of"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
+def test_options_are_refused_by_name(kit: Any, option: str) -> None:
+    model = kit.llama()
+    with pytest.raises(ValueError, match=option):
+        Booster(kit.plugin()).boost(model, torch.optim.AdamW(model.parameters(), **{option: True}))
+
+
+def test_foreach_and_fused_are_hints(kit: Any) -> None:
+    for hint in ({"foreach": True}, {"fused": True}):
+        model = kit.llama()
+        optimizer = torch.optim.AdamW(model.parameters(), **hint)
+        booster = Booster(kit.plugin(precision="fp32"))
+        steps(booster, *booster.boost(model, optimizer)[:2], kit.batches(1))
+
+
+def test_what_cannot_be_boosted(kit: Any) -> None:
+    model = kit.llama()
+    with pytest.raises(ValueError, match="SGD is not supported"):
+        Booster(kit.plugin()).boost(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="parameters that the model does not have"):
+        Booster(kit.plugin()).boost(model, torch.optim.AdamW(kit.llama().parameters()))
+    with pytest.raises(ValueError, match="no parameters"):
+        Booster(kit.plugin()).boost(torch.nn.ReLU())
+    booster, model, optimizer = kit.boosted(model)
+    with pytest.raises(ValueError, match="boosted already"):
+        Booster(kit.plugin()).boost(model)
+    with pytest.raises(ValueError, match="one Booster per model"):
+        booster.boost(kit.llama())
+    with pytest.raises(ValueError, match="add_param_group"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    with pytest.raises(tierwise.TierwiseError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+def test_a_parameter_unfrozen_after_boosting_is_refused(kit: Any) -> None:
+    model = kit.llama()
+    model.model.norm.weight.requires_grad_(False)
+    booster, model, optimizer = kit.boosted(model, precision="fp32")
+    model.model.norm.weight.requires_grad_(True)
+    ids = kit.batches(1)[0]
+    booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+    with pytest.raises(ValueError, match="was frozen"):
+        optimizer.step()
+
+
+def test_inference_without_an_optimizer(kit: Any) -> None:
+    ids = kit.batches(1)[0]
+    expected = kit.llama().eval()(input_ids=ids).logits
+    booster = Booster(kit.plugin(precision="fp32", placement_policy="static", offload_param_frac=1.0, offload_optim_frac=1.0))
+    model, optimizer, *_ = booster.boost(kit.llama().eval())
+    assert optimizer is None
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert booster.stats()["fetches"] > 0
+
+
+def test_schedulers_created_before_and_after(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="fp32", lr=0.1)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 2), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)],
+        milestones=[2],
+    )
+    rates = []
+    for ids in kit.batches(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.05, 0.05, 0.1, 0.09])
+
+
+def test_step_hooks_run(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="fp32")
+    seen = []
+    optimizer.register_step_pre_hook(lambda *args: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *args: seen.append("after"))
+    steps(booster, model, optimizer, kit.batches(1))
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("ignored", [0, 9])
+def test_train_step_equals_the_whole_batch(kit: Any, ignored: int) -> None:
+    # 4 micro-batches whose labels have different numbers of tokens: the mean is over the batch's tokens.
+    ids = kit.batches(1, rows=8)[0]
+    labels = ids.clone()
+    labels[:2, :ignored] = -100
+    whole, whole_model, whole_optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=8)
+    expected = whole.train_step({"input_ids": ids, "labels": labels})
+    parts, model, optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=2, gradient_accumulation_steps=4, **STREAMED)
+    loss = parts.train_step({"input_ids": ids, "labels": labels})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert optimizer.grad_norm == pytest.approx(whole_optimizer.grad_norm, rel=1e-5)
+    assert parts.stats()["steps"] == 1
+    with pytest.raises(ValueError, match="ask for 2 x 4 = 8"):
+        parts.train_step({"input_ids": ids[:3], "labels": ids[:3]})
+
+
+def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -> None:
+    import json
+
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
+    text = booster.explain()
+    for part in ("stepped by the CPU", "parameters streamed", "device:", "host:", "bounded by", "device peak at"):
+        assert part in text
+    booster.record_timeline()
+    steps(booster, model, optimizer, kit.batches(2))
+    booster.timeline(tmp_path / "timeline.json")
+    events = json.loads((tmp_path / "timeline.json").read_text())
+    assert events
+
+
+def test_the_measured_peak_corrects_the_plan(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierwise.gemini import tracing
+
+    real = tracing._run
+
+    def exaggerated(*args: Any, **kwargs: Any) -> Any:
+        trace = real(*args, **kwargs)
+        for unit in trace.units:
+            unit.saved_bytes *= 3
+        return trace
+
+    options = {"precision": "bf16", "max_norm": 0.5, "recompute": "none"}
+    reference = kit.train(kit.llama(), **options)
+    budget = reference.booster.stats()["device_peak_bytes"] + 100_000
+    monkeypatch.setattr(tracing, "_run", exaggerated)
+    corrected = kit.train(kit.llama(), device_budget=budget, **options)
+    planned = [c["class"] for c in corrected.booster._runtime.planned.plan["chunks"]]
+    classes = [c["class"] for c in corrected.booster._runtime.memory.plan["chunks"]]
+    assert "host" in [c["class"] for c in __import__("json").loads(corrected.booster._runtime.planned.plan_json)["chunks"]]
+    assert classes.count("device") > [
+        c["class"] for c in __import__("json").loads(corrected.booster._runtime.planned.plan_json)["chunks"]
+    ].count("device")
+    assert planned == classes
+    corrected.same_as(reference)

@@ -1,0 +1,674 @@
+"""Traps of hooking into autograd: each of these was wrong, silently or not, in an obvious implementation."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import tierwise
+
+STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 32, fail: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.fail = fail
+
+    def forward(self, *, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.up(self.norm(x)))
+        if self.fail:
+            raise ArithmeticError("wanted by the test")
+        return x + scale * self.down(hidden)
+
+
+class Net(nn.Module):
+    """Blocks that take keywords only; `mode` varies how they are called."""
+
+    def __init__(self, blocks: int = 4, width: int = 32, mode: str = "plain") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, 8)
+        self.mode = mode
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        if self.mode == "region":
+            for first in range(0, len(self.blocks), 2):
+                x = checkpoint(self._pair, first, x, use_reentrant=False)
+        else:
+            for block in self.blocks:
+                x = checkpoint(lambda x, b=block: b(x=x), x, use_reentrant=False) if self.mode == "checkpoint" else block(x=x)
+                if self.mode == "twice":
+                    x = block(x=x, scale=0.5)
+        return self.head(x.mean(1))
+
+    def _pair(self, first: int, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[first : first + 2]:
+            x = block(x=x)
+        return x
+
+
+def ids_of(step: int, rows: int = 4, seq: int = 6) -> torch.Tensor:
+    return torch.randint(0, 64, (rows, seq), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    return model(ids_of(step)).square().mean()
+
+
+def same(kit: Any, mode: str = "plain", loss: Any = loss_of, **options: Any) -> Any:
+    """Streamed training equals plain torch in fp32, and itself on the device to the bit."""
+    device = kit.fit(Net(mode=mode), loss)
+    streamed = kit.fit(Net(mode=mode), loss, **{**STREAMED, **options})
+    streamed.same_as(device)
+    assert streamed.losses == pytest.approx(kit.plain_fit(Net(), loss).losses if mode != "twice" else device.losses, rel=1e-5)
+    assert streamed.booster.stats()["fetches"] > 0
+    return streamed
+
+
+def enable_checkpointing(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # The name changes in transformers 6.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+# ---- hooks ------------------------------------------------------------------------------------------------------------
+
+
+def test_modules_called_with_keywords_only(kit: Any) -> None:
+    same(kit)
+
+
+def test_a_module_called_twice(kit: Any) -> None:
+    same(kit, "twice")
+
+
+def test_a_full_backward_hook_is_not_needed_for_inputs_without_gradients(kit: Any) -> None:
+    # The first block's input needs no gradient: it is left when its parameters are in.
+    def loss(model: Any, step: int) -> torch.Tensor:
+        return model(ids_of(step)).square().mean()
+
+    def build() -> Net:
+        net = Net()
+        net.embed.weight.requires_grad_(False)
+        return net
+
+    device = kit.fit(build(), loss)
+    kit.fit(build(), loss, **STREAMED).same_as(device)
+
+
+def test_checkpointing_whose_hooks_fire_again(kit: Any) -> None:
+    # transformers before 5.2x checkpoints `__call__`: module hooks fire again in the recomputation, early stop skips post hooks.
+    same(kit, "checkpoint")
+
+
+def test_checkpointing_of_forward_which_hooks_never_see(kit: Any) -> None:
+    options = {"precision": "fp32"}
+    plain = kit.train(kit.llama(), steps=5, **options)
+
+    def own_checkpointing() -> Any:
+        return enable_checkpointing(kit.llama())
+
+    kit.train(own_checkpointing(), steps=5, **options).same_as(plain)
+    streamed = kit.train(own_checkpointing(), steps=5, **options, **STREAMED)
+    streamed.same_as(plain)
+    assert all(streamed.booster._runtime.planned.plan["recompute"][u] for u in range(1, 4)), "the plan has to count with it"
+
+
+def test_checkpointing_enabled_after_boosting(kit: Any) -> None:
+    plain = kit.train(kit.llama(), steps=3, precision="fp32")
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="fp32", **STREAMED)
+    enable_checkpointing(model)
+    losses = []
+    for ids in kit.batches(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        booster.backward(loss, optimizer)
+        optimizer.step()
+    assert losses == plain.losses
+
+
+def test_our_own_recomputation(kit: Any) -> None:
+    plain = kit.train(kit.llama(), steps=5, precision="fp32", recompute="none")
+    again = kit.train(kit.llama(), steps=5, precision="fp32", recompute="full", **STREAMED)
+    again.same_as(plain)
+    assert again.booster._runtime.counter.peak_bytes < plain.booster._runtime.counter.peak_bytes
+
+
+def test_dropout_is_recomputed_with_its_own_random_state(kit: Any) -> None:
+    options = {"precision": "fp32", "steps": 3}
+    config = {"attention_dropout": 0.3}
+    kit.train(kit.llama(**config), recompute="full", **options).same_as(kit.train(kit.llama(**config), recompute="none", **options))
+
+
+# ---- checkpoint regions -----------------------------------------------------------------------------------------------
+
+
+def test_a_region_of_two_blocks(kit: Any) -> None:
+    same(kit, "region")
+
+
+class OneRegion(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(self._all, self.embed(ids), use_reentrant=False)
+        return self.head(x.mean(1))
+
+    def _all(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x=x)
+        return x
+
+
+def test_the_plan_counts_with_regions(kit: Any) -> None:
+    device = kit.fit(OneRegion(blocks=8), loss_of)
+    streamed = kit.fit(OneRegion(blocks=8), loss_of, **STREAMED)
+    streamed.same_as(device)
+    region = sum(p.numel() * 4 for p in streamed.model.blocks.parameters())
+    assert streamed.booster._runtime.planned.plan["stream_slab_bytes"] >= region
+
+
+def test_an_unplanned_region_that_does_not_fit_is_an_error_not_a_wrong_gradient(kit: Any) -> None:
+    class Later(OneRegion):
+        region = False
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) if self.region else Net.forward(self, ids)
+
+    booster, model, optimizer = kit.boosted(Later(blocks=8), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    booster.backward(loss_of(model, 0), optimizer)
+    optimizer.step()
+    model.region = True
+    with pytest.raises(tierwise.TierwiseError, match="no slot .*blocks.*checkpoint smaller regions"):
+        booster.backward(loss_of(model, 1), optimizer)
+    model.region = False
+    booster.backward(loss_of(model, 1), optimizer)
+    optimizer.step()
+
+
+# ---- streamed-out parameters ------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_out_parameter_has_its_shape_and_is_loud(kit: Any) -> None:
+    result = same(kit)
+    for param in result.model.parameters():
+        assert param.isnan().all()
+        assert param.untyped_storage().nbytes() <= 4
+    assert result.model.blocks[0].up.weight.shape == (64, 32)
+    assert sum(p.numel() for p in result.model.parameters()) == sum(p.numel() for p in Net().parameters())
+    with torch.no_grad():
+        stray = torch.nn.functional.linear(torch.ones(1, 32), result.model.blocks[0].up.weight)
+    assert stray.isnan().all()
+
+
+def test_saved_views_of_moving_slots(kit: Any) -> None:
+    # Several chunks pass through few slots between a layer's forward and its backward: raw addresses would read another chunk.
+    result = kit.fit(Net(blocks=8), loss_of, **STREAMED)
+    assert result.booster.stats()["evictions"] > 0
+    result.same_as(kit.fit(Net(blocks=8), loss_of))
+
+
+def test_a_graph_older_than_the_parameters_is_an_error(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    old = loss_of(model, 0)
+    booster.backward(loss_of(model, 1), optimizer)
+    optimizer.step()
+    booster.flush()
+    with pytest.raises(tierwise.TierwiseError, match="generation"):
+        booster.backward(old, optimizer)
+
+
+def test_state_dict_gathers_and_full_parameters_lends(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    fresh = {name: value.clone() for name, value in Net().state_dict().items()}
+    loss_of(model, 0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh[name])
+    for name, value in model.blocks.state_dict().items():
+        assert torch.equal(value, fresh[f"blocks.{name}"])
+    with tierwise.full_parameters(model):
+        inside = loss_of(model, 0)
+        assert torch.equal(inside, loss_of(Net(), 0))
+        with torch.no_grad():
+            model.blocks[1].up.weight.fill_(0.5)
+    assert model.blocks[1].up.weight.isnan().all()
+    assert (model.state_dict()["blocks.1.up.weight"] == 0.5).all()
+    reference = Net()
+    with torch.no_grad():
+        reference.blocks[1].up.weight.fill_(0.5)
+    assert loss_of(model, 0).item() == loss_of(reference, 0).item(), "a clean copy in a slot has to follow"
+    other = {name: value + 1 for name, value in fresh.items()}
+    model.load_state_dict(other)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other[name])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+
+
+# ---- optimizer and backward -------------------------------------------------------------------------------------------
+
+
+def test_a_bare_backward_names_the_right_call(kit: Any) -> None:
+    for options in ({}, STREAMED):
+        booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
+        with pytest.raises(tierwise.TierwiseError, match=r"booster\.backward"):
+            loss_of(model, 0).backward()
+        booster.backward(loss_of(model, 0), optimizer)
+        optimizer.step()
+
+
+def test_gradients_are_consumed_and_torch_clipping_is_warned_about(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None)
+    booster.backward(loss_of(model, 0), optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.warns(UserWarning, match="max_norm to GeminiPlugin"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.nn.utils.clip_grad_norm_(nn.Linear(2, 2).parameters(), 1.0)
+    assert optimizer.grad_norm > 0
+
+
+def test_clipping_by_the_optimizer(kit: Any) -> None:
+    by_plugin = kit.fit(Net(), loss_of, max_norm=1e-3)
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None)
+    for step in range(6):
+        booster.backward(loss_of(model, step), optimizer)
+        optimizer.clip_grad_norm_(1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, by_plugin.weights[name])
+
+
+def test_unused_and_frozen_parameters_stay_as_they_are(kit: Any) -> None:
+    class Partly(Net):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.blocks[0](x=self.embed(ids))
+            return self.head((self.blocks[2](x=x) if self.skip else self.blocks[1](x=x)).mean(1))
+
+        skip = False
+
+    def build() -> Partly:
+        net = Partly()
+        net.blocks[0].up.weight.requires_grad_(False)
+        net.blocks[0].norm.requires_grad_(False)
+        return net
+
+    def loss(model: Any, step: int) -> torch.Tensor:
+        model.skip = step % 3 == 2
+        return model(ids_of(step)).square().mean()
+
+    reference = kit.plain_fit(build(), loss)
+    for options in ({}, STREAMED):
+        result = kit.fit(build(), loss, **options)
+        assert result.losses == pytest.approx(reference.losses, rel=1e-5)
+        fresh = build().state_dict()
+        for name in ("blocks.3.up.weight", "blocks.0.up.weight", "blocks.0.norm.bias"):
+            assert torch.equal(result.weights[name], fresh[name]), name
+        steps = {name: result.optimizer.param_steps().get(p) for name, p in result.model.named_parameters()}
+        assert steps["blocks.2.up.weight"] == 2
+        assert steps["blocks.1.up.weight"] == 4
+        assert steps["blocks.3.up.weight"] == 0
+        assert steps["blocks.0.up.weight"] is None
+
+
+def test_two_forwards_and_one_backward(kit: Any) -> None:
+    def loss(model: Any, step: int) -> torch.Tensor:
+        return model(ids_of(step)).square().mean() + model(ids_of(step + 100)).abs().mean()
+
+    same(kit, loss=loss)
+
+
+def test_accumulation_boundaries(kit: Any) -> None:
+    from tierwise.booster import Booster
+
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    booster = Booster(kit.plugin(precision="fp32", micro_batch_size=None, seq_len=None, gradient_accumulation_steps=3))
+    model, converted, _, _, scheduler = booster.boost(model, optimizer, lr_scheduler=scheduler)
+    assert converted is optimizer
+    assert scheduler.optimizer is optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for micro in range(6):
+        booster.backward(loss_of(model, micro), optimizer)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        changed = any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert changed == (micro >= 2), micro
+        assert scheduler.get_last_lr() == [0.1 * 0.5 ** ((micro + 1) // 3)]
+    assert booster.stats()["steps"] == 2
+
+
+def test_more_backwards_than_the_plan_accumulates(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, gradient_accumulation_steps=2)
+    for step in range(2):
+        booster.backward(loss_of(model, step), optimizer)
+    with pytest.raises(tierwise.TierwiseError, match="set gradient_accumulation_steps=3"):
+        booster.backward(loss_of(model, 2), optimizer)
+    optimizer.step()
+    booster.backward(loss_of(model, 2), optimizer)
+
+
+def test_zero_grad_without_a_step_forgets_the_batch(kit: Any) -> None:
+    for options in ({}, STREAMED, {**STREAMED, "clip_mode": "speculate"}):
+        booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
+        booster.backward(loss_of(model, 7), optimizer)
+        optimizer.zero_grad()
+        losses = []
+        for step in range(4):
+            loss = loss_of(model, step)
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses == kit.fit(Net(), loss_of, steps=4).losses
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_non_finite_gradients_changes_nothing(kit: Any, bad: float) -> None:
+    def loss(model: Any, step: int) -> torch.Tensor:
+        return loss_of(model, step) * (bad if step == 2 else 1.0)
+
+    for options in ({}, STREAMED, {"placement_policy": "static", "offload_optim_frac": 1.0, "clip_mode": "speculate"}):
+        booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, max_norm=1.0, **options)
+        for step in range(4):
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            booster.backward(loss(model, step), optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.last_step_skipped == (step == 2)
+            equal = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            assert equal == (step == 2)
+        assert set(optimizer.param_steps().values()) == {3}
+
+
+def test_denormal_moments_become_zero(kit: Any) -> None:
+    def loss(model: Any, step: int) -> torch.Tensor:
+        return loss_of(model, step) * (1e-30 if step == 0 else 0.0)
+
+    for options in ({}, STREAMED):
+        result = kit.fit(Net(), loss, steps=12, **options)
+        result.booster.flush()
+        for param in result.model.parameters():
+            for value in result.optimizer.read_state(param).values():
+                assert ((value == 0) | (value.abs() >= 2.0**-126)).all()
+
+
+# ---- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_buffers_keep_their_dtype_and_stay_real_when_lazy(kit: Any) -> None:
+    eager = kit.llama()
+    expected = {name: buffer.clone() for name, buffer in eager.named_buffers()}
+    _, model, _ = kit.boosted(eager, precision="bf16", **STREAMED)
+    with tierwise.lazy_init():
+        lazy = kit.llama()
+    assert all(param.is_meta for param in lazy.parameters())
+    for boosted in (model, lazy):
+        for name, buffer in boosted.named_buffers():
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, expected[name]), name
+
+
+def _in_child(queue: Any, booster: Any) -> None:
+    try:
+        booster._runtime.engine.flush()
+    except tierwise.TierwiseError as error:
+        queue.put(str(error))
+    else:
+        queue.put("no error")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_workers_are_harmless(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
+    context = multiprocessing.get_context("fork")
+    loader = torch.utils.data.DataLoader(
+        [ids[0] for ids in kit.batches(4)], batch_size=2, num_workers=1, multiprocessing_context=context
+    )
+    for ids in loader:
+        loss = model(input_ids=ids, labels=ids).loss
+        booster.backward(loss, optimizer)
+        optimizer.step()
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, booster))
+    child.start()
+    message = queue.get(timeout=30)
+    child.join(30)
+    assert child.exitcode == 0
+    assert "process" in message
+    booster.flush()
+
+
+# torch asks every tensor that it guards for its `.grad`, and warns itself about that.
+compiling = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@compiling
+def test_compiled_blocks_recompile_nothing_when_slots_move(kit: Any) -> None:
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def build(compiled: bool) -> Net:
+        net = Net(blocks=6)
+        if compiled:
+            for block in net.blocks:
+                block.compile(backend=backend) if compiled == "module" else block.up.compile(backend=backend)
+        return net
+
+    plain = kit.fit(build(False), loss_of)
+    torch._dynamo.reset()
+    streamed = kit.fit(build(True), loss_of, steps=2, **STREAMED)
+    first = graphs
+    assert first > 0
+    for step in range(2, 6):
+        loss = loss_of(streamed.model, step)
+        streamed.losses.append(loss.item())
+        streamed.booster.backward(loss, streamed.optimizer)
+        streamed.optimizer.step()
+    assert graphs == first
+    assert streamed.losses == plain.losses
+
+
+@compiling
+@pytest.mark.parametrize("how", ["layer.compile()", "torch.compile(layer)", "layer.forward"])
+def test_compiled_layers(kit: Any, how: str) -> None:
+    torch._dynamo.reset()
+    plain = kit.train(kit.llama(), steps=4, precision="fp32")
+    model = kit.llama()
+    for index, layer in enumerate(model.model.layers):
+        if how == "layer.compile()":
+            layer.compile(backend="aot_eager")
+        elif how == "torch.compile(layer)":
+            model.model.layers[index] = torch.compile(layer, backend="aot_eager")
+        else:
+            layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    for options in (STREAMED, {**STREAMED, "recompute": "full"}):
+        compiled = kit.train(copy.deepcopy(model) if how != "layer.forward" else model, steps=4, precision="fp32", **options)
+        assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
+        if how == "layer.forward":
+            break
+
+
+def test_an_exception_in_forward_leaves_no_hooks_behind(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    losses = []
+    for step in range(4):
+        if step % 2:
+            model.blocks[2].fail = True
+            with pytest.raises(ArithmeticError):
+                loss_of(model, step)
+            model.blocks[2].fail = False
+            assert not booster._runtime.saved.active
+            assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+            seen = torch.ones(2, requires_grad=True).exp()
+            assert type(seen.grad_fn._raw_saved_result.data) is torch.Tensor if hasattr(seen.grad_fn, "_raw_saved_result") else True
+            assert all(not c["forward_pins"] for c in booster._runtime.residency())
+        loss = loss_of(model, step)
+        losses.append(loss.item())
+        booster.backward(loss, optimizer)
+        optimizer.step()
+    assert losses == kit.fit(Net(), loss_of, steps=4).losses
+
+
+def test_an_exception_in_backward_can_be_survived(kit: Any) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise ArithmeticError("wanted by the test")
+
+    class Net2(Net):
+        bad = False
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for index, block in enumerate(self.blocks):
+                x = block(x=x)
+                if index == 1 and self.bad:
+                    x = Fails.apply(x)
+            return self.head(x.mean(1))
+
+    for options in ({}, STREAMED):
+        booster, model, optimizer = kit.boosted(Net2(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
+        losses = []
+        for step in range(4):
+            model.bad = True
+            with pytest.raises(ArithmeticError):
+                booster.backward(loss_of(model, step), optimizer)
+            model.bad = False
+            loss = loss_of(model, step)
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            optimizer.step()
+        assert losses == kit.fit(Net(), loss_of, steps=4).losses
+        booster.flush()
+        assert booster.stats()["device_gradients_bytes"] == 0
+
+
+def test_saved_tensors_are_freed_without_the_garbage_collector(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None)
+    gc.disable()
+    try:
+        loss = loss_of(model, 0)
+        assert booster.stats()["activation_bytes"] > 0
+        del loss
+        assert booster.stats()["activation_bytes"] == 0, "pack returned the tensor itself: a reference cycle"
+    finally:
+        gc.enable()
+
+
+def test_eval_in_the_middle_and_other_sequence_lengths(kit: Any) -> None:
+    def run(**options: Any) -> tuple[list[float], Any]:
+        booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", max_norm=0.5, **options)
+        seen = []
+        for step, ids in enumerate(kit.batches(6)):
+            ids = ids[:, : 16 - 3 * (step % 3)]
+            loss = model(input_ids=ids, labels=ids).loss
+            seen.append(loss.item())
+            booster.backward(loss, optimizer)
+            if step == 3:
+                # Before the step is committed: the weights are still the old ones.
+                model.eval()
+                with torch.no_grad():
+                    seen.append(model(input_ids=ids).logits.float().sum().item())
+                model.train()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                seen.append(model(input_ids=ids, labels=ids).loss.item())
+                assert model(input_ids=ids, labels=ids).logits is not None
+            model.train()
+        return seen, booster
+
+    expected, _ = run()
+    for options in (STREAMED, {**STREAMED, "clip_mode": "speculate", "max_norm": 1e6} and {**STREAMED, "clip_mode": "speculate"}):
+        seen, booster = run(**options)
+        assert seen == expected
+        assert booster.stats()["off_trace"] > 0, "eval passes are not in the trace, and are counted"
+
+
+def test_generate_while_streamed(kit: Any) -> None:
+    expected = kit.llama().eval()
+    ids = kit.batches(1)[0][:, :4]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = expected.generate(ids, **settings)
+    _, model, _ = kit.boosted(kit.llama(), precision="fp32", **STREAMED)
+    model.eval()
+    assert torch.equal(model.generate(ids, **settings), want)
+
+
+def test_a_submodule_called_on_its_own_is_packed_too(kit: Any) -> None:
+    def loss(model: Any, step: int) -> torch.Tensor:
+        x = model.embed(ids_of(step))
+        for block in model.blocks:
+            x = block(x=x)
+        return model.head(x.mean(1)).square().mean()
+
+    def build(**options: Any) -> list[float]:
+        booster, model, optimizer = kit.boosted(Net(blocks=8), precision="fp32", micro_batch_size=None, seq_len=None, **options)
+        losses = []
+        for step in range(4):
+            value = (loss if step else loss_of)(model, step)
+            losses.append(value.item())
+            booster.backward(value, optimizer)
+            optimizer.step()
+        return losses
+
+    assert build(**STREAMED) == build()
+
+
+def test_parameters_on_the_root_and_inside_parents(kit: Any) -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.scale = nn.Parameter(torch.ones(16))
+            self.first = nn.Linear(16, 16)
+            self.inner = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(3)])
+            self.unused = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x) * self.scale
+            for block in self.inner:
+                x = x + block(x) * self.scale
+            return x * self.scale
+
+    def loss(model: Any, step: int) -> torch.Tensor:
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        return model(x).square().mean()
+
+    reference = kit.plain_fit(Parent(), loss)
+    device = kit.fit(Parent(), loss)
+    streamed = kit.fit(Parent(), loss, **STREAMED)
+    streamed.same_as(device)
+    assert device.losses == pytest.approx(reference.losses, rel=1e-5)
+    kit.fit(Parent(), loss, **STREAMED, recompute="full").same_as(device)
