@@ -164,7 +164,8 @@ class Engine:
         index, -1 for parameters that no group holds."""
 
     def backward_begin(self, stream: int, grad_scale: float = 1.0) -> None:
-        """A backward pass starts; speculated steps use `grad_scale` and the hyperparameters of this moment."""
+        """A backward pass starts; speculated steps use `grad_scale` and the hyperparameters of this moment. Waits while the previous step is
+        undecided."""
     def grads(self, chunk: int, grads: Sequence[tuple[int, int]], stream: int) -> int:
         """Hands over the gradients of a chunk in this micro-batch: (position in the chunk, address). The tensors must stay alive and unchanged
         until the returned ticket is collected. Waits while more gradients are on their way than the plan allows."""

@@ -527,3 +527,14 @@ def test_deleting_the_engine_in_the_middle_of_a_step(placement: str, mode: str, 
     command = [sys.executable, "-W", "error", "-c", DELETE, placement, mode, str(pause)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
+
+
+@pytest.mark.parametrize("call", ["enter", "touch", "flush"])
+def test_ctrl_c_ends_a_wait_for_a_slow_copy(call: str) -> None:
+    """While parameters crawl to the device, whoever waits for the copy itself heeds Ctrl-C, and can be repeated."""
+    rig = Rig(streamed(h2d_bytes_per_second=2_000.0))
+    if call == "flush":
+        interrupted_after(0.1, lambda: rig.engine.enter(0, False, STREAM))
+    interrupted_after(0.1, lambda: BLOCKED[call](rig))
+    rig.forward()
+    rig.finish()

@@ -39,6 +39,19 @@ pub trait Event: Send + Sync {
     fn is_done(&self) -> Result<bool>;
     /// Blocks the calling thread until everything before it is done.
     fn synchronize(&self) -> Result<()>;
+    /// Blocks for at most `limit`; gives whether everything before it is done.
+    fn synchronize_for(&self, limit: std::time::Duration) -> Result<bool> {
+        let end = std::time::Instant::now() + limit;
+        loop {
+            if self.is_done()? {
+                return Ok(true);
+            }
+            if std::time::Instant::now() >= end {
+                return Ok(false);
+            }
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+    }
     /// When it was reached, in nanoseconds since the device's epoch; `None` before that.
     fn time_ns(&self) -> Option<u64>;
     /// The raw `CUevent`, where it is one: what another CUDA stream waits for.

@@ -298,6 +298,15 @@ impl Event for EmulatedEvent {
         }
     }
 
+    fn synchronize_for(&self, limit: Duration) -> Result<bool> {
+        let pending = |state: &mut EventState| matches!(state, EventState::Pending);
+        match &*self.reached.wait_timeout_while(lock(&self.state), limit, pending).unwrap_or_else(PoisonError::into_inner).0 {
+            EventState::Failed(error) => Err(error.clone()),
+            EventState::Pending => Ok(false),
+            EventState::Reached(_) => Ok(true),
+        }
+    }
+
     fn time_ns(&self) -> Option<u64> {
         match &*lock(&self.state) {
             EventState::Reached(time) => Some(*time),

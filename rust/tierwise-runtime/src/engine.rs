@@ -3,7 +3,7 @@
 //! Callers' threads and workers take one lock, hand an event to the scheduler, and carry out its actions (which only enqueue) before they
 //! give the lock back. So actions reach the device in the order of decisions. Waiting always happens without the lock.
 
-use crate::device::{ComputeStream, Device, EventRef};
+use crate::device::{ComputeStream, Device, EventRef, Queue};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
@@ -524,11 +524,22 @@ impl Engine {
             }
         }
         if !events.is_empty() {
-            // The emulated device blocks here; what is read is pinned, so the lock need not be held.
+            // What is read is pinned, so the lock need not be held.
             drop(state);
             waited = true;
-            let outcome = events.iter().try_for_each(|event| self.shared.device.compute_wait(stream, event));
+            let outcome = events.iter().try_for_each(|event| {
+                if !self.shared.device.is_asynchronous() {
+                    wait_for_event(event, keep_waiting)?;
+                }
+                self.shared.device.compute_wait(stream, event)
+            });
             state = self.lock()?;
+            if matches!(outcome, Err(Error::Interrupted)) {
+                if let Event::Enter { unit, phase } = *event {
+                    self.shared.apply(&mut state, &Event::Leave { unit, phase })?;
+                }
+                return Err(Error::Interrupted);
+            }
             self.shared.or_stop(&mut state, outcome)?;
         }
         let after = if waited { self.shared.device.record_compute(stream)? } else { before.clone() };
@@ -680,7 +691,15 @@ impl Engine {
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
         let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy() && !state.gradients.has_readers())?;
+        let queues = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer];
+        let events = queues.map(|queue| self.shared.device.record(queue));
         drop(state);
+        for event in events {
+            match event.and_then(|event| wait_for_event(&event, keep_waiting)) {
+                Err(Error::Interrupted) => return Err(Error::Interrupted),
+                outcome => outcome.inspect_err(|error| self.shared.fail(error))?,
+            }
+        }
         self.shared.device.synchronize().inspect_err(|error| self.shared.fail(error))
     }
 
@@ -778,6 +797,16 @@ impl Drop for Engine {
         // What a worker was in the middle of may have started another copy.
         let _ = self.shared.device.synchronize();
     }
+}
+
+/// Waits for an event, looking at the caller's interrupt flag in between.
+fn wait_for_event(event: &EventRef, keep_waiting: KeepWaiting<'_>) -> Result<()> {
+    while !event.synchronize_for(POLL)? {
+        if !keep_waiting() {
+            return Err(Error::Interrupted);
+        }
+    }
+    Ok(())
 }
 
 fn unknown_chunk(chunk: ChunkId) -> Error {
