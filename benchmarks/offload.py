@@ -103,7 +103,7 @@ def checkpoint_layers(model: Any, a: argparse.Namespace) -> int:
     from torch.utils.checkpoint import checkpoint
 
     layers = model.model.layers
-    count = {"full": len(layers), "none": 0}.get(a.recompute)
+    count = {"full": len(layers), "auto": len(layers), "none": 0}.get(a.recompute)
     count = len(layers) - int(a.recompute) if count is None else count
     for layer in layers[:count]:
         layer.forward = (lambda f: lambda *x, **k: checkpoint(f, *x, use_reentrant=False, **k))(layer.forward)
@@ -146,7 +146,9 @@ def run_row(a: argparse.Namespace) -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", TOKENIZERS_PARALLELISM="false"
+    )
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     host = HostPeak()
     host.start()

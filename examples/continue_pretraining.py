@@ -45,8 +45,8 @@ from tierwise.observe import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--passes", type=int, default=4, help="times that the text is read")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per pass")
+    parser.add_argument("--passes", type=int, default=2, help="times that the text is read")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps per pass")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences per forward")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per optimizer step")
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=("auto", "none", "full"), default="auto", help="which layers recompute their forward")
     parser.add_argument("--clip-mode", choices=("defer", "speculate", "auto"), default="defer", help="how clipping overlaps with steps")
     parser.add_argument("--max-norm", type=float, default=1.0, help="global gradient norm above which gradients are clipped")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate after the warmup")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate after the warmup")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps until the full learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="decoupled weight decay of matrices (norms have none)")
     parser.add_argument("--eval-blocks", type=int, default=8, help="held-out sequences for the loss before and after")

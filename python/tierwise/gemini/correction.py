@@ -23,7 +23,7 @@ def measured_activation_bytes(runtime: Runtime) -> int:
         return runtime.counter.peak_bytes
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
-    return max(int(torch.cuda.max_memory_allocated(runtime.target.torch_device)) - held, 0)
+    return max(int(torch.cuda.max_memory_allocated(runtime.target.torch_device)) - held - runtime.temporary_bytes(), 0)
 
 
 def correct(runtime: Runtime) -> None:
@@ -38,7 +38,12 @@ def correct(runtime: Runtime) -> None:
 
     target = runtime.target
     wanted = request(
-        runtime.plugin, target.speeds(runtime.plugin), runtime.planned.device_budget, runtime.planned.host_budget, {"units": units}
+        runtime.plugin,
+        target.speeds(runtime.plugin),
+        runtime.planned.device_budget,
+        runtime.planned.host_budget,
+        {"units": units},
+        runtime.temporary_bytes(),
     )
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
@@ -72,5 +77,8 @@ def correct(runtime: Runtime) -> None:
         room -= need
         moved += 1
     _log.info(
-        "measured activations are %s (planned %s): %d chunks moved to the device class", format_bytes(measured), format_bytes(planned), moved
+        "measured activations are %s (planned %s): %d chunks moved to the device class",
+        format_bytes(measured),
+        format_bytes(planned),
+        moved,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,13 @@ class Gradients:
             if chunk not in self._handed:
                 self._hand_over(chunk)
         self.in_backward = False
+        for param, (chunk, position) in self._trainable.items():
+            if param.grad is not None:
+                param.grad = None
+                raise TierwiseError(
+                    f"{self._grouping.chunks[chunk].names[position]!r} has a gradient that no hook saw; its hooks were dropped, which "
+                    "happens when something replaces the tensor of a boosted parameter (a dtype or device move, swap_tensors)"
+                )
 
     def abort(self) -> None:
         """The backward pass failed: forgets what was not handed over."""
@@ -112,6 +120,15 @@ class Gradients:
         ticket = self._engine.grads(chunk, addresses, self._target.stream())
         self._tickets[ticket] = (tensors, sum(touched.values()))
         self.collect()
+
+    def make_room(self, needed_bytes: int, device_budget: int) -> None:
+        """Waits, on CUDA, until `needed_bytes` fit beside what torch has allocated, as far as gradients that wait for their step are in the
+        way: Python runs ahead of the device, and the next forward would take memory that the plan lends to both in turn."""
+        while self._tickets and not self._target.emulated:
+            if torch.cuda.memory_allocated(self._target.torch_device) + needed_bytes <= device_budget:
+                return
+            time.sleep(2e-4)
+            self.collect()
 
     @property
     def outstanding(self) -> bool:

@@ -57,8 +57,6 @@ class UnitHooks:
         self._open: dict[int, _Backward] = {}
         for index, unit in enumerate(self._units):
             self._install(index, unit)
-        for param in runtime.trainable:
-            param.register_post_accumulate_grad_hook(torch.compiler.disable(self._accumulated))
 
     def _install(self, index: int, unit: Unit) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,6 +67,11 @@ class UnitHooks:
 
         unit.module.register_forward_pre_hook(torch.compiler.disable(before), with_kwargs=True)
         unit.module.register_forward_hook(torch.compiler.disable(after), with_kwargs=True, always_call=True)
+
+    def watch_parameters(self) -> None:
+        """Takes gradients from now on. Only once parameters are filled: a lazily built one is another tensor before."""
+        for param in self._runtime.trainable:
+            param.register_post_accumulate_grad_hook(torch.compiler.disable(self._accumulated))
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -91,6 +94,7 @@ class UnitHooks:
                 "first, or give GeminiPlugin micro_batch_size and seq_len"
             )
         runtime.gradients.collect()
+        runtime.make_room(index)
         if not self._stack and not runtime.saved.active and runtime.saved.needed and torch.is_grad_enabled():
             # A submodule called on its own saves slab views too.
             runtime.saved.enter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Materializer:
         for module in model.modules():
             for param in module.parameters(recurse=False):
                 self._owners.setdefault(param, module)
-        self._initializers = _initializers(model)
+        self._hugging_face = _hugging_face_parents(model)
 
     def values(self, chunk: Chunk, device: torch.device) -> list[Tensor]:
         """Values of a chunk's parameters, in any float dtype, on any device; random ones are drawn on `device`, which is faster on a GPU."""
@@ -52,27 +53,71 @@ class Materializer:
         raise ValueError(f"{path} has no tensor {self._grouping.names[param][0]!r}; its first names are {sorted(self._reader.names)[:5]}")
 
     def _initialize(self, chunk: Chunk, device: torch.device) -> list[Tensor]:
-        """Runs the modules' own initialisation on real parameters that stand in for the meta ones."""
-        modules = list(dict.fromkeys(self._owners[param] for param in chunk.params))
+        """Runs the modules' own initialisation on real parameters that stand in for the meta ones; NaN shows what it left out.
+
+        Raises TierwiseError for a parameter that nothing initialises.
+        """
+        modules = dict.fromkeys(self._owners[param] for param in chunk.params)
         stand_ins: dict[nn.Parameter, nn.Parameter] = {}
         swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+        flags = [(param, param.__dict__.get("_is_hf_initialized")) for param in self._grouping.place]
         try:
+            for param, _ in flags:
+                # Hugging Face initialisers leave flagged tensors alone: those of other chunks, which may be in place already.
+                param.__dict__["_is_hf_initialized"] = True
             for module in modules:
                 for name, param in list(module._parameters.items()):
                     if param is None:
                         continue
                     if param not in stand_ins:
-                        value = torch.zeros(param.shape, dtype=param.dtype, device=device) if param.is_meta else param.detach()
+                        value = torch.full(param.shape, torch.nan, dtype=param.dtype, device=device) if param.is_meta else param.detach()
                         stand_ins[param] = nn.Parameter(value, requires_grad=param.requires_grad)
+                        if not param.is_meta:
+                            stand_ins[param].__dict__["_is_hf_initialized"] = True
                     module._parameters[name] = stand_ins[param]
                     swapped.append((module, name, param))
             with torch.no_grad():
-                for module in modules:
-                    self._initializers(module)
+                for parent in self._children_first(modules):
+                    self._run_initializer(parent)
+                missing = [param for param in chunk.params if param.is_meta and stand_ins[param].isnan().any()]
+                if missing:
+                    # Some models initialise an embedding or a head from above.
+                    for parent in self._above({self._owners[param] for param in missing}):
+                        self._run_initializer(parent)
         finally:
             for module, name, param in swapped:
                 module._parameters[name] = param
+            for param, flag in flags:
+                param.__dict__.pop("_is_hf_initialized")
+                if flag is not None:
+                    param.__dict__["_is_hf_initialized"] = flag
+        for param, name in zip(chunk.params, chunk.names, strict=True):
+            if param.is_meta and stand_ins[param].isnan().any():
+                raise TierwiseError(
+                    f"nothing initialises {name!r}: {type(self._owners[param]).__name__} has no reset_parameters() that sets it; build the "
+                    "model outside lazy_init, or give lazy_init a checkpoint"
+                )
         return [stand_ins[param].detach() for param in chunk.params]
+
+    def _children_first(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """The modules and those between them, which may refine what their children set (GPT-2 scales its projections so)."""
+        wanted = set(modules)
+        around = [m for m in self._model.modules() if m in wanted or (wanted & set(m.modules()) and set(_owning(m)) <= wanted)]
+        return around[::-1]
+
+    def _above(self, modules: set[nn.Module]) -> list[nn.Module]:
+        return [m for m in self._model.modules() if modules & set(m.modules()) and m not in modules][::-1]
+
+    def _run_initializer(self, module: nn.Module) -> None:
+        parent = self._hugging_face.get(module)
+        if parent is not None:
+            parent._init_weights(module)  # type: ignore[operator]
+            return
+        for name in ("reset_parameters", "_reset_parameters"):
+            reset = getattr(module, name, None)
+            if reset is not None and next(module.parameters(recurse=False), None) is not None:
+                reset()
+                return
 
     @staticmethod
     def set_data(param: nn.Parameter, value: Tensor) -> None:
@@ -92,36 +137,24 @@ class Materializer:
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    raise TierwiseError(f"buffer {name!r} of {type(module).__name__} is on the meta device; build it with tierwise.lazy_init")
+                    raise TierwiseError(
+                        f"buffer {name!r} of {type(module).__name__} is on the meta device; build it with tierwise.lazy_init"
+                    )
                 if buffer is None:
                     continue
                 cast = isinstance(module, _NormBase) and buffer.is_floating_point()
                 module._buffers[name] = buffer.to(device=device, dtype=dtype if cast else buffer.dtype)
 
 
-def _initializers(model: nn.Module) -> Any:
-    """How one module initialises its own parameters: Hugging Face's `_init_weights` of the innermost model around it, else
-    `reset_parameters`."""
-    owners: dict[nn.Module, nn.Module] = {}
+def _owning(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+
+
+def _hugging_face_parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Per module the innermost Hugging Face model around it: its `_init_weights` initialises the module."""
+    parents: dict[nn.Module, nn.Module] = {}
     for parent in model.modules():
         if hasattr(parent, "_init_weights"):
             for child in parent.modules():
-                owners[child] = parent
-
-    def initialize(module: nn.Module) -> None:
-        for param in module.parameters(recurse=False):
-            param.__dict__.pop("_is_hf_initialized", None)
-        owner = owners.get(module)
-        if owner is not None:
-            owner._init_weights(module)  # type: ignore[operator]
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        elif hasattr(module, "_reset_parameters"):
-            module._reset_parameters()
-        else:
-            raise TierwiseError(
-                f"{type(module).__name__} owns parameters but has no reset_parameters(); build the model outside lazy_init, or give "
-                "lazy_init a checkpoint"
-            )
-
-    return initialize
+                parents[child] = parent
+    return parents

@@ -33,7 +33,9 @@ class ChunkMemory:
         self.states: dict[int, Tensor] = {}
         self.accumulators: dict[int, Tensor] = {}
         self.slab: Tensor | None = None
-        self.host = torch.frombuffer(engine.host_buffer, dtype=torch.uint8) if len(engine.host_buffer) else torch.empty(0, dtype=torch.uint8)
+        self.host = (
+            torch.frombuffer(engine.host_buffer, dtype=torch.uint8) if len(engine.host_buffer) else torch.empty(0, dtype=torch.uint8)
+        )
         self._allocate()
 
     def _allocate(self) -> None:

@@ -79,9 +79,7 @@ class GeminiOptimizer(Optimizer):
         """Optimizer steps that every parameter took; unused parameters take none."""
         runtime = self._tierwise_runtime
         counts = runtime.engine.param_steps() if runtime.ready else [0] * sum(len(c.params) for c in runtime.grouping.chunks)
-        return {
-            param: counts[runtime.layout.param_indices(chunk)[position]] for param, (chunk, position) in runtime.trainable.items()
-        }
+        return {param: counts[runtime.layout.param_indices(chunk)[position]] for param, (chunk, position) in runtime.trainable.items()}
 
     def read_state(self, param: nn.Parameter) -> dict[str, Tensor]:
         """fp32 CPU copies of `exp_avg`, `exp_avg_sq` and (16-bit training) `master`; call after `Runtime.flush`."""
@@ -98,7 +96,9 @@ class GeminiOptimizer(Optimizer):
         chunk, position = runtime.trainable[param]
         for name in _STATES:
             if name not in state:
-                raise ValueError(f"optimizer state of {runtime.grouping.names[param][0]!r} has no {name!r}, only {', '.join(sorted(state))}")
+                raise ValueError(
+                    f"optimizer state of {runtime.grouping.names[param][0]!r} has no {name!r}, only {', '.join(sorted(state))}"
+                )
             value = state[name]
             if value.shape != param.shape:
                 raise ValueError(

@@ -29,8 +29,10 @@ class Planned:
     host_budget: int
 
 
-def request(plugin: GeminiPlugin, speeds: Speeds, device_budget: int, host_budget: int, recompute: object) -> dict[str, Any]:
-    """The core's `PlanRequest` as a dict."""
+def request(
+    plugin: GeminiPlugin, speeds: Speeds, device_budget: int, host_budget: int, recompute: object, temporary_bytes: int = 0
+) -> dict[str, Any]:
+    """The core's `PlanRequest` as a dict; `temporary_bytes` is what the device needs beside everything that is traced."""
     placement: object = "auto"
     if plugin.placement_policy == "static":
         fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
@@ -38,7 +40,7 @@ def request(plugin: GeminiPlugin, speeds: Speeds, device_budget: int, host_budge
     return {
         "device_budget": device_budget,
         "host_budget": host_budget,
-        "reserve_bytes": plugin.reserve_bytes(device_budget),
+        "reserve_bytes": plugin.reserve_bytes(device_budget, temporary_bytes),
         "placement": placement,
         "recompute": recompute,
         "accumulation": plugin.gradient_accumulation_steps,

@@ -23,6 +23,7 @@ from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
 from tierwise.gemini.scaler import LossScaler
 from tierwise.gemini.target import DTYPES, Target
+from tierwise.kernels import linear_cross_entropy
 from tierwise.kernels.fused import attention_backends
 
 if TYPE_CHECKING:
@@ -126,7 +127,15 @@ class Runtime:
             by_trace = [own[unit] or recompute == "full" for unit in self.trace.order]
             recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, self.trace.order, strict=True)]}
         device_budget = self.target.device_budget(self.plugin)
-        return request(self.plugin, self.target.speeds(self.plugin), device_budget, self.target.host_budget(self.plugin), recompute)
+        speeds, host_budget = self.target.speeds(self.plugin), self.target.host_budget(self.plugin)
+        return request(self.plugin, speeds, device_budget, host_budget, recompute, self.temporary_bytes())
+
+    def temporary_bytes(self) -> int:
+        """Device bytes beside everything traced; the emulated device counts only what is traced."""
+        if self.target.emulated:
+            return 0
+        loss = 0 if self.fused is None or not self.fused.enabled else linear_cross_entropy.temporary_bytes(self.fused.weight.shape)
+        return max(self.trace.temporary_bytes(), loss)
 
     def _build(self) -> None:
         plan = self.planned.plan
@@ -155,6 +164,7 @@ class Runtime:
         self.saved.set_sizes({chunk: self.layout.param_bytes(chunk) for chunk in streamed})
         self.gradients = Gradients(self.engine, self.grouping, self.trainable, self._shared_chunks(), self.target, self.account)
         self._fill()
+        self.hooks.watch_parameters()
         self.engine.start()
         self.memory.started = True
         self.ready = True
@@ -228,6 +238,14 @@ class Runtime:
     def saved_bytes(self, unit: int) -> int:
         """Bytes that a recomputed unit saves again, by the trace."""
         return self.trace.units[self.unit_ids[unit]].saved_bytes
+
+    def make_room(self, unit: int) -> None:
+        """Waits until a unit's forward fits beside gradients that still wait for their step."""
+        # Gradients of a batch that was not committed wait for `optimizer.step()`, not for time.
+        if self.gradients.outstanding and self.micro_done == 0 and not self.target.emulated:
+            traced = self.trace.units[self.unit_ids[unit]]
+            kept = traced.input_bytes if self.recompute[unit] else traced.saved_bytes
+            self.gradients.make_room(kept + self.planned.plan["device"]["reserve"], self.planned.device_budget)
 
     def account(self, kind: str, delta_bytes: int) -> None:
         """Counts device bytes outside the engine; on CUDA torch's allocator holds the limit itself."""

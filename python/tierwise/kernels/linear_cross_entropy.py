@@ -21,6 +21,11 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(_CHUNK_LOGITS // vocab_size, 64)
 
 
+def temporary_bytes(weight_shape: torch.Size) -> int:
+    """Most bytes that the loss needs for itself: the weight's gradient in fp32 and one chunk's in 16 bit, and one chunk of logits."""
+    return 6 * weight_shape.numel() + 12 * chunk_tokens(weight_shape[0]) * weight_shape[0]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:

@@ -5,9 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// Asking for more than a tier has left.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{tier} budget exceeded: {what} needs {requested} bytes, {used} of {limit} bytes are in use ({shortfall} bytes short)"
-)]
+#[error("{tier} budget exceeded: {what} needs {requested} bytes, {used} of {limit} bytes are in use ({shortfall} bytes short)")]
 pub struct BudgetExceeded {
     /// The tier.
     pub tier: Tier,

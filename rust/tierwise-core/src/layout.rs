@@ -109,13 +109,7 @@ impl Layout {
                 let mut params: Vec<ParamLayout> = specs
                     .into_iter()
                     .map(|spec| {
-                        let placed = ParamLayout {
-                            name: spec.name,
-                            numel: spec.numel,
-                            trainable: spec.trainable,
-                            offset: 0,
-                            index,
-                        };
+                        let placed = ParamLayout { name: spec.name, numel: spec.numel, trainable: spec.trainable, offset: 0, index };
                         index += 1;
                         placed
                     })

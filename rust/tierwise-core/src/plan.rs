@@ -69,13 +69,7 @@ pub struct DeviceBytes {
 impl DeviceBytes {
     /// Sum over all purposes.
     pub fn total(&self) -> u64 {
-        self.resident_params
-            + self.states
-            + self.stream_slab
-            + self.accumulators
-            + self.gradients
-            + self.activations
-            + self.reserve
+        self.resident_params + self.states + self.stream_slab + self.accumulators + self.gradients + self.activations + self.reserve
     }
 }
 

@@ -107,14 +107,8 @@ impl Residency {
     }
 
     /// Applies a transition of a chunk's payload, or names what was illegal.
-    pub fn advance(
-        &mut self,
-        chunk: ChunkId,
-        payload: &'static str,
-        transition: Transition,
-    ) -> Result<(), IllegalTransition> {
-        *self =
-            self.apply(transition).ok_or(IllegalTransition { chunk, payload, state: *self, transition })?;
+    pub fn advance(&mut self, chunk: ChunkId, payload: &'static str, transition: Transition) -> Result<(), IllegalTransition> {
+        *self = self.apply(transition).ok_or(IllegalTransition { chunk, payload, state: *self, transition })?;
         Ok(())
     }
 

@@ -462,21 +462,21 @@ impl Scheduler {
         // Pinned one after the other, those on the device first, so that fetching one never evicts another of the same operation: the
         // decided copy of a speculated chunk could not be fetched again.
         chunks.sort_by_key(|c| !self.chunks[c.index()].param.readable_at(Tier::Device));
-        for (i, &chunk) in chunks.iter().enumerate() {
-            if let Err(error) = self.fetch_now(chunk, actions) {
-                for &pinned in &chunks[..i] {
-                    self.unpin(pinned, phase);
-                }
-                // The first ones may have cut the room in pieces.
-                if chunks.len() > 1 && self.fetch_side_by_side(&chunks, actions)? {
-                    for &chunk in &chunks {
-                        self.pin(chunk, phase);
-                    }
-                    break;
-                }
+        if let Err(error) = self.fetch_and_pin(&chunks, phase, actions) {
+            if chunks.len() < 2 {
                 return Err(error);
             }
-            self.pin(chunk, phase);
+            // The first ones may have cut the room in pieces: again, with nothing else in the way.
+            let left = self.clear_slab()?;
+            if let Some(&on) = chunks.iter().find(|c| self.is_tentative_only(**c)) {
+                self.cursor = before;
+                return Ok(Progress::Blocked { on });
+            }
+            let first = actions.len();
+            self.fetch_and_pin(&chunks, phase, actions)?;
+            if let Some(Action::Fetch { chunk, evicted, .. }) = actions.get_mut(first) {
+                evicted.extend(left.into_iter().filter(|other| other != chunk));
+            }
         }
         self.counters.off_trace += u64::from(!expected);
         self.prefetch(actions)?;
@@ -518,6 +518,20 @@ impl Scheduler {
                 actions.push(Action::Release { chunk: ChunkId(index as u32) });
             }
         }
+    }
+
+    /// Makes the chunks of an operation present and keeps them; none of them if one has no place.
+    fn fetch_and_pin(&mut self, chunks: &[ChunkId], phase: Phase, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
+        for (i, &chunk) in chunks.iter().enumerate() {
+            if let Err(error) = self.fetch_now(chunk, actions) {
+                for &pinned in &chunks[..i] {
+                    self.unpin(pinned, phase);
+                }
+                return Err(error);
+            }
+            self.pin(chunk, phase);
+        }
+        Ok(())
     }
 
     fn pin(&mut self, chunk: ChunkId, phase: Phase) {
@@ -591,32 +605,20 @@ impl Scheduler {
         Ok(true)
     }
 
-    /// Clears the slab of everything that nobody reads and places the chunks of one operation next to each other.
-    fn fetch_side_by_side(&mut self, chunks: &[ChunkId], actions: &mut Vec<Action>) -> Result<bool, ScheduleError> {
-        let mut left: Vec<ChunkId> = Vec::new();
-        for (_, chunk, _) in self.slab.occupants().collect::<Vec<_>>() {
-            let state = &self.chunks[chunk.index()];
-            // The decided copy of a speculated chunk cannot be fetched again.
-            let needed = chunks.contains(&chunk) && state.work != Work::Idle;
-            if !state.in_use() && !needed {
-                self.drop_cache(chunk)?;
-                left.push(chunk);
-            }
+    /// Gives up every slot that nobody reads; gives whose they were.
+    fn clear_slab(&mut self) -> Result<Vec<ChunkId>, ScheduleError> {
+        let occupants: Vec<ChunkId> = self.slab.occupants().map(|(_, chunk, _)| chunk).collect();
+        let left: Vec<ChunkId> = occupants.into_iter().filter(|c| !self.chunks[c.index()].in_use()).collect();
+        for &chunk in &left {
+            self.drop_cache(chunk)?;
+            self.counters.evictions += 1;
         }
-        self.counters.evictions += left.iter().filter(|chunk| !chunks.contains(chunk)).count() as u64;
-        for &chunk in chunks {
-            if self.chunks[chunk.index()].param.readable_at(Tier::Device) {
-                continue;
-            }
-            let before = actions.len();
-            if !self.fetch(chunk, self.cursor.max(0) as u64, true, actions)? {
-                return Ok(false);
-            }
-            if let Some(Action::Fetch { evicted, .. }) = actions[before..].last_mut() {
-                evicted.extend(left.drain(..).filter(|other| *other != chunk));
-            }
-        }
-        Ok(true)
+        Ok(left)
+    }
+
+    /// Whether the decided parameters are nowhere but in the undo record.
+    fn is_tentative_only(&self, chunk: ChunkId) -> bool {
+        matches!(self.chunks[chunk.index()].param, Residency::Tentative { cache: None, .. })
     }
 
     fn drop_cache(&mut self, chunk: ChunkId) -> Result<(), ScheduleError> {
@@ -754,7 +756,8 @@ impl Scheduler {
         // Negated so that a partial norm that is not a number stops it too.
         let within = norm <= self.max_norm.unwrap_or(f64::MAX);
         // Other units may still have to read the old generation in this backward; without a device copy they could not.
-        let readable = !self.in_backward || self.uses_left_in_backward(chunk) == 0 || self.chunks[chunk.index()].param.readable_at(Tier::Device);
+        let readable =
+            !self.in_backward || self.uses_left_in_backward(chunk) == 0 || self.chunks[chunk.index()].param.readable_at(Tier::Device);
         wanted
             && within
             && readable
@@ -1123,7 +1126,10 @@ impl Scheduler {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
         if state.work != Work::Idle || state.grad != Grad::None || placement.home == ParamHome::Streamed {
-            return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "its class changes only while it is resident and idle" });
+            return Err(ScheduleError::Gradient {
+                chunk: self.name(chunk),
+                reason: "its class changes only while it is resident and idle",
+            });
         }
         placement.class = class;
         self.chunks[chunk.index()].param = match class {

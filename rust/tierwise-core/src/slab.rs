@@ -80,15 +80,14 @@ impl Slab {
             }
             let mut earliest = u64::MAX;
             let mut evicted = 0;
-            let allowed =
-                ranges.iter().filter(|(s, e, _, _)| *s < end && *e > offset).all(|(s, e, next, _)| match next {
-                    Some(next) if *next > needed_at => {
-                        earliest = earliest.min(*next);
-                        evicted += e - s;
-                        true
-                    }
-                    _ => false,
-                });
+            let allowed = ranges.iter().filter(|(s, e, _, _)| *s < end && *e > offset).all(|(s, e, next, _)| match next {
+                Some(next) if *next > needed_at => {
+                    earliest = earliest.min(*next);
+                    evicted += e - s;
+                    true
+                }
+                _ => false,
+            });
             if allowed
                 && best.is_none_or(|(use_, bytes_, offset_)| {
                     (std::cmp::Reverse(earliest), evicted, offset) < (std::cmp::Reverse(use_), bytes_, offset_)
@@ -99,11 +98,7 @@ impl Slab {
         }
         best.map(|(_, _, offset)| Place {
             offset,
-            evict: ranges
-                .iter()
-                .filter(|(s, e, _, _)| *s < offset + bytes && *e > offset)
-                .map(|&(_, _, _, chunk)| chunk)
-                .collect(),
+            evict: ranges.iter().filter(|(s, e, _, _)| *s < offset + bytes && *e > offset).map(|&(_, _, _, chunk)| chunk).collect(),
         })
     }
 

@@ -49,9 +49,7 @@ impl Timeline {
         let mut events: Vec<serde_json::Value> = tracks
             .iter()
             .enumerate()
-            .map(|(tid, name)| {
-                serde_json::json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}})
-            })
+            .map(|(tid, name)| serde_json::json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}))
             .collect();
         for span in &self.spans {
             let tid = tracks.iter().position(|t| *t == span.track);

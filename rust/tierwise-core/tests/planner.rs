@@ -307,8 +307,7 @@ fn undo_records_take_what_the_host_has_left() {
     let (layout, trace) = llama_7b(16_384);
     let deferred = plan(&layout, &trace, &h100(60 * GIB, 300 * GIB)).unwrap();
     assert_eq!((deferred.undo_bytes, deferred.host.undo), (0, 0));
-    let all: u64 =
-        layout.ids().filter(|c| deferred.chunks[c.index()].class == OptimizerClass::Host).map(|c| layout.undo_bytes(c)).sum();
+    let all: u64 = layout.ids().filter(|c| deferred.chunks[c.index()].class == OptimizerClass::Host).map(|c| layout.undo_bytes(c)).sum();
     for spare in [0, GIB + 5, 200 * GIB] {
         let host_budget = deferred.host.total() + spare;
         let request = PlanRequest { clip_mode: ClipMode::Auto, ..h100(60 * GIB, host_budget) };

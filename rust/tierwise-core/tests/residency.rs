@@ -81,8 +81,7 @@ fn expected() -> Vec<(String, String, String)> {
         for a in TIERS {
             for b in TIERS.into_iter().filter(|b| *b != a) {
                 // Tier names contain neither `(a` nor `,b` nor `(b`.
-                let line =
-                    line.replace("(a", &format!("({a}")).replace(",b", &format!(",{b}")).replace("(b", &format!("({b}"));
+                let line = line.replace("(a", &format!("({a}")).replace(",b", &format!(",{b}")).replace("(b", &format!("({b}"));
                 let mut words = line.split_whitespace().map(str::to_owned);
                 rows.push((words.next().unwrap(), words.next().unwrap(), words.next().unwrap()));
             }

@@ -73,7 +73,9 @@ impl HostBuffer {
         let (owner, process) = (slf.get().process, std::process::id());
         if owner != process {
             // The memory is not mapped there: a view would crash.
-            return Err(PyBufferError::new_err(format!("this memory belongs to process {owner}; its forked child {process} does not have it")));
+            return Err(PyBufferError::new_err(format!(
+                "this memory belongs to process {owner}; its forked child {process} does not have it"
+            )));
         }
         // SAFETY: `view` comes from Python; the view holds `slf`, which keeps the memory mapped.
         let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), address as *mut c_void, bytes as ffi::Py_ssize_t, 0, flags) };

@@ -66,7 +66,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     offload_param_frac: float = 0.0
     """Static policy: share of parameters streamed from host memory."""
     reserve: int | str | None = None
-    """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget."""
+    """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
+    on CUDA also what the traced model's backward is expected to need."""
     initial_scale: float = 2.0**16
     """fp16: first loss scale."""
     min_scale: float = 1.0
@@ -152,11 +153,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
-    def reserve_bytes(self, device_budget: int) -> int:
-        """Device bytes kept free for temporaries under this budget."""
+    def reserve_bytes(self, device_budget: int, temporary_bytes: int = 0) -> int:
+        """Device bytes kept free under this budget, for temporaries of about `temporary_bytes` and what the allocator loses."""
         if self.reserve is not None:
             return parse_bytes(self.reserve, minimum=0)
-        return min(_DEFAULT_RESERVE, device_budget // 8)
+        return min(_DEFAULT_RESERVE, device_budget // 8) + temporary_bytes
 
     def configure(self, model: nn.Module, optimizer: Optimizer | None, dataloader: Iterable[Any] | None) -> Runtime:
         """Converts `model` and `optimizer` in place; see `Booster.boost`."""

@@ -34,9 +34,12 @@ impl<'a> Memory<'a> {
             return invalid("accumulation is 0; a step has at least one micro-batch".to_owned());
         }
         let speeds = &request.speeds;
-        for (name, speed) in
-            [("flops", speeds.flops), ("h2d_bytes", speeds.h2d_bytes), ("d2h_bytes", speeds.d2h_bytes), ("host_adam_params", speeds.host_adam_params)]
-        {
+        for (name, speed) in [
+            ("flops", speeds.flops),
+            ("h2d_bytes", speeds.h2d_bytes),
+            ("d2h_bytes", speeds.d2h_bytes),
+            ("host_adam_params", speeds.host_adam_params),
+        ] {
             if speed.is_nan() || speed <= 0.0 {
                 return invalid(format!("speed {name} is {speed}; it must be positive"));
             }

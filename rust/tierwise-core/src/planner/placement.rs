@@ -67,8 +67,7 @@ impl Row {
                 peak = at;
             }
         }
-        let bytes =
-            DeviceBytes { stream_slab: slab, gradients: gradients[peak], activations: recompute.bytes[peak], reserve, ..self.base };
+        let bytes = DeviceBytes { stream_slab: slab, gradients: gradients[peak], activations: recompute.bytes[peak], reserve, ..self.base };
         (bytes, OpId(peak as u32))
     }
 }

@@ -120,8 +120,8 @@ pub fn models() -> impl Strategy<Value = (Layout, Trace)> {
     let chunks = prop::collection::vec(params, 1..8);
     let unit = (0_u64..60_000, 0_u64..10_000, any::<bool>(), 0.0..1e9_f64, prop::bool::weighted(0.9));
     let units = prop::collection::vec(unit, 8);
-    (precision, chunks, units, prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..3), 0_u64..20_000).prop_map(
-        |(precision, chunks, units, extra, outer_saved_bytes)| {
+    (precision, chunks, units, prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..3), 0_u64..20_000)
+        .prop_map(|(precision, chunks, units, extra, outer_saved_bytes)| {
             let n = chunks.len();
             let layout = Layout::new(
                 precision,
@@ -151,11 +151,7 @@ pub fn models() -> impl Strategy<Value = (Layout, Trace)> {
                     unit.chunks.push(chunk);
                 }
             }
-            let ops = palindrome(n as u32)
-                .into_iter()
-                .filter(|op| op.phase == Phase::Forward || units[op.unit as usize].4)
-                .collect();
+            let ops = palindrome(n as u32).into_iter().filter(|op| op.phase == Phase::Forward || units[op.unit as usize].4).collect();
             (layout, Trace { units: trace_units, ops, outer_saved_bytes })
-        },
-    )
+        })
 }

@@ -1,0 +1,103 @@
+"""Options: parsed, validated, and refused with a suggestion."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tierwise.config import default_speeds, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(5, 5), ("5", 5), ("6GiB", 6 * 2**30), ("700MB", 700 * 10**6), ("1.5 kb", 1500), (" 2 TiB ", 2 * 2**40)]
+)
+def test_sizes(text: int | str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "6 gigs", "-1", "0", 0, -5, True, 1.5, None, "1e9"])
+def test_what_is_no_size(text: Any) -> None:
+    with pytest.raises(ValueError, match="device_budget"):
+        parse_bytes(text, "device_budget")
+
+
+def test_sizes_for_people() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 2**20, 5 * 2**29)] == ["0 B", "1023 B", "1.00 MiB", "2.50 GiB"]
+
+
+def test_speeds_of_known_and_unknown_devices() -> None:
+    assert default_speeds("NVIDIA H100 80GB HBM3", 16).flops == 4.5e14
+    assert default_speeds("NVIDIA H100 80GB HBM3", 16).host_adam_params == pytest.approx(16 * 3.4e8)
+    assert default_speeds("NVIDIA H100 80GB HBM3", 64).host_adam_params == 5.5e9
+    assert default_speeds("Some New Device", 1).flops > 0
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, tierwise; from tierwise.config import parse_bytes; assert 'torch' not in sys.modules; tierwise.TierwiseError"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---- the plugin -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin() -> Any:
+    pytest.importorskip("torch")
+    from tierwise.booster.plugin import GeminiPlugin
+
+    return GeminiPlugin
+
+
+def test_unknown_options_are_refused_with_a_suggestion(plugin: Any) -> None:
+    with pytest.raises(ValueError, match="no option 'precison'; did you mean 'precision'"):
+        plugin(precison="bf16")
+    with pytest.raises(ValueError, match="known options are .*clip_mode"):
+        plugin(zzz=1)
+    with pytest.raises(ValueError, match="keyword arguments only"):
+        plugin("bf16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "precision='int8' is not one of 'bf16', 'fp16', 'fp32'"),
+        ({"placement_policy": "cuda"}, "placement_policy"),
+        ({"clip_mode": "never"}, "clip_mode"),
+        ({"device": "tpu"}, "device="),
+        ({"device_budget": "lots"}, "device_budget"),
+        ({"host_budget": 0}, "host_budget"),
+        ({"max_norm": 0.0}, "max_norm must be positive"),
+        ({"max_norm": float("nan")}, "max_norm must be positive"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"offload_optim_frac": 0.5}, "belongs to placement_policy='static'"),
+        ({"placement_policy": "static", "offload_optim_frac": 1.5}, "between 0 and 1"),
+        ({"placement_policy": "static", "shard_param_frac": 0.2, "offload_param_frac": 0.5, "offload_optim_frac": 1.0}, "not kept whole"),
+        ({"placement_policy": "static", "offload_param_frac": 0.5}, "needs offload_optim_frac"),
+        ({"initial_scale": 0.5}, "min <= initial <= max"),
+        ({"backoff_factor": 1.0}, "backoff_factor"),
+    ],
+)
+def test_values_that_cannot_work(plugin: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plugin(**options)
+
+
+def test_it_is_frozen_and_budgets_become_bytes(plugin: Any) -> None:
+    made = plugin(device_budget="700MB", host_budget="1GiB")
+    assert (made.device_budget, made.host_budget) == (700 * 10**6, 2**30)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.precision = "fp32"
+
+
+def test_the_reserve_is_proportional_on_small_budgets(plugin: Any) -> None:
+    assert plugin().reserve_bytes(80 * 10**9) == 256 * 10**6
+    assert plugin().reserve_bytes(80 * 10**6) == 10 * 10**6
+    assert plugin(reserve="1MB").reserve_bytes(80 * 10**9) == 10**6
+    assert plugin(reserve=0).reserve_bytes(80 * 10**9) == 0

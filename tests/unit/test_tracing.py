@@ -1,0 +1,134 @@
+"""Tracing without data agrees with what really happens, and leaves no trace of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tierwise.gemini.chunking import group  # noqa: E402
+from tierwise.gemini.tracing import count_tokens, trace  # noqa: E402
+
+
+def llama(**config: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "attention_dropout": 0.1,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **config}))
+
+
+IDS = torch.zeros((2, 16), dtype=torch.long)
+
+
+def run(model: Any, **kwargs: Any) -> Any:
+    inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False, **kwargs}
+    return trace(model, group(model), (), inputs, torch.bfloat16, torch.device("cpu"))
+
+
+def test_units_and_operations_in_order() -> None:
+    model = llama()
+    traced = run(model)
+    names = [group(model).units[unit].name for unit in traced.order]
+    assert names == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    assert traced.ops == [(u, "forward") for u in range(6)] + [(u, "backward") for u in reversed(range(6))]
+    assert traced.exact
+    assert traced.tokens == 32
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_bytes_are_those_of_a_real_forward(dropout: float) -> None:
+    model = llama(attention_dropout=dropout).bfloat16().train()
+    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+    keep = []
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in params:
+            storages[storage.data_ptr()] = storage.nbytes()
+            keep.append(tensor.detach())
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    traced = run(model)
+    planned = sum(unit.saved_bytes for unit in traced.units) + traced.outer_saved_bytes
+    # Attention kernels differ by their small statistics; a plan has a reserve for that.
+    assert planned == pytest.approx(sum(storages.values()), rel=0.1)
+    del loss
+
+
+def test_flops_are_two_per_weight_and_token() -> None:
+    traced = run(llama())
+    layer = 2 * 32 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert layer <= traced.units[1].flops <= 1.2 * layer
+    assert traced.units[5].flops == 2 * 32 * 64 * 128
+    assert traced.units[1].input_bytes >= 2 * 16 * 64 * 2
+
+
+def test_nothing_is_left_behind() -> None:
+    model = llama()
+    model.eval()
+    model.model.layers[1].train()
+    modes = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    random = torch.get_rng_state()
+    run(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+        assert type(value) is torch.Tensor
+
+
+def test_checkpointing_is_off_while_tracing_and_on_again_after() -> None:
+    model = llama()
+    plain = run(model)
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    again = run(model)
+    assert [unit.saved_bytes for unit in again.units] == [unit.saved_bytes for unit in plain.units]
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_an_attention_mask_with_padding() -> None:
+    traced = run(llama(), attention_mask=torch.ones_like(IDS))
+    assert traced.exact
+
+
+def test_a_frozen_front_has_no_backward() -> None:
+    model = llama()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    traced = run(model)
+    backward = [unit for unit, phase in traced.ops if phase == "backward"]
+    assert 0 not in backward
+    assert 1 not in backward
+    assert traced.units[1].saved_bytes == 0
+
+
+def test_peak_with_and_without_recomputation() -> None:
+    traced = run(llama())
+    nothing = traced.activation_peak_bytes([False] * 6)
+    layers = traced.activation_peak_bytes([False, True, True, True, False, False])
+    assert nothing == sum(unit.saved_bytes for unit in traced.units) + traced.outer_saved_bytes
+    assert layers < nothing
+
+
+def test_tokens_of_a_batch() -> None:
+    assert count_tokens((), {"input_ids": IDS}) == 32
+    assert count_tokens((torch.ones(4, 8),), {}) == 4
+    assert count_tokens((torch.ones(2, 3, 8), IDS), {}) == 32
+    assert count_tokens((), {}) == 1
