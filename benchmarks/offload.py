@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clip-mode", default="defer", choices=["defer", "speculate", "auto"])
     p.add_argument("--attention", default="flash", choices=["flash", "cudnn"])
     p.add_argument("--device-budget", default=None, help="of the rows `ours` and `ours-host`, such as 75GB")
+    p.add_argument(
+        "--reserve", default=None, help="device memory that the plan keeps free for temporaries, such as 4GB; default: the plugin's"
+    )
     p.add_argument("--host-budget", default="110GB")
     p.add_argument("--rows", default="floor,gpu,ours-all,ours-host,ds2")
     p.add_argument("--row-timeout", type=int, default=280, help="seconds")
@@ -265,6 +268,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         clip_mode=a.clip_mode,
         device_budget=a.device_budget,
         host_budget=a.host_budget,
+        reserve=a.reserve,
         gradient_accumulation_steps=accumulation,
         micro_batch_size=a.micro_batch,
         seq_len=a.seq,
@@ -404,6 +408,11 @@ def main() -> int:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=a.row_timeout)
             lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+            if row.startswith("ours"):
+                print(
+                    *[x for x in done.stderr.splitlines() if x.startswith(("  ", "device", "host", "recomputed", "predicted"))][:9],
+                    sep="\n",
+                )
             error = f"exit {done.returncode}: " + (done.stderr.strip() or done.stdout.strip())[-1500:]
         except subprocess.TimeoutExpired as late:
             lines, error = [], f"no result after {late.timeout:.0f} s"

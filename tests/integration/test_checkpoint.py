@@ -57,12 +57,9 @@ def test_training_goes_on_to_the_bit(kit: Any, tmp_path: Path, precision: str, s
     for order in (0, 1):
         other, fresh, restarted, rescheduled = build(kit, seed=9, precision=precision)
         run(other, fresh, restarted, rescheduled, data[:1])
-        loads = [
-            lambda: other.load_model(fresh, tmp_path / names[0]),
-            lambda: other.load_optimizer(restarted, tmp_path / names[1]),
-        ]
-        for load in loads if order else reversed(loads):
-            load()
+        loads = [(other.load_model, fresh, names[0]), (other.load_optimizer, restarted, names[1])]
+        for load, what, name in loads if order else reversed(loads):
+            load(what, tmp_path / name)
         other.load_lr_scheduler(rescheduled, tmp_path / "scheduler.json")
         assert run(other, fresh, restarted, rescheduled, data[4:]) == expected
 

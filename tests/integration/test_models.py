@@ -30,7 +30,9 @@ def masked(model: Any, step: int) -> torch.Tensor:
 
 
 def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -136,7 +138,7 @@ def test_architectures(kit: Any, name: str) -> None:
 
 def test_a_head_that_changes_its_logits_is_left_alone(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="tierwise"):
-        booster, model, _ = kit.boosted(gemma2().train(), precision="fp32", micro_batch_size=2, seq_len=12)
+        _, model, _ = kit.boosted(gemma2().train(), precision="fp32", micro_batch_size=2, seq_len=12)
     assert "the fused loss is off" in caplog.text
     assert model(input_ids=IDS[0], labels=IDS[0]).logits is not None
 

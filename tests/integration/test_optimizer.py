@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_plain_optimizer_is_continued_and_continues(kit: Any) -> None:
     carried = torch.optim.AdamW(resumed.parameters(), lr=3e-3)
     carried.load_state_dict(saved)
     booster = Booster(kit.plugin(precision="fp32", **STREAMED))
-    model, optimizer, *_ = booster.boost(copy.deepcopy(resumed), None) if False else booster.boost(resumed, carried)
+    model, optimizer, *_ = booster.boost(resumed, carried)
     assert steps(booster, model, optimizer, data[3:6]) == pytest.approx(expected[:3], rel=1e-5)
     # Back to plain.
     back = kit.llama()
@@ -170,9 +171,9 @@ def test_train_step_equals_the_whole_batch(kit: Any, ignored: int) -> None:
     ids = kit.batches(1, rows=8)[0]
     labels = ids.clone()
     labels[:2, :ignored] = -100
-    whole, whole_model, whole_optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=8)
+    whole, _, whole_optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=8)
     expected = whole.train_step({"input_ids": ids, "labels": labels})
-    parts, model, optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=2, gradient_accumulation_steps=4, **STREAMED)
+    parts, _, optimizer = kit.boosted(kit.llama(), precision="fp32", micro_batch_size=2, gradient_accumulation_steps=4, **STREAMED)
     loss = parts.train_step({"input_ids": ids, "labels": labels})
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert optimizer.grad_norm == pytest.approx(whole_optimizer.grad_norm, rel=1e-5)
@@ -182,8 +183,6 @@ def test_train_step_equals_the_whole_batch(kit: Any, ignored: int) -> None:
 
 
 def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -> None:
-    import json
-
     booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
     text = booster.explain()
     for part in ("stepped by the CPU", "parameters streamed", "device:", "host:", "bounded by", "device peak at"):
@@ -208,14 +207,11 @@ def test_the_measured_peak_corrects_the_plan(kit: Any, monkeypatch: pytest.Monke
 
     options = {"precision": "bf16", "max_norm": 0.5, "recompute": "none"}
     reference = kit.train(kit.llama(), **options)
-    budget = reference.booster.stats()["device_peak_bytes"] + 100_000
+    budget = reference.booster.stats()["device_peak_bytes"] - 200_000
     monkeypatch.setattr(tracing, "_run", exaggerated)
     corrected = kit.train(kit.llama(), device_budget=budget, **options)
-    planned = [c["class"] for c in corrected.booster._runtime.planned.plan["chunks"]]
-    classes = [c["class"] for c in corrected.booster._runtime.memory.plan["chunks"]]
-    assert "host" in [c["class"] for c in __import__("json").loads(corrected.booster._runtime.planned.plan_json)["chunks"]]
-    assert classes.count("device") > [
-        c["class"] for c in __import__("json").loads(corrected.booster._runtime.planned.plan_json)["chunks"]
-    ].count("device")
-    assert planned == classes
+    planned = [chunk["class"] for chunk in json.loads(corrected.booster._runtime.planned.plan_json)["chunks"]]
+    classes = [chunk["class"] for chunk in corrected.booster._runtime.memory.plan["chunks"]]
+    assert "host" in planned
+    assert classes.count("device") > planned.count("device")
     corrected.same_as(reference)

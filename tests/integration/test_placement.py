@@ -101,5 +101,5 @@ def test_one_byte_less_than_the_minimum_is_refused(kit: Any) -> None:
     from tierwise import BudgetError
 
     least = kit.tightest(kit.llama)
-    with pytest.raises(BudgetError, match="needs .* more device memory at .*these fit: .* or "):
+    with pytest.raises(BudgetError, match=r"needs .* more device memory at .*these fit: .* or "):
         kit.boosted(kit.llama(), device_budget=least - 1)

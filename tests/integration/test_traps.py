@@ -193,7 +193,7 @@ def test_an_unplanned_region_that_does_not_fit_is_an_error_not_a_wrong_gradient(
     booster.backward(loss_of(model, 0), optimizer)
     optimizer.step()
     model.region = True
-    with pytest.raises(tierwise.TierwiseError, match="no slot .*blocks.*checkpoint smaller regions"):
+    with pytest.raises(tierwise.TierwiseError, match=r"no slot .*blocks.*checkpoint smaller regions"):
         booster.backward(loss_of(model, 1), optimizer)
     model.region = False
     booster.backward(loss_of(model, 1), optimizer)
@@ -233,7 +233,7 @@ def test_a_graph_older_than_the_parameters_is_an_error(kit: Any) -> None:
 
 
 def test_state_dict_gathers_and_full_parameters_lends(kit: Any) -> None:
-    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    _, model, _ = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
     fresh = {name: value.clone() for name, value in Net().state_dict().items()}
     loss_of(model, 0)
     for name, value in model.state_dict().items():
@@ -443,9 +443,7 @@ def _in_child(queue: Any, booster: Any) -> None:
 def test_forked_workers_are_harmless(kit: Any) -> None:
     booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
     context = multiprocessing.get_context("fork")
-    loader = torch.utils.data.DataLoader(
-        [ids[0] for ids in kit.batches(4)], batch_size=2, num_workers=1, multiprocessing_context=context
-    )
+    loader = torch.utils.data.DataLoader([ids[0] for ids in kit.batches(4)], batch_size=2, num_workers=1, multiprocessing_context=context)
     for ids in loader:
         loss = model(input_ids=ids, labels=ids).loss
         booster.backward(loss, optimizer)
@@ -524,9 +522,7 @@ def test_an_exception_in_forward_leaves_no_hooks_behind(kit: Any) -> None:
                 loss_of(model, step)
             model.blocks[2].fail = False
             assert not booster._runtime.saved.active
-            assert torch._C._autograd._saved_tensors_hooks_is_enabled()
-            seen = torch.ones(2, requires_grad=True).exp()
-            assert type(seen.grad_fn._raw_saved_result.data) is torch.Tensor if hasattr(seen.grad_fn, "_raw_saved_result") else True
+            assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
             assert all(not c["forward_pins"] for c in booster._runtime.residency())
         loss = loss_of(model, step)
         losses.append(loss.item())
@@ -574,7 +570,7 @@ def test_an_exception_in_backward_can_be_survived(kit: Any) -> None:
 
 
 def test_saved_tensors_are_freed_without_the_garbage_collector(kit: Any) -> None:
-    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None)
+    booster, model, _ = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None)
     gc.disable()
     try:
         loss = loss_of(model, 0)
@@ -610,7 +606,7 @@ def test_eval_in_the_middle_and_other_sequence_lengths(kit: Any) -> None:
         return seen, booster
 
     expected, _ = run()
-    for options in (STREAMED, {**STREAMED, "clip_mode": "speculate", "max_norm": 1e6} and {**STREAMED, "clip_mode": "speculate"}):
+    for options in (STREAMED, {**STREAMED, "clip_mode": "speculate"}):
         seen, booster = run(**options)
         assert seen == expected
         assert booster.stats()["off_trace"] > 0, "eval passes are not in the trace, and are counted"

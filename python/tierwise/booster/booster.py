@@ -182,9 +182,7 @@ class Booster:
     ) -> None:
         """Writes moments, fp32 masters, step counts, param_groups and the loss scale: all that an exact resume needs beside the model."""
         _check_shard_size(size_per_shard)
-        optimizer_checkpoint.save_optimizer(
-            _gemini(optimizer), checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard
-        )
+        optimizer_checkpoint.save_optimizer(_gemini(optimizer), checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
 
     def load_optimizer(self, optimizer: Optimizer, checkpoint: _Path, prefix: str | None = None) -> None:
         """Continues from `save_optimizer`; sets the parameters too, where it has their masters."""

@@ -80,12 +80,12 @@ def write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> No
             if tuple(tensor.shape) != entry.shape:
                 raise AssertionError(f"{entry.name}: {tuple(tensor.shape)} is not {entry.shape}")
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-class atomic:  # noqa: N801 (reads as a verb: `with atomic(path) as temporary`)
+class atomic:  # Reads as a verb: `with atomic(path) as temporary`.
     """A temporary path beside `path` that is renamed onto it at the end, or removed if the body fails."""
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +121,9 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
-def write_set(folder: Path, stem: str, entries: list[Entry], limit_bytes: int, metadata: dict[str, str], index_metadata: dict[str, object]) -> None:
+def write_set(
+    folder: Path, stem: str, entries: list[Entry], limit_bytes: int, metadata: dict[str, str], index_metadata: dict[str, object]
+) -> None:
     """Writes a set of tensors as one file or as shards with an index, replacing the set that `folder` has.
 
     New shards get names that the present index does not use; then one rename (of the index, or of the single file) makes the new set the

@@ -116,11 +116,11 @@ def load_model(model: nn.Module, checkpoint: str | os.PathLike[str], *, strict: 
         problems.append(f"missing {_listed(missing)}")
     if unexpected and strict:
         problems.append(f"unexpected {_listed(unexpected)}")
-    for param, name in source.items():
-        if name is not None and reader.shape(name) != tuple(param.shape):
-            problems.append(f"{name!r} has shape {reader.shape(name)}, the model wants {tuple(param.shape)}")
-        elif name is not None and not reader.is_floating_point(name):
-            problems.append(f"{name!r} is not of a floating-point dtype")
+    for param, found in source.items():
+        if found is not None and reader.shape(found) != tuple(param.shape):
+            problems.append(f"{found!r} has shape {reader.shape(found)}, the model wants {tuple(param.shape)}")
+        elif found is not None and not reader.is_floating_point(found):
+            problems.append(f"{found!r} is not of a floating-point dtype")
     problems += [
         f"{name!r} has shape {reader.shape(name)}, the model wants {tuple(buffer.shape)}"
         for name, buffer in buffers.items()
@@ -133,16 +133,16 @@ def load_model(model: nn.Module, checkpoint: str | os.PathLike[str], *, strict: 
             buffer.copy_(reader.read(name))
     if runtime is not None and runtime.ready:
         runtime.flush()
-        for param, name in source.items():
-            if name is not None:
+        for param, found in source.items():
+            if found is not None:
                 chunk, position = runtime.grouping.place[param]
-                runtime.memory.write_param(chunk, position, reader.read(name), param in runtime.trainable)
+                runtime.memory.write_param(chunk, position, reader.read(found), param in runtime.trainable)
         runtime.target.synchronize()
         return
     attach_checkpoint(model, checkpoint)
-    for param, name in source.items():
-        if name is not None and not param.is_meta:
-            param.data.copy_(reader.read(name))
+    for param, found in source.items():
+        if found is not None and not param.is_meta:
+            param.data.copy_(reader.read(found))
 
 
 def _listed(names: list[str]) -> str:

@@ -23,12 +23,13 @@ def measured_activation_bytes(runtime: Runtime) -> int:
         return runtime.counter.peak_bytes
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
-    return max(int(torch.cuda.max_memory_allocated(runtime.target.torch_device)) - held - runtime.temporary_bytes(), 0)
+    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.temporary_bytes()
+    return max(measured, 0)
 
 
 def correct(runtime: Runtime) -> None:
-    """Plans again with the measured activations. Room that turned up takes optimizer states from the host, which changes no bit; the plan is
-    otherwise kept, because one that ran within its budget needs no rescue."""
+    """Plans again with the measured activations. Room that turned up takes optimizer states from the host, which changes no bit; the plan
+    is otherwise kept, because one that ran within its budget needs no rescue."""
     units = [runtime.recompute[unit] for unit in runtime.trace.order]
     planned = runtime.trace.activation_peak_bytes(units)
     measured = measured_activation_bytes(runtime)

@@ -149,9 +149,9 @@ class UnitHooks:
         """The first gradient of a unit's outputs is there."""
         if not self._runtime.gradients.in_backward:
             raise TierwiseError(BARE_BACKWARD)
-        for other, state in list(self._open.items()):
+        for other, opened in list(self._open.items()):
             related = other in self._ancestors[index] or index in self._ancestors[other]
-            if not related and (other != index or state.from_outputs):
+            if not related and (other != index or opened.from_outputs):
                 self._leave_backward(other)
         state = self._open.get(index)
         if state is None:

@@ -21,7 +21,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Raises ValueError unless `optimizer` is a plain Adam or AdamW with options that the engine has."""
     if type(optimizer) not in (Adam, AdamW):
         raise ValueError(
-            f"{type(optimizer).__name__} is not supported; the engine steps torch.optim.AdamW and torch.optim.Adam (and no subclasses of them)"
+            f"{type(optimizer).__name__} is not supported; the engine steps torch.optim.AdamW and torch.optim.Adam "
+            "(and no subclasses of them)"
         )
     for index, group in enumerate(optimizer.param_groups):
         for option in _REFUSED:

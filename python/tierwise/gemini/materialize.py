@@ -29,7 +29,7 @@ class Materializer:
         self._hugging_face = _hugging_face_parents(model)
 
     def values(self, chunk: Chunk, device: torch.device) -> list[Tensor]:
-        """Values of a chunk's parameters, in any float dtype, on any device; random ones are drawn on `device`, which is faster on a GPU."""
+        """Values of a chunk's parameters, in any float dtype, on any device; random ones are drawn on `device`: a GPU is faster."""
         checkpoints = {getattr(param, "_tierwise_checkpoint", None) for param in chunk.params if param.is_meta}
         checkpoints.discard(None)
         if checkpoints:
@@ -66,9 +66,10 @@ class Materializer:
                 # Hugging Face initialisers leave flagged tensors alone: those of other chunks, which may be in place already.
                 param.__dict__["_is_hf_initialized"] = True
             for module in modules:
-                for name, param in list(module._parameters.items()):
-                    if param is None:
+                for name, own in list(module._parameters.items()):
+                    if own is None:
                         continue
+                    param = own
                     if param not in stand_ins:
                         value = torch.full(param.shape, torch.nan, dtype=param.dtype, device=device) if param.is_meta else param.detach()
                         stand_ins[param] = nn.Parameter(value, requires_grad=param.requires_grad)
@@ -131,8 +132,8 @@ class Materializer:
             param.data = value
 
     def finish(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves buffers to the compute device. They stay in their own dtype, except running statistics: torch's batch norm wants them in that
-        of its weight."""
+        """Moves buffers to the compute device. They stay in their own dtype, except running statistics: batch norm wants them as its
+        weight is."""
         self._reader = None
         for module in self._model.modules():
             for name, buffer in module._buffers.items():

@@ -122,7 +122,7 @@ class GeminiOptimizer(Optimizer):
         """Parameters in the order of their indices in `state_dict`."""
         return [param for group in self.param_groups for param in group["params"]]
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """torch.optim's format, gathered on the CPU: step, exp_avg, exp_avg_sq and, in 16-bit training, the fp32 `master`.
 
         Takes as much CPU memory as the states themselves; `booster.save_optimizer` streams instead.
@@ -150,7 +150,7 @@ class GeminiOptimizer(Optimizer):
         for group, source in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in source.items() if key != "params"})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict` of this class or of a plain Adam or AdamW with the same groups.
 
         Without a `master` the parameters keep their present values. Raises ValueError if groups or shapes differ.

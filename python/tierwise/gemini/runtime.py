@@ -270,8 +270,9 @@ class Runtime:
         accumulation = self.plugin.gradient_accumulation_steps
         if self.micro_done >= accumulation:
             raise TierwiseError(
-                f"booster.backward ran {self.micro_done + 1} times without optimizer.step(), but gradient_accumulation_steps={accumulation}; "
-                f"call optimizer.step() after every {accumulation}, or set gradient_accumulation_steps={self.micro_done + 1}"
+                f"booster.backward ran {self.micro_done + 1} times without optimizer.step(), but "
+                f"gradient_accumulation_steps={accumulation}; call optimizer.step() after every {accumulation}, "
+                f"or set gradient_accumulation_steps={self.micro_done + 1}"
             )
         scale = 1.0
         if self.scaler is not None:
@@ -285,7 +286,7 @@ class Runtime:
         try:
             self.engine.backward_begin(self.target.stream(), 1.0 / scale)
             with attention_backends(self.fused_attention):
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                loss.backward(retain_graph=retain_graph)
             self.hooks.end_backward()
             self.gradients.finish()
             self.unmap_chunks(list(self.saved.mapped))

@@ -46,7 +46,8 @@ class _Counted:
 class Account(Protocol):
     """Counts device bytes by kind, hard-limited."""
 
-    def __call__(self, kind: str, delta_bytes: int) -> None: ...
+    def __call__(self, kind: str, delta_bytes: int) -> None:
+        """Adds `delta_bytes` (negative: frees). Raises BudgetError if they do not fit."""
 
 
 class ActivationCounter:
@@ -138,7 +139,7 @@ class SavedTensors:
         return tensor.detach()
 
     def _reference(self, tensor: Tensor) -> SlabRef:
-        start = tensor.storage_offset() * tensor.dtype.itemsize
+        start = int(tensor.storage_offset()) * tensor.dtype.itemsize
         for chunk, slot in self.mapped.items():
             if slot <= start < slot + self._sizes[chunk]:
                 generation = self._engine.generation(chunk)

@@ -46,7 +46,7 @@ class ModelTrace:
     """Groupings' units that run inside one checkpoint of the user's."""
 
     def _chunks(self, grouping: Grouping, unit: int) -> list[int]:
-        """Chunks that a unit needs: with a checkpoint around several units all of theirs, because one recomputation saves raw views of all."""
+        """Chunks that a unit needs. A checkpoint around several units needs all of theirs: one recomputation saves raw views of all."""
         chunks = list(grouping.units[unit].chunks)
         for region in self.regions:
             if unit in region:
@@ -288,7 +288,7 @@ def _run(
         for index, unit in enumerate(grouping.units):
             stack.enter_context(_recording(recorder, index, unit))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor))
-        output = torch.func.functional_call(model, fake, args, kwargs)
+        output = torch.func.functional_call(model, fake, args, dict(kwargs))
         del output
     position = {unit: i for i, unit in enumerate(recorder.order)}
     called = [recorder.units[unit] for unit in recorder.order]

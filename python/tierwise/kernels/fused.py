@@ -25,12 +25,18 @@ def liger_is_available() -> bool:
 
 def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1
+    return (
+        type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+        and isinstance(weight, nn.Parameter)
+        and weight.ndim == 1
+    )
 
 
 def _is_swiglu(module: nn.Module) -> bool:
     parts = ("gate_proj", "up_proj", "down_proj")
-    return all(isinstance(getattr(module, part, None), nn.Linear) for part in parts) and isinstance(getattr(module, "act_fn", None), nn.SiLU | _silu_class())
+    return all(isinstance(getattr(module, part, None), nn.Linear) for part in parts) and isinstance(
+        getattr(module, "act_fn", None), nn.SiLU | _silu_class()
+    )
 
 
 def _silu_class() -> type:
@@ -70,7 +76,7 @@ def fuse_normalization(model: nn.Module) -> int:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if _is_fake(hidden_states):
             row = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
-            return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return, no-untyped-call]
+            return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return]
         if not hidden_states.is_cuda:
             return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
         # Not in place: the gradient of the output may be read by others.
@@ -88,7 +94,7 @@ def fuse_activations(model: nn.Module) -> int:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if _is_fake(x):
-            return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, no-untyped-call]
+            return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
         if not x.is_cuda:
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         out: torch.Tensor = self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
@@ -121,7 +127,7 @@ def _replace(model: nn.Module, wanted: Any, forward: Any) -> int:
     for module in model.modules():
         # An instance that already has its own forward was wrapped by somebody else.
         if wanted(module) and "forward" not in vars(module):
-            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(forward, module)
             changed += 1
     return changed
 

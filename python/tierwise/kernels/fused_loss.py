@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class FusedLoss:
         self._active = False
         self._hidden: Tensor | None = None
         self._signature = inspect.signature(model.forward)
-        self._original = model.loss_function
+        self._original: Callable[..., Tensor] = model.loss_function  # type: ignore[assignment]
         head_forward = head.forward
 
         def forward(hidden: Tensor) -> Tensor:
@@ -52,18 +52,20 @@ class FusedLoss:
             self._hidden = hidden
             return hidden
 
-        head.forward = forward  # type: ignore[method-assign]
-        model.loss_function = self._loss
+        head.forward = forward  # type: ignore[method-assign, assignment]
+        model.loss_function = self._loss  # type: ignore[assignment]
 
     @property
     def weight(self) -> nn.Parameter:
         """The output embedding's weight."""
-        return self.head.weight
+        weight = self.head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     @staticmethod
     def install(model: nn.Module) -> FusedLoss | None:
-        """Installs the fused loss where it is known to be right: a `ForCausalLM` loss called through `self.loss_function` on what a bias-free
-        nn.Linear output embedding returns. Otherwise leaves the model alone and returns None."""
+        """Installs the fused loss where it is known to be right: a `ForCausalLM` loss called through `self.loss_function` on what a
+        bias-free nn.Linear output embedding returns. Otherwise leaves the model alone and returns None."""
         if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
             return None
         if getattr(model, "loss_type", None) != "ForCausalLM":
@@ -72,7 +74,7 @@ class FusedLoss:
         if code is None or "loss_function" not in code.co_names or "labels" not in inspect.signature(model.forward).parameters:
             return None
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if type(head) is not nn.Linear or head.bias is not None or "forward" in head.__dict__:
+        if type(head) is not nn.Linear or getattr(head, "bias", None) is not None or "forward" in head.__dict__:
             return None
         return FusedLoss(model, head)
 
@@ -132,4 +134,3 @@ class FusedLoss:
         if isinstance(output, Mapping) and output.get("logits") is hidden:
             return type(output)(**{key: value for key, value in output.items() if key != "logits"})
         return output
-

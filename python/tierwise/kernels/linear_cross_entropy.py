@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight, divisor = ctx.saved_tensors
         scale = grad_output / divisor if ctx.late else grad_output
         if grad_hidden is not None:
@@ -92,5 +92,5 @@ def linear_cross_entropy(
         divisor = (target != ignore_index).sum().float()
     else:
         divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, divisor, ignore_index)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, divisor, ignore_index)
     return loss
