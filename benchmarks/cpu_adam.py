@@ -55,7 +55,8 @@ def main() -> int:
     step = 0
     print(f"{n:,} parameters, {a.repeats} repeats")
     print(
-        f"{'threads':>7} {'ours 1e9 param/s':>26} {'ours GB/s':>10} {'add GB/s':>9} {'ours/add':>9} {'torch 1e9 param/s':>18} {'ours/torch':>10}"
+        f"{'threads':>7} {'ours 1e9 param/s':>26} {'ours GB/s':>10} {'add GB/s':>9} {'ours/add':>9} "
+        f"{'torch 1e9 param/s':>18} {'ours/torch':>10}"
     )
     worst_add, worst_torch = float("inf"), float("inf")
     for threads in (int(t) for t in a.threads.split(",")):

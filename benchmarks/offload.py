@@ -134,6 +134,7 @@ class HostPeak(threading.Thread):
         self.peak = 0
 
     def run(self) -> None:
+        """Looks ten times a second."""
         import psutil
 
         while True:
@@ -165,7 +166,7 @@ def run_row(a: argparse.Namespace) -> None:
     batch = {"input_ids": ids, "labels": ids}
     extra: dict[str, Any] = {"liger": kernels}
     with sdpa_kernel([backend]):
-        model, step, recomputed = ROWS[a.row](a, batch, accumulation, extra)
+        _model, step, recomputed = ROWS[a.row](a, batch, accumulation, extra)
         setup = time.perf_counter() - start
         seconds, times, loss = timed(a, step)
     hidden, _, layers, _ = SIZES[a.size]

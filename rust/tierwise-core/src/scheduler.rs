@@ -468,9 +468,12 @@ impl Scheduler {
             }
             // The first ones may have cut the room in pieces: again, with nothing else in the way.
             let left = self.clear_slab()?;
-            if let Some(&on) = chunks.iter().find(|c| self.is_tentative_only(**c)) {
-                self.cursor = before;
-                return Ok(Progress::Blocked { on });
+            // Among those that left may be the last decided copy of a speculated chunk.
+            for &chunk in &chunks {
+                if let Some(on) = self.unready(chunk, actions)? {
+                    self.cursor = before;
+                    return Ok(Progress::Blocked { on });
+                }
             }
             let first = actions.len();
             self.fetch_and_pin(&chunks, phase, actions)?;
@@ -614,11 +617,6 @@ impl Scheduler {
             self.counters.evictions += 1;
         }
         Ok(left)
-    }
-
-    /// Whether the decided parameters are nowhere but in the undo record.
-    fn is_tentative_only(&self, chunk: ChunkId) -> bool {
-        matches!(self.chunks[chunk.index()].param, Residency::Tentative { cache: None, .. })
     }
 
     fn drop_cache(&mut self, chunk: ChunkId) -> Result<(), ScheduleError> {
