@@ -205,13 +205,17 @@ def test_the_measured_peak_corrects_the_plan(kit: Any, monkeypatch: pytest.Monke
             unit.saved_bytes *= 3
         return trace
 
-    options = {"precision": "bf16", "max_norm": 0.5, "recompute": "none"}
+    options = {"precision": "bf16", "max_norm": 0.5, "recompute": "none", "reserve": 0}
     reference = kit.train(kit.llama(), **options)
-    budget = reference.booster.stats()["device_peak_bytes"] - 200_000
+    peak = reference.booster.stats()["device_peak_bytes"]
     monkeypatch.setattr(tracing, "_run", exaggerated)
-    corrected = kit.train(kit.llama(), device_budget=budget, **options)
-    planned = [chunk["class"] for chunk in json.loads(corrected.booster._runtime.planned.plan_json)["chunks"]]
-    classes = [chunk["class"] for chunk in corrected.booster._runtime.memory.plan["chunks"]]
-    assert "host" in planned
-    assert classes.count("device") > planned.count("device")
-    corrected.same_as(reference)
+    moved = 0
+    for budget in range(peak + 100_000, peak + 700_000, 200_000):
+        corrected = kit.train(kit.llama(), device_budget=budget, **options)
+        planned = [chunk["class"] for chunk in json.loads(corrected.booster._runtime.planned.plan_json)["chunks"]]
+        classes = [chunk["class"] for chunk in corrected.booster._runtime.memory.plan["chunks"]]
+        assert corrected.booster.stats()["device_peak_bytes"] <= budget
+        moved += classes.count("device") - planned.count("device")
+        corrected.same_as(reference)
+    # Only resident chunks change their class; which budgets leave such chunks on the host is the planner's choice.
+    assert moved > 0

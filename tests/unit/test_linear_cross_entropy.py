@@ -72,17 +72,16 @@ def test_sixteen_bit_gradients_accumulate_in_fp32(dtype: Any, monkeypatch: pytes
 
 
 def test_fp16_gradients_of_a_mean_over_many_tokens_do_not_underflow() -> None:
-    tokens = 20_000
-    hidden = torch.zeros(tokens, 4, dtype=torch.float16, requires_grad=True)
-    weight = torch.full((8, 4), 2.0**-6, dtype=torch.float16, requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.long))
-    torch.autograd.grad(loss * 2.0**16, hidden)
-    with torch.no_grad():
-        hidden += 1.0
-    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.long)) * 2.0**16, weight)
-    assert grad.isfinite().all()
-    assert (grad[0] < 0).all()
-    assert (grad[1:] > 0).all()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, 8, generator=generator).half().requires_grad_()
+    weight = torch.randn(20, 8, generator=generator).half().requires_grad_()
+    target = torch.randint(0, 20, (32,), generator=generator)
+    # The mean over two million tokens, of which these are a few: unscaled, fp16 has no number as small as its gradients.
+    scale = 2.0**20
+    ours = gradients(linear_cross_entropy(hidden, weight, target, 2e6), hidden, weight, scale)
+    expected = gradients(reference(hidden, weight, target, 2e6), hidden, weight, scale)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs.double()).norm() < 4e-3 * theirs.double().norm()
 
 
 def test_ignored_rows_may_hold_infinities() -> None:

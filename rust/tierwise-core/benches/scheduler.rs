@@ -9,7 +9,7 @@ use std::time::Duration;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ChunkPlan, Plan};
 use tierwise_core::planner::{PlanRequest, minimum_device_bytes, plan};
-use tierwise_core::scheduler::{Action, Event, Scheduler};
+use tierwise_core::scheduler::{Action, Event, Progress, Scheduler};
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, Tier};
 
@@ -37,7 +37,7 @@ fn run(scheduler: &mut Scheduler, events: &[Event], actions: &mut Vec<Action>) -
     let mut count = 0;
     for event in events {
         actions.clear();
-        scheduler.step(event, actions).unwrap();
+        assert_eq!(scheduler.step(event, actions), Ok(Progress::Done));
         count += 1;
     }
     let stepping: Vec<ChunkId> = actions
@@ -49,7 +49,7 @@ fn run(scheduler: &mut Scheduler, events: &[Event], actions: &mut Vec<Action>) -
         .collect();
     for chunk in stepping {
         actions.clear();
-        scheduler.step(&Event::StepDone { chunk }, actions).unwrap();
+        assert_eq!(scheduler.step(&Event::StepDone { chunk }, actions), Ok(Progress::Done));
         count += 1;
     }
     count
@@ -69,6 +69,19 @@ fn per_event(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(count));
         group.bench_function(name, |bencher| {
             bencher.iter_batched_ref(|| warm.clone(), |scheduler| run(scheduler, &events, &mut actions), BatchSize::LargeInput);
+        });
+        // The dearest event: it decides over every chunk at once.
+        let (commit, before) = events.split_last().unwrap();
+        for event in before {
+            assert_eq!(warm.step(event, &mut actions), Ok(Progress::Done));
+        }
+        group.throughput(Throughput::Elements(1));
+        group.bench_function(format!("{name}: commit"), |bencher| {
+            bencher.iter_batched_ref(
+                || (warm.clone(), Vec::with_capacity(256)),
+                |(scheduler, actions)| scheduler.step(commit, actions),
+                BatchSize::LargeInput,
+            );
         });
     }
     group.finish();

@@ -163,6 +163,6 @@ pub struct Plan {
     pub fetches: Vec<PlannedFetch>,
     /// Predicted seconds of one optimizer step, from the speeds given.
     pub predicted_step_s: f64,
-    /// What bounds the predicted step: `compute`, `h2d`, `d2h` or `cpu_adam`.
+    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h` or `cpu_adam`.
     pub bound_by: String,
 }

@@ -117,6 +117,9 @@ pub enum PlanError {
 /// Version of the plan's schema.
 const VERSION: u32 = 1;
 
+/// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
+const HOST_ADAM_BYTES: f64 = 26.0;
+
 /// One point of the search.
 struct Candidate<'a> {
     recompute: &'a Activations,
@@ -265,11 +268,17 @@ fn recompute_levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activa
     Ok(choices.into_iter().map(|units| memory.activations(units)).collect())
 }
 
-/// Seconds of a step: the slowest of compute with what cannot hide behind it, and either direction of the link.
+/// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
 fn predict(recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
     let speeds = &request.speeds;
     let accumulation = f64::from(request.accumulation);
     let compute = accumulation * recompute.total_flops / speeds.flops;
+    // Adding to accumulators in host memory runs beside compute, and no micro-batch is over before its own is.
+    let accumulate = if request.accumulation > 1 {
+        accumulation * row.cost.accumulate_bytes as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES)
+    } else {
+        0.0
+    };
     // A deferred host step hides behind the first forward only.
     let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - recompute.forward_flops / speeds.flops).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
@@ -278,12 +287,12 @@ fn predict(recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: 
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = if tight { d2h } else { 0.0 };
-    let serial = compute + adam + stalled_h2d + stalled_d2h;
+    let serial = compute.max(accumulate) + adam + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h);
     let bound_by = if seconds > serial {
         if h2d >= d2h { "h2d" } else { "d2h" }
     } else {
-        [("cpu_adam", adam), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
+        [("cpu_adam", adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
             .into_iter()
             .filter(|(name, seconds)| *seconds > 0.0 && (*name == "cpu_adam" || *seconds > compute))
             .max_by(|a, b| a.1.total_cmp(&b.1))

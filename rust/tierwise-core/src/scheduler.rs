@@ -89,6 +89,27 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The chunk that it names.
+    fn chunk(&self) -> Option<ChunkId> {
+        match *self {
+            Event::Touch { chunk }
+            | Event::GradsHanded { chunk }
+            | Event::GradLanded { chunk, .. }
+            | Event::StepDone { chunk }
+            | Event::SpeculateDone { chunk }
+            | Event::UndoDone { chunk } => Some(chunk),
+            Event::Enter { .. }
+            | Event::Leave { .. }
+            | Event::Hold { .. }
+            | Event::BackwardBegin { .. }
+            | Event::BackwardEnd
+            | Event::Commit { .. }
+            | Event::DropGrads => None,
+        }
+    }
+}
+
 /// What the executor has to do, in this order.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -202,6 +223,9 @@ pub enum ScheduleError {
     /// A unit that the trace does not know.
     #[error("unit {0} is not in the trace of {1} units")]
     UnknownUnit(u32, usize),
+    /// A chunk that the layout does not have.
+    #[error("chunk {0} is not in the layout of {1} chunks")]
+    UnknownChunk(u32, usize),
     /// Leaving what was not entered.
     #[error("left `{0}` without entering it")]
     NotEntered(String),
@@ -233,12 +257,14 @@ pub enum ScheduleError {
         planned: u32,
     },
     /// A completion for work that was not running.
-    #[error("`{chunk}` finished `{what}` that was not running")]
+    #[error("`{chunk}` finished `{what}` that was not running: its state is {state}")]
     NotRunning {
         /// Name of the chunk.
         chunk: String,
         /// The work.
         what: &'static str,
+        /// What the chunk is doing instead.
+        state: String,
     },
 }
 
@@ -292,6 +318,13 @@ struct Chunk {
 impl Chunk {
     fn in_use(&self) -> bool {
         self.forward_pins + self.backward_pins + self.holds > 0 || self.touched
+    }
+
+    fn pins(&self, phase: Phase) -> u32 {
+        match phase {
+            Phase::Forward => self.forward_pins,
+            Phase::Backward => self.backward_pins,
+        }
     }
 }
 
@@ -414,6 +447,9 @@ impl Scheduler {
     /// Applies an event and appends what has to be done. A blocked event changed nothing that matters to its repetition; the actions
     /// that it appended (an undo that unblocks it) are to be done all the same.
     pub fn step(&mut self, event: &Event, actions: &mut Vec<Action>) -> Result<Progress, ScheduleError> {
+        if let Some(chunk) = event.chunk().filter(|c| c.index() >= self.chunks.len()) {
+            return Err(ScheduleError::UnknownChunk(chunk.0, self.chunks.len()));
+        }
         match *event {
             Event::Enter { unit, phase } => return self.enter(unit, phase, actions),
             Event::Leave { unit, phase } => self.leave(unit, phase, actions)?,
@@ -464,6 +500,7 @@ impl Scheduler {
         chunks.sort_by_key(|c| !self.chunks[c.index()].param.readable_at(Tier::Device));
         if let Err(error) = self.fetch_and_pin(&chunks, phase, actions) {
             if chunks.len() < 2 {
+                self.cursor = before;
                 return Err(error);
             }
             // The first ones may have cut the room in pieces: again, with nothing else in the way.
@@ -476,7 +513,10 @@ impl Scheduler {
                 }
             }
             let first = actions.len();
-            self.fetch_and_pin(&chunks, phase, actions)?;
+            if let Err(error) = self.fetch_and_pin(&chunks, phase, actions) {
+                self.cursor = before;
+                return Err(error);
+            }
             if let Some(Action::Fetch { chunk, evicted, .. }) = actions.get_mut(first) {
                 evicted.extend(left.into_iter().filter(|other| other != chunk));
             }
@@ -487,16 +527,16 @@ impl Scheduler {
     }
 
     fn leave(&mut self, unit: u32, phase: Phase, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
+        let chunks = self.unit_chunks(unit)?;
+        // Checked for all before any of them is let go: an error changes nothing.
+        if chunks.iter().any(|c| self.chunks[c.index()].pins(phase) == 0) {
+            return Err(ScheduleError::NotEntered(self.trace.units[unit as usize].name.clone()));
+        }
         self.release_touched(actions);
-        for chunk in self.unit_chunks(unit)? {
-            let state = &mut self.chunks[chunk.index()];
-            let pins = match phase {
-                Phase::Forward => &mut state.forward_pins,
-                Phase::Backward => &mut state.backward_pins,
-            };
-            *pins = pins.checked_sub(1).ok_or_else(|| ScheduleError::NotEntered(self.trace.units[unit as usize].name.clone()))?;
+        for chunk in chunks {
+            self.unpin(chunk, phase);
             if phase == Phase::Backward {
-                state.holds = 0;
+                self.chunks[chunk.index()].holds = 0;
             }
             if !self.chunks[chunk.index()].in_use() {
                 actions.push(Action::Release { chunk });
@@ -723,11 +763,16 @@ impl Scheduler {
     }
 
     fn grad_landed(&mut self, chunk: ChunkId, sums: &[(u32, f64)], actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
-        let state = &mut self.chunks[chunk.index()];
-        if state.grad != Grad::InFlight {
-            return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "gradient transfer" });
+        if self.chunks[chunk.index()].grad != Grad::InFlight {
+            return Err(self.not_running(chunk, "gradient transfer"));
         }
-        state.grad = Grad::Landed;
+        let params = &self.layout.chunks[chunk.index()].params;
+        // Indices run through a chunk's parameters without a gap.
+        let own = params.first().map_or(0..0, |first| first.index..first.index + params.len() as u32);
+        if sums.iter().any(|(index, _)| !own.contains(index)) {
+            return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "its sums of squares name another chunk's parameters" });
+        }
+        self.chunks[chunk.index()].grad = Grad::Landed;
         for &(index, sum) in sums {
             self.sums[index as usize] = Some(sum);
             self.partial_sum += sum;
@@ -866,7 +911,7 @@ impl Scheduler {
                     self.push_undo(chunk, (!skipped).then_some(grad_scale), actions);
                 }
                 Work::Undoing { .. } | Work::Stepping => {
-                    return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "decision" });
+                    return Err(self.not_running(chunk, "decision"));
                 }
             }
         }
@@ -885,7 +930,7 @@ impl Scheduler {
     /// Undoes a finished speculation whose gradients stay (`drop` forgets them).
     fn undo(&mut self, chunk: ChunkId, drop: bool, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         if self.chunks[chunk.index()].work != Work::Speculated {
-            return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "speculation" });
+            return Err(self.not_running(chunk, "speculation"));
         }
         self.chunks[chunk.index()].work = Work::Undoing { then_step: false };
         self.counters.undone += 1;
@@ -952,7 +997,7 @@ impl Scheduler {
 
     fn step_done(&mut self, chunk: ChunkId, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         if self.chunks[chunk.index()].work != Work::Stepping {
-            return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "step" });
+            return Err(self.not_running(chunk, "step"));
         }
         self.chunks[chunk.index()].param.advance(chunk, "param", Transition::FinishWrite)?;
         self.written(chunk, actions)?;
@@ -961,7 +1006,7 @@ impl Scheduler {
 
     fn speculate_done(&mut self, chunk: ChunkId, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         let Work::Speculating { then } = self.chunks[chunk.index()].work else {
-            return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "speculation" });
+            return Err(self.not_running(chunk, "speculation"));
         };
         match then {
             Verdict::Undecided => self.chunks[chunk.index()].work = Work::Speculated,
@@ -973,7 +1018,7 @@ impl Scheduler {
 
     fn undo_done(&mut self, chunk: ChunkId, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         let Work::Undoing { then_step } = self.chunks[chunk.index()].work else {
-            return Err(ScheduleError::NotRunning { chunk: self.name(chunk), what: "undo" });
+            return Err(self.not_running(chunk, "undo"));
         };
         self.chunks[chunk.index()].param.advance(chunk, "param", Transition::Undo)?;
         self.release_undo(chunk);
@@ -1022,6 +1067,12 @@ impl Scheduler {
             Some(unit) => Ok(unit.chunks.clone()),
             None => Err(ScheduleError::UnknownUnit(unit, self.trace.units.len())),
         }
+    }
+
+    fn not_running(&self, chunk: ChunkId, what: &'static str) -> ScheduleError {
+        let state = &self.chunks[chunk.index()];
+        let state = format!("{:?} with gradient {:?}", state.work, state.grad);
+        ScheduleError::NotRunning { chunk: self.name(chunk), what, state }
     }
 
     fn name(&self, chunk: ChunkId) -> String {

@@ -240,6 +240,34 @@ fn llama_70b_streams_without_waiting_wherever_the_slab_has_room_for_two() {
     assert!(roomy >= 4, "{roomy}");
 }
 
+/// Gradients that are added up in host memory bound a micro-batch, however fast the device computes.
+#[test]
+fn host_accumulation_bounds_the_prediction() {
+    let (layout, trace) = llama_7b(4096);
+    let host_numel = layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() as f64;
+    let predict = |accumulation: u32, flops: f64, optim: f64| {
+        let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: optim, offload_param_frac: 0.0 };
+        let base = h100(400 * GIB, 400 * GIB);
+        // Links far faster than host memory, so that nothing else bounds it.
+        let speeds = Speeds { flops, h2d_bytes: 1e15, d2h_bytes: 1e15, ..base.speeds };
+        plan(&layout, &trace, &PlanRequest { accumulation, placement, recompute: Recompute::None, speeds, ..base }).unwrap()
+    };
+    assert_eq!(predict(2, 650e15, 1.0).bound_by, "cpu_adam");
+    assert_eq!(predict(16, 650e15, 1.0).bound_by, "host_memory");
+    let adam = host_numel / 5.5e9;
+    for accumulation in [2, 4, 8] {
+        // 12 bytes a parameter: the landing copy, then the gradient and the accumulator read and the accumulator written.
+        let adding = f64::from(accumulation) * host_numel * 12.0 / (26.0 * 5.5e9);
+        let got = predict(accumulation, 650e15, 1.0).predicted_step_s;
+        assert!((got / (adding + adam) - 1.0).abs() < 1e-3, "{accumulation}: {got} s, expected {} s", adding + adam);
+        // Less on the host adds less, and slow compute hides it all.
+        assert!(predict(accumulation, 650e15, 0.5).predicted_step_s < got);
+        let (few, all) = (predict(accumulation, 100e12, 0.2), predict(accumulation, 100e12, 1.0));
+        assert!(all.predicted_step_s - few.predicted_step_s <= adam);
+    }
+    assert!((predict(1, 650e15, 1.0).predicted_step_s / adam - 1.0).abs() < 1e-3, "one micro-batch accumulates nothing");
+}
+
 #[test]
 fn a_device_that_is_too_small_is_told_where_and_by_how_much() {
     let (layout, trace) = llama_7b(16_384);

@@ -244,6 +244,8 @@ struct World {
     generations: Vec<u64>,
     decisions: u64,
     serial: u64,
+    /// Illegal events that were errors.
+    refused: u64,
 }
 
 impl World {
@@ -275,6 +277,7 @@ impl World {
             generations: vec![0; chunks],
             decisions: 0,
             serial: 0,
+            refused: 0,
         }
     }
 
@@ -292,8 +295,64 @@ impl World {
         self.scheduler.plan().chunks[chunk.index()]
     }
 
+    /// Hands over something that cannot be now: an error that says so, and nothing has changed.
+    fn something_illegal(&mut self) {
+        let snapshot = self.scheduler.snapshot();
+        let chunk = ChunkId(self.choose(self.reference.len()) as u32);
+        let state = &snapshot[chunk.index()];
+        let (work, grad) = (&state["work"], state["grad"].as_str().unwrap());
+        let unit = self.choose(self.scheduler.trace().units.len()) as u32;
+        let phase = [Phase::Forward, Phase::Backward][self.choose(2)];
+        let pins = ["forward_pins", "backward_pins"][phase as usize];
+        let entered = self.scheduler.trace().units[unit as usize].chunks.iter().all(|c| snapshot[c.index()][pins] != 0);
+        let nobody = ChunkId(self.reference.len() as u32);
+        let param = self.scheduler.layout().chunks[chunk.index()].params[0].index;
+        let foreign = if param == 0 { u32::MAX } else { param - 1 };
+        let no_step = self.plan(chunk).class == OptimizerClass::Frozen;
+        let idle = work == "idle" && !self.scheduler.is_undecided();
+        let landed = |index| Event::GradLanded { chunk, sums: vec![(index, 1.0)] };
+        // Whether it is illegal now, and what it is.
+        let events = [
+            (work != "stepping", Event::StepDone { chunk }),
+            (work.get("speculating").is_none(), Event::SpeculateDone { chunk }),
+            (work.get("undoing").is_none(), Event::UndoDone { chunk }),
+            (grad != "in_flight", landed(param)),
+            (grad == "in_flight", landed(foreign)),
+            (no_step || (idle && grad != "none" && grad != "partial"), Event::GradsHanded { chunk }),
+            (!entered, Event::Leave { unit, phase }),
+            (true, Event::Leave { unit: u32::MAX, phase }),
+            (true, Event::Enter { unit: u32::MAX, phase }),
+            (true, Event::Hold { unit: u32::MAX }),
+            (true, Event::Touch { chunk: nobody }),
+            (true, Event::StepDone { chunk: nobody }),
+        ];
+        let (illegal, event) = &events[self.choose(events.len())];
+        if !illegal {
+            return;
+        }
+        let before = format!("{:?}", self.scheduler);
+        let mut actions = Vec::new();
+        let error = self.scheduler.step(event, &mut actions).expect_err(&format!("{event:?} while {state}")).to_string();
+        assert_eq!(actions, [], "{event:?}");
+        assert_eq!(format!("{:?}", self.scheduler), before, "{event:?} changed something");
+        let names = match event {
+            Event::Leave { unit, .. } if (*unit as usize) < self.scheduler.trace().units.len() => {
+                format!("`{}`", self.scheduler.trace().units[*unit as usize].name)
+            }
+            Event::Leave { .. } | Event::Enter { .. } | Event::Hold { .. } => u32::MAX.to_string(),
+            Event::Touch { .. } => nobody.0.to_string(),
+            Event::StepDone { chunk } if *chunk == nobody => nobody.0.to_string(),
+            _ => format!("`{}`", self.scheduler.layout().chunks[chunk.index()].name),
+        };
+        assert!(error.contains(&names), "{error}");
+        self.refused += 1;
+    }
+
     /// Hands over an event; other work finishes in between, and as long as it blocks.
     fn event(&mut self, event: &Event) -> Result<(), ScheduleError> {
+        if self.choose(8) == 7 {
+            self.something_illegal();
+        }
         while self.choose(3) == 1 {
             if !self.finish_something()? {
                 break;

@@ -49,6 +49,8 @@ pub(super) struct Cost {
     pub refresh_bytes: u64,
     /// Bytes of gradients sent for every micro-batch.
     pub grad_bytes: u64,
+    /// Host memory traffic of a micro-batch that adds its gradients to accumulators.
+    pub accumulate_bytes: u64,
 }
 
 impl Row {
@@ -196,6 +198,8 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
             OptimizerClass::Host => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
                 cost.grad_bytes += layout.grad_bytes(chunk);
+                // The accumulator is read and written, the landed gradient too.
+                cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
                 undo_bytes += layout.undo_bytes(chunk);
                 largest_grad = layout.grad_bytes(chunk).max(largest_grad);
                 if placement.home == ParamHome::Resident {
