@@ -62,9 +62,9 @@ test: test-rust test-python ## Run all tests: Rust, Rust doc-tests, Python again
 # The binding crate has no tests of its own: the Python tests are its tests, and linking it would need libpython.
 test-rust: ## Run the Rust tests
 	@if cargo nextest --version > /dev/null 2>&1; then \
-		set -x; cargo nextest run --workspace --exclude tierwise-py --no-tests=warn; \
+		set -x; cargo nextest run --workspace --exclude tierwise-py --no-tests=warn --no-fail-fast; \
 	else \
-		echo "cargo-nextest is not installed: using cargo test"; set -x; cargo test --workspace --exclude tierwise-py --lib --bins --tests; \
+		echo "cargo-nextest is not installed: using cargo test"; set -x; cargo test --workspace --exclude tierwise-py --lib --bins --tests --no-fail-fast; \
 	fi
 	cargo test --workspace --exclude tierwise-py --doc
 
@@ -98,10 +98,13 @@ format: ## Format Rust and Python sources
 	$(BIN)/python -m ruff format .
 
 bench: $(VENV)/.installed ## Run the benchmarks: each prints a table with its peer, measured in the same run
-	cargo bench --workspace --exclude tierwise-py
-	@for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || continue; echo "== $$script"; $(CLEAN_ENV) $(BIN)/python "$$script" $(BENCH_ARGS); \
-	done
+	cargo bench -p tierwise-core --bench scheduler
+	$(CLEAN_ENV) $(BIN)/python benchmarks/cpu_adam.py $(BENCH_ARGS)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		set -x; $(CLEAN_ENV) $(BIN)/python benchmarks/offload.py; \
+	else \
+		echo "benchmarks/offload.py needs a CUDA device: skipped"; \
+	fi
 
 clean: ## Remove what was built (keeps .venv)
 	rm -rf target dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

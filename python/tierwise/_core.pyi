@@ -135,7 +135,10 @@ class Engine:
         """Gives the device memory that streamed chunks pass through (`stream_slab_bytes` of the plan)."""
 
     def set_class(self, chunk: int, cls: str) -> None:
-        """Moves a chunk to the "device" or "host" class (after `flush`); the caller copies the states and binds them."""
+        """Moves a chunk to the "device" or "host" class (after `flush`); the caller copies the states and binds them.
+
+        A streamed chunk becomes resident with the device class: bind its parameters first. Back to "host" it stays resident.
+        """
 
     def account(self, kind: str, delta_bytes: int) -> None:
         """Counts device bytes that live outside the engine ("activations", "gradients"); BudgetError if they do not fit."""

@@ -166,6 +166,42 @@ def test_dropout_is_recomputed_with_its_own_random_state(kit: Any) -> None:
     kit.train(kit.llama(**config), recompute="full", **options).same_as(kit.train(kit.llama(**config), recompute="none", **options))
 
 
+class Reentrant(Net):
+    """Reentrant checkpoints run a backward inside the backward; two blocks share a weight, which so gets its gradient in two parts."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        if shared:
+            self.blocks[2].up.weight = self.blocks[0].up.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = checkpoint(lambda x, b=block: b(x=x), x, use_reentrant=True)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_reentrant_checkpoints_and_shared_weights(kit: Any, shared: bool) -> None:
+    reference = kit.plain_fit(Reentrant(shared), loss_of)
+    device = kit.fit(Reentrant(shared), loss_of)
+    assert device.losses == pytest.approx(reference.losses, rel=1e-5)
+    kit.fit(Reentrant(shared), loss_of, **STREAMED).same_as(device)
+
+
+def test_a_gradient_in_two_parts_is_an_error_not_half_a_gradient(kit: Any) -> None:
+    class Twice(Reentrant):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for _ in range(2):
+                x = checkpoint(lambda x: self.blocks[0](x=x), x, use_reentrant=True)
+            return self.head(x.mean(1))
+
+    booster, model, optimizer = kit.boosted(Twice(False), precision="fp32", micro_batch_size=None, seq_len=None)
+    with pytest.raises(tierwise.TierwiseError, match=r"gradient of 'blocks\.0\..*arrived again.*use_reentrant=False"):
+        booster.backward(loss_of(model, 0), optimizer)
+
+
 # ---- checkpoint regions -----------------------------------------------------------------------------------------------
 
 
@@ -208,6 +244,34 @@ def test_an_unplanned_region_that_does_not_fit_is_an_error_not_a_wrong_gradient(
     model.region = False
     booster.backward(loss_of(model, 1), optimizer)
     optimizer.step()
+
+
+def test_chunks_of_a_region_keep_their_slots_until_their_own_backward(kit: Any) -> None:
+    class Moving(Net):
+        """A region of three blocks in front while planning, among the last blocks later: room enough, and others to prefetch into it."""
+
+        start = 0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for index, block in enumerate(self.blocks):
+                if index == self.start:
+                    x = checkpoint(self._three, x, use_reentrant=False)
+                elif not self.start < index < self.start + 3:
+                    x = block(x=x)
+            return self.head(x.mean(1))
+
+        def _three(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks[self.start : self.start + 3]:
+                x = block(x=x)
+            return x
+
+    def loss(model: Any, step: int) -> torch.Tensor:
+        model.start = 6 if step else 0
+        return loss_of(model, step)
+
+    reference = kit.fit(Moving(blocks=10), loss)
+    kit.fit(Moving(blocks=10), loss, **STREAMED).same_as(reference)
 
 
 # ---- streamed-out parameters ------------------------------------------------------------------------------------------

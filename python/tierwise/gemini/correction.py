@@ -54,7 +54,7 @@ def correct(runtime: Runtime) -> None:
     moves = [
         chunk
         for chunk, (new, old) in enumerate(zip(corrected.plan["chunks"], now, strict=True))
-        if new["class"] == "device" and old["class"] == "host" and old["home"] == "resident"
+        if new["class"] == "device" and old["class"] == "host"
     ]
     if not moves:
         return
@@ -64,6 +64,8 @@ def correct(runtime: Runtime) -> None:
     moved = 0
     for chunk in moves:
         need = runtime.layout.state_bytes(chunk)
+        if chunk not in runtime.memory.resident:
+            need += runtime.layout.param_bytes(chunk)
         if runtime.plugin.gradient_accumulation_steps > 1:
             need += runtime.layout.grad_acc_bytes(chunk)
         else:
@@ -71,7 +73,7 @@ def correct(runtime: Runtime) -> None:
         if need > room:
             continue
         try:
-            runtime.memory.move_to_device(chunk)
+            runtime.move_to_device(chunk)
         except TierwiseError as error:
             _log.warning("the plan was not corrected further: %s", error)
             break

@@ -150,8 +150,8 @@ class UnitHooks:
         if not self._runtime.gradients.in_backward:
             raise TierwiseError(BARE_BACKWARD)
         for other, opened in list(self._open.items()):
-            related = other in self._ancestors[index] or index in self._ancestors[other]
-            if not related and (other != index or opened.from_outputs):
+            # What a recomputation opened ahead of its turn keeps its slots: raw views of them are saved.
+            if not self._related(index, other) and (opened.from_outputs or not opened.missing):
                 self._leave_backward(other)
         state = self._open.get(index)
         if state is None:
@@ -167,6 +167,10 @@ class UnitHooks:
             raise TierwiseError(BARE_BACKWARD)
         state = self._open.get(index)
         if state is None:
+            for other, opened in list(self._open.items()):
+                # A reentrant checkpoint runs its own backward, whose outputs no hook watches: it is over once all gradients are in.
+                if not opened.from_outputs and not opened.missing and not self._related(index, other):
+                    self._leave_backward(other)
             state = self._enter(index, leaf=False, from_outputs=False)
         if not state.held:
             state.held = True
@@ -174,6 +178,10 @@ class UnitHooks:
             if runtime.counter is not None:
                 state.recomputed_bytes = runtime.saved_bytes(index)
                 runtime.counter.add(state.recomputed_bytes)
+
+    def _related(self, index: int, other: int) -> bool:
+        """Whether one of two units is inside the other."""
+        return other in self._ancestors[index] or index in self._ancestors[other]
 
     def _enter(self, index: int, leaf: bool, from_outputs: bool) -> _Backward:
         runtime = self._runtime

@@ -61,7 +61,12 @@ class ChunkMemory:
             self.engine.bind_slab(self.slab.data_ptr())
 
     def move_to_device(self, chunk: int) -> None:
-        """Gives a flushed host-class resident chunk to the device class, states and all."""
+        """Gives a flushed host-class chunk to the device class, states and all; a streamed one becomes resident."""
+        param = None
+        if chunk not in self.resident:
+            home = self._host_payload(chunk, "param")
+            assert home is not None
+            param = home.to(self.target.torch_device, copy=True)
         states = torch.empty(self.layout.state_bytes(chunk), dtype=torch.uint8, device=self.target.torch_device)
         offset = 0
         for payload in ("master", "exp_avg", "exp_avg_sq"):
@@ -70,14 +75,22 @@ class ChunkMemory:
                 states[offset : offset + source.numel()].copy_(source)
                 offset += source.numel()
         self.target.synchronize()
-        self.engine.set_class(chunk, "device")
         accumulator = None
         if self.plan["accumulation"] > 1:
             accumulator = torch.zeros(self.layout.grad_acc_bytes(chunk), dtype=torch.uint8, device=self.target.torch_device)
-            self.accumulators[chunk] = accumulator
+        self.engine.bind(
+            chunk,
+            param=None if param is None else param.data_ptr(),
+            states=states.data_ptr(),
+            accumulator=None if accumulator is None else accumulator.data_ptr(),
+        )
+        self.engine.set_class(chunk, "device")
         self.states[chunk] = states
-        self.plan["chunks"][chunk]["class"] = "device"
-        self.engine.bind(chunk, states=states.data_ptr(), accumulator=None if accumulator is None else accumulator.data_ptr())
+        if param is not None:
+            self.resident[chunk] = param
+        if accumulator is not None:
+            self.accumulators[chunk] = accumulator
+        self.plan["chunks"][chunk].update({"class": "device", "home": "resident"})
 
     def _state_bytes(self, payload: str) -> int:
         if payload == "master":

@@ -226,6 +226,20 @@ class Runtime:
                 for param, absent in zip(self.grouping.chunks[chunk].params, self._absent[chunk], strict=True):
                     param.data = absent
 
+    def move_to_device(self, chunk: int) -> None:
+        """Gives a flushed host-class chunk to the device class; streamed parameters get a fixed place."""
+        streamed = chunk not in self.memory.resident
+        self.memory.move_to_device(chunk)
+        if not streamed:
+            return
+        self.unmap_chunks([chunk])
+        del self._absent[chunk]
+        resident = self.memory.resident[chunk]
+        for param, view in zip(self.grouping.chunks[chunk].params, self.memory.views(resident, chunk), strict=True):
+            param.data = view
+        if self.counter is not None:
+            self.counter.excluded.add(resident.untyped_storage().data_ptr())
+
     @property
     def passive(self) -> bool:
         """Whether hooks leave forwards alone."""

@@ -4,7 +4,7 @@
 //! reuses its slot waits for its readers. So decisions depend only on the order of events, never on how fast a link is.
 
 use crate::layout::Layout;
-use crate::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
+use crate::plan::{ChunkPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use crate::residency::{IllegalTransition, Residency, Transition};
 use crate::slab::{SLOT_ALIGN, Slab};
 use crate::trace::{Phase, Trace};
@@ -1164,23 +1164,28 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Changes the class of a resident chunk between steps; its states were moved by the caller.
+    /// Changes the class of a chunk between steps; its states were moved by the caller. A streamed chunk becomes resident with the device
+    /// class.
     ///
     /// # Errors
-    /// If the chunk has pending work or gradients.
+    /// If the chunk is in use, has pending work or gradients, or would be streamed with another class.
     pub fn set_class(&mut self, chunk: ChunkId, class: OptimizerClass) -> Result<(), ScheduleError> {
         let state = &self.chunks[chunk.index()];
-        let placement = &mut self.plan.chunks[chunk.index()];
+        let placement = self.plan.chunks[chunk.index()];
         if placement.class == OptimizerClass::Frozen {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
-        if state.work != Work::Idle || state.grad != Grad::None || placement.home == ParamHome::Streamed {
+        let streamed = placement.home == ParamHome::Streamed;
+        if state.work != Work::Idle || state.grad != Grad::None || (streamed && (class != OptimizerClass::Device || state.in_use())) {
             return Err(ScheduleError::Gradient {
                 chunk: self.name(chunk),
-                reason: "its class changes only while it is resident and idle",
+                reason: "its class changes only while it is idle, and only to the device class where it is streamed",
             });
         }
-        placement.class = class;
+        if streamed && state.slot.is_some() {
+            self.drop_cache(chunk)?;
+        }
+        self.plan.chunks[chunk.index()] = ChunkPlan { class, home: ParamHome::Resident };
         self.chunks[chunk.index()].param = match class {
             OptimizerClass::Host => Residency::Cached { home: Tier::Host, cache: Tier::Device },
             OptimizerClass::Device | OptimizerClass::Frozen => Residency::At(Tier::Device),

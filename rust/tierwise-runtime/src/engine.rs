@@ -382,7 +382,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Moves a resident chunk to another class between steps. The caller flushes before, and copies and binds the states.
+    /// Moves a chunk to another class between steps; a streamed one becomes resident with the device class. The caller flushes before, and
+    /// copies and binds what the new class needs.
     pub fn set_class(&self, chunk: ChunkId, class: OptimizerClass) -> Result<()> {
         let mut guard = self.lock()?;
         let state = &mut *guard;
@@ -390,9 +391,16 @@ impl Engine {
             return Err(unknown_chunk(chunk));
         }
         let mut placement = state.scheduler.plan().chunks[chunk.index()];
+        if class == OptimizerClass::Device && placement.home == ParamHome::Streamed && state.places[chunk.index()].1.param == 0 {
+            let name = &state.scheduler.layout().chunks[chunk.index()].name;
+            return Err(Error::Usage(format!("bind device memory for the parameters of `{name}` before it becomes resident")));
+        }
         let old = host_sizes(state.scheduler.layout(), state.scheduler.plan(), chunk, placement);
         let accumulates = state.scheduler.plan().accumulation > 1;
         placement.class = class;
+        if class == OptimizerClass::Device {
+            placement.home = ParamHome::Resident;
+        }
         let new = host_sizes(state.scheduler.layout(), state.scheduler.plan(), chunk, placement);
         let before = state.scheduler.plan().chunks[chunk.index()].class;
         // First what can be refused, then what is taken.
