@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Idle threads of torch must not spin on cores that the engine's workers can use.
 os.environ.setdefault("TQDM_DISABLE", "1")  # The libraries' own progress bars while loading.
 
 import torch

@@ -6,7 +6,8 @@ import functools
 import os
 from pathlib import Path
 
-# Before any test imports a Hugging Face library.
+# Before any test imports torch or a Hugging Face library.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Threads that spin while they wait make a busy machine many times slower.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

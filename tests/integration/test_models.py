@@ -132,7 +132,9 @@ def test_architectures(kit: Any, name: str) -> None:
     recomputed = kit.fit(build(), loss, steps=4, **STREAMED, recompute="full")
     recomputed.same_as(device)
     assert device.losses == pytest.approx(reference.losses, rel=2e-5)
-    assert device.booster._runtime.trace.exact
+    # Before transformers 5.20 OPT reads the values of its mask and Mixtral those of its router: their traces are estimates.
+    older = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20)
+    assert device.booster._runtime.trace.exact or (older and name in ("opt", "mixtral"))
     assert streamed.booster.stats()["off_trace"] == 0
 
 

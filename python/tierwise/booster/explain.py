@@ -12,6 +12,7 @@ _BOUNDS = {
     "h2d": "copying parameters to the device",
     "d2h": "copying gradients to the host",
     "cpu_adam": "the CPU's optimizer step",
+    "host_memory": "adding gradients to accumulators in host memory",
 }
 
 

@@ -40,7 +40,9 @@ class _Counted:
         self.counter = counter
 
     def __del__(self) -> None:
-        self.counter.release(self.key)
+        # torch.compile of older versions makes instances without calling `__init__` while it traces.
+        if hasattr(self, "counter"):
+            self.counter.release(self.key)
 
 
 class Account(Protocol):

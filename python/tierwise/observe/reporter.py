@@ -91,4 +91,5 @@ def _progress_bar(stream: TextIO) -> Progress | None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(file=stream))
+    # Steps may be many seconds apart: the default would forget the last one before the next.
+    return Progress(*columns, console=Console(file=stream), speed_estimate_period=600.0)
