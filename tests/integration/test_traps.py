@@ -712,7 +712,9 @@ def test_a_submodule_called_on_its_own_is_packed_too(kit: Any) -> None:
         return model.head(x.mean(1)).square().mean()
 
     def build(**options: Any) -> list[float]:
-        booster, model, optimizer = kit.boosted(Net(blocks=8, equal=False), precision="fp32", micro_batch_size=None, seq_len=None, **options)
+        booster, model, optimizer = kit.boosted(
+            Net(blocks=8, equal=False), precision="fp32", micro_batch_size=None, seq_len=None, **options
+        )
         losses = []
         for step in range(4):
             value = (loss if step else loss_of)(model, step)

@@ -117,7 +117,12 @@ class Gradients:
             addresses.append((position, tensor.data_ptr()))
             param.grad = None
         self._handed.add(chunk)
-        ticket = self._engine.grads(chunk, addresses, self._target.stream())
+        try:
+            ticket = self._engine.grads(chunk, addresses, self._target.stream())
+        except BaseException:
+            # An interrupted wait handed nothing over: the gradients are gone, and so are their bytes.
+            self._account("gradients", -sum(touched.values()))
+            raise
         self._tickets[ticket] = (tensors, sum(touched.values()))
         self.collect()
 

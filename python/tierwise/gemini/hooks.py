@@ -99,8 +99,10 @@ class UnitHooks:
             # A submodule called on its own saves slab views too.
             runtime.saved.enter()
             self._packing_owner = index
-        runtime.map_chunks(runtime.engine.enter(runtime.unit_ids[index], False, runtime.target.stream()))
+        slots = runtime.engine.enter(runtime.unit_ids[index], False, runtime.target.stream())
+        # At once: an interrupt between enter and append would leave the chunks in use for ever.
         self._stack.append(index)
+        runtime.map_chunks(slots)
 
     def _after(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         runtime = self._runtime

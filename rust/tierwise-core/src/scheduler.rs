@@ -134,6 +134,8 @@ pub enum Action {
     Release {
         /// The chunk.
         chunk: ChunkId,
+        /// First byte of the slot that it was read from; a later action of the same batch may already give it to another chunk.
+        offset: u64,
     },
     /// Run the optimizer step of a chunk.
     Step {
@@ -539,7 +541,7 @@ impl Scheduler {
                 self.chunks[chunk.index()].holds = 0;
             }
             if !self.chunks[chunk.index()].in_use() {
-                actions.push(Action::Release { chunk });
+                self.release(chunk, actions);
             }
         }
         self.prefetch(actions)
@@ -558,8 +560,15 @@ impl Scheduler {
         for index in 0..self.chunks.len() {
             let chunk = &mut self.chunks[index];
             if std::mem::take(&mut chunk.touched) && !chunk.in_use() {
-                actions.push(Action::Release { chunk: ChunkId(index as u32) });
+                self.release(ChunkId(index as u32), actions);
             }
+        }
+    }
+
+    /// Says that nothing uses a chunk any more, while it still has the slot that its readers read.
+    fn release(&self, chunk: ChunkId, actions: &mut Vec<Action>) {
+        if let Some(offset) = self.chunks[chunk.index()].slot {
+            actions.push(Action::Release { chunk, offset });
         }
     }
 
@@ -820,11 +829,11 @@ impl Scheduler {
             chunk.backward_pins = 0;
             chunk.holds = 0;
             chunk.touched = false;
-            if used && !chunk.in_use() {
-                actions.push(Action::Release { chunk: ChunkId(index as u32) });
-            }
             if chunk.grad == Grad::PartialNow {
                 chunk.grad = Grad::Partial;
+            }
+            if used && !chunk.in_use() {
+                self.release(ChunkId(index as u32), actions);
             }
         }
         if !std::mem::take(&mut self.in_backward) {

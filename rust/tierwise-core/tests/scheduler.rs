@@ -496,7 +496,12 @@ impl World {
                     assert!(self.jobs[chunk.index()].is_empty(), "{chunk:?} is refreshed while it is rewritten");
                     self.device[chunk.index()] = self.host[chunk.index()];
                 }
-                Action::Release { chunk } => assert!(self.pins[chunk.index()].is_empty(), "{chunk:?} was released in use"),
+                Action::Release { chunk, offset } => {
+                    assert!(self.pins[chunk.index()].is_empty(), "{chunk:?} was released in use");
+                    // Named before a fetch of the same batch takes the slot: whoever reuses it has to find its readers.
+                    let slot = self.slots[chunk.index()].expect("a released chunk has the slot that it was read from");
+                    assert_eq!(slot.0, *offset);
+                }
                 Action::Step { chunk, tier, grad_scale } => {
                     let decision: &Decision = decided.expect("a step outside of a decision");
                     assert!(!decision.skipped);

@@ -19,8 +19,8 @@ impl Shared {
             match *action {
                 Action::Fetch { chunk, offset, demand, .. } => self.fetch(state, chunk, offset, demand)?,
                 Action::Refresh { chunk } => self.refresh(state, chunk)?,
-                Action::Release { chunk } => {
-                    if let (Some(offset), Some(event)) = (state.scheduler.slot(chunk), state.release_event.clone()) {
+                Action::Release { chunk, offset } => {
+                    if let Some(event) = state.release_event.clone() {
                         let end = offset + state.scheduler.layout().param_bytes(chunk);
                         state.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
                         state.guards.push((offset, end, event));

@@ -17,8 +17,8 @@ impl Run<'_> {
                     let waits = self.commit.into_iter().collect();
                     self.copy_params(chunk, "refresh", waits, Cause::Optimizer);
                 }
-                Action::Release { chunk } => {
-                    if let (Some(offset), Some(token)) = (self.scheduler.slot(chunk), self.release) {
+                Action::Release { chunk, offset } => {
+                    if let Some(token) = self.release {
                         let end = offset + self.setup.layout.param_bytes(chunk);
                         self.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
                         self.guards.push((offset, end, token));
