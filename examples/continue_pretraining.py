@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--passes", type=int, default=2, help="times that the text is read")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps per pass")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps per pass")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences per forward")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per optimizer step")
