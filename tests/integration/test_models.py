@@ -135,7 +135,7 @@ def test_architectures(kit: Any, name: str) -> None:
     # Before transformers 5.20 OPT reads the values of its mask and Mixtral those of its router: their traces are estimates.
     older = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20)
     assert device.booster._runtime.trace.exact or (older and name in ("opt", "mixtral"))
-    assert streamed.booster.stats()["off_trace"] == 0
+    assert streamed.booster.stats()["off_trace"] == 0 or not device.booster._runtime.trace.exact
 
 
 def test_a_head_that_changes_its_logits_is_left_alone(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +143,29 @@ def test_a_head_that_changes_its_logits_is_left_alone(kit: Any, caplog: pytest.L
         _, model, _ = kit.boosted(gemma2().train(), precision="fp32", micro_batch_size=2, seq_len=12)
     assert "the fused loss is off" in caplog.text
     assert model(input_ids=IDS[0], labels=IDS[0]).logits is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fused_loss_is_that_of_hugging_face(kit: Any, tied: bool) -> None:
+    ids = kit.batches(1, rows=2)[0]
+    ignored = ids.clone()
+    ignored[0, 3:9] = -100
+    shifted = torch.nn.functional.pad(ignored, (0, 1), value=-100)[..., 1:].contiguous()
+    for extra in ({"labels": ignored}, {"labels": ignored, "num_items_in_batch": 13}, {"labels": ids, "shift_labels": shifted}):
+        losses, norms = [], []
+        for fused in (True, False):
+            booster, model, optimizer = kit.boosted(kit.llama(tied=tied), precision="fp32", fused_loss=fused, **STREAMED)
+            output = model(input_ids=ids, **extra)
+            assert (output.logits is None) == fused
+            assert isinstance(model(input_ids=ids, return_dict=False, **extra), tuple)
+            losses.append(output.loss.item())
+            booster.backward(output.loss, optimizer)
+            optimizer.step()
+            norms.append(optimizer.grad_norm)
+            model.eval()
+            assert model(input_ids=ids, **extra).logits is not None
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_an_encoder_with_batch_norm_and_float_inputs(kit: Any) -> None:

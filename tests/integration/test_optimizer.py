@@ -182,6 +182,23 @@ def test_train_step_equals_the_whole_batch(kit: Any, ignored: int) -> None:
         parts.train_step({"input_ids": ids[:3], "labels": ids[:3]})
 
 
+def test_the_dataloader_says_the_shapes(kit: Any) -> None:
+    data = [{"input_ids": ids[0], "labels": ids[0], "length": torch.tensor(16)} for ids in kit.batches(6)]
+    loader = torch.utils.data.DataLoader(data, batch_size=3, shuffle=True)
+    model = kit.llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    booster = Booster(kit.plugin(precision="fp32", micro_batch_size=None, seq_len=None))
+    state = torch.get_rng_state()
+    model, optimizer, _, same, _ = booster.boost(model, optimizer, dataloader=loader)
+    assert same is loader
+    assert torch.equal(torch.get_rng_state(), state), "boosting must not change which samples come first"
+    assert "48 tokens per micro-batch" in booster.explain()
+    for batch in loader:
+        booster.train_step({"input_ids": batch["input_ids"], "labels": batch["labels"]})
+    booster.flush()
+    assert booster.stats()["steps"] == 2
+
+
 def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -> None:
     booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
     text = booster.explain()

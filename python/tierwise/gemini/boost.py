@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tierwise.gemini import root
 from tierwise.gemini.chunking import Unit, group
+from tierwise.gemini.compiled import refuse_cuda_graphs
 from tierwise.gemini.hyper import Hyper, check_optimizer
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.model import install_state_dict_hooks
@@ -32,6 +33,7 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     """
     if find_runtime(model) is not None:
         raise ValueError("this model is boosted already")
+    refuse_cuda_graphs(model)
     grouping = group(model)
     hyper = None
     trainable: dict[nn.Parameter, tuple[int, int]] = {}

@@ -8,6 +8,7 @@ later forwards first; and a node that does come late reads its weights through t
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,21 @@ class _Backward:
     """A unit whose backward is open."""
 
     missing: set[nn.Parameter]
-    leaf: bool
-    """Its inputs need no gradient: complete once `missing` is empty."""
-    from_outputs: bool
+    """Parameters whose gradients have not come yet."""
+    frozen: bool
+    """Some of its parameters get no gradient: then `missing` does not tell when it is over."""
+    leaf: bool = False
+    """Its inputs need no gradient."""
+    entered: bool = False
+    """A gradient of its outputs came; before that only a recomputation opened it."""
     held: bool = False
     recomputed_bytes: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the unit is done once another unit's turn has come. What a recomputation opened ahead of its turn is not before all its
+        gradients are in: raw views of its slots are saved."""
+        return self.entered or not (self.missing or self.frozen)
 
 
 class UnitHooks:
@@ -70,8 +81,18 @@ class UnitHooks:
 
     def watch_parameters(self) -> None:
         """Takes gradients from now on. Only once parameters are filled: a lazily built one is another tensor before."""
+        # The collector does not see through hooks that C++ holds: a strong reference would keep model and engine for ever.
+        hooks = weakref.ref(self)
+
+        def accumulated(param: Tensor) -> None:
+            this = hooks()
+            if this is not None:
+                assert isinstance(param, nn.Parameter)
+                this._accumulated(param)
+
+        disabled = torch.compiler.disable(accumulated)
         for param in self._runtime.trainable:
-            param.register_post_accumulate_grad_hook(torch.compiler.disable(self._accumulated))
+            param.register_post_accumulate_grad_hook(disabled)
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -152,15 +173,11 @@ class UnitHooks:
         if not self._runtime.gradients.in_backward:
             raise TierwiseError(BARE_BACKWARD)
         for other, opened in list(self._open.items()):
-            # What a recomputation opened ahead of its turn keeps its slots: raw views of them are saved.
-            if not self._related(index, other) and (opened.from_outputs or not opened.missing):
+            if opened.over and not self._related(index, other) and (other != index or opened.entered):
                 self._leave_backward(other)
-        state = self._open.get(index)
-        if state is None:
-            self._enter(index, leaf, from_outputs=True)
-        else:
-            state.from_outputs = True
-            state.leaf = leaf
+        state = self._open.get(index) or self._enter(index)
+        state.entered = True
+        state.leaf = leaf
 
     def recompute(self, index: int) -> None:
         """A unit's forward runs inside a backward: its chunks stay until its backward leaves, because what is saved now is not packed."""
@@ -169,11 +186,12 @@ class UnitHooks:
             raise TierwiseError(BARE_BACKWARD)
         state = self._open.get(index)
         if state is None:
-            for other, opened in list(self._open.items()):
-                # A reentrant checkpoint runs its own backward, whose outputs no hook watches: it is over once all gradients are in.
-                if not opened.from_outputs and not opened.missing and not self._related(index, other):
-                    self._leave_backward(other)
-            state = self._enter(index, leaf=False, from_outputs=False)
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+                # A reentrant checkpoint (the other kind recomputes inside hooks): units before it are over.
+                for other, opened in list(self._open.items()):
+                    if opened.over and not self._related(index, other):
+                        self._leave_backward(other)
+            state = self._enter(index)
         if not state.held:
             state.held = True
             runtime.engine.hold(runtime.unit_ids[index])
@@ -185,11 +203,11 @@ class UnitHooks:
         """Whether one of two units is inside the other."""
         return other in self._ancestors[index] or index in self._ancestors[other]
 
-    def _enter(self, index: int, leaf: bool, from_outputs: bool) -> _Backward:
+    def _enter(self, index: int) -> _Backward:
         runtime = self._runtime
         runtime.map_chunks(runtime.engine.enter(runtime.unit_ids[index], True, runtime.target.stream()))
         missing = {param for param in self._params[index] if param.requires_grad}
-        state = self._open[index] = _Backward(missing, leaf, from_outputs)
+        state = self._open[index] = _Backward(missing, len(missing) < len(self._units[index].params))
         return state
 
     def _leave_backward(self, index: int) -> None:
@@ -205,7 +223,7 @@ class UnitHooks:
             state = self._open.get(index)
             if state is not None:
                 state.missing.discard(param)
-                if not state.missing and state.leaf:
+                if not state.missing and state.entered and state.leaf:
                     self._leave_backward(index)
 
     def end_backward(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,8 @@ class Runtime:
         self.gradients = Gradients(self.engine, self.grouping, self.trainable, self._shared_chunks(), self.target, self.account)
         self._fill()
         self.hooks.watch_parameters()
+        # Whatever order the collector frees things in, and at exit: the engine comes to rest before the memory that it copies goes.
+        weakref.finalize(self, _rest, self.engine)
         self.engine.start()
         self.memory.started = True
         self.ready = True
@@ -390,6 +393,12 @@ class Runtime:
 
     def __reduce__(self) -> str:
         raise TierwiseError("a boosted model cannot be pickled; use booster.save_model")
+
+
+def _rest(engine: Engine) -> None:
+    """Waits until the engine moves nothing any more. A stopped one, or that of a parent process, has nothing to wait for."""
+    with contextlib.suppress(TierwiseError):
+        engine.flush()
 
 
 def find_runtime(value: object) -> Runtime | None:

@@ -40,9 +40,7 @@ class _Counted:
         self.counter = counter
 
     def __del__(self) -> None:
-        # torch.compile of older versions makes instances without calling `__init__` while it traces.
-        if hasattr(self, "counter"):
-            self.counter.release(self.key)
+        self.counter.release(self.key)
 
 
 class Account(Protocol):
@@ -101,6 +99,8 @@ class SavedTensors:
         self._typed: dict[torch.dtype, Tensor] = {}
         self._sizes: dict[int, int] = {}
         self._active: contextlib.ExitStack | None = None
+        # torch.compile would compile them where a compiled block saves tensors, once per shape.
+        self._hooks = torch.compiler.disable(self.pack), torch.compiler.disable(self.unpack)
 
     @property
     def active(self) -> bool:
@@ -120,7 +120,7 @@ class SavedTensors:
         """Turns the hooks on."""
         assert self._active is None
         self._active = contextlib.ExitStack()
-        self._active.enter_context(saved_tensors_hooks(self.pack, self.unpack))
+        self._active.enter_context(saved_tensors_hooks(*self._hooks))
 
     def exit(self) -> None:
         """Turns the hooks off; harmless if they are."""
