@@ -426,6 +426,8 @@ def test_a_buffer_that_outlives_its_engine_may_be_dropped_in_a_child() -> None:
 
 def interrupted_after(seconds: float, call: Callable[[], object]) -> None:
     """The call raises KeyboardInterrupt, soon after the signal."""
+    # A background job of a shell starts with SIGINT ignored; then Python has no handler that could raise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     start = time.monotonic()
@@ -438,6 +440,7 @@ def interrupted_after(seconds: float, call: Callable[[], object]) -> None:
         raise
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, before)
     assert seconds <= waited < seconds + 0.7
 
 
