@@ -308,7 +308,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         return result
 
     extra["finish"] = finish
-    recomputed = sum(booster.recomputed_units()) if hasattr(booster, "recomputed_units") else 0
+    recomputed = booster.stats()["recomputed_units"]
     return model, step, recomputed
 
 

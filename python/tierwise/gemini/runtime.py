@@ -374,6 +374,7 @@ class Runtime:
         """Counters of the engine and what Python counts beside it."""
         stats: dict[str, Any] = dict(self.engine.stats()) if self.ready else {}
         stats["optimizer_steps"] = self.steps
+        stats["recomputed_units"] = sum(self.recompute)
         stats["loss_scale"] = None if self.scaler is None else self.scaler.scale
         if self.ready:
             stats["micro_batch_flops"] = 3.0 * self.trace.flops()
