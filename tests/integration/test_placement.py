@@ -160,6 +160,14 @@ def test_one_byte_less_than_the_minimum_is_refused_with_settings_that_fit(kit: A
         assert stats["device_peak_bytes"] <= stats["device_budget_bytes"]
 
 
+def test_a_model_whose_boost_failed_is_named_as_such(kit: Any) -> None:
+    model = kit.llama()
+    with pytest.raises(BudgetError):
+        kit.boosted(model, device_budget=1000)
+    with pytest.raises(ValueError, match=r"earlier booster\.boost of this model failed.*build the model and its optimizer again"):
+        kit.boosted(model)
+
+
 def test_too_little_host_memory_is_refused_with_settings_that_fit(kit: Any) -> None:
     with pytest.raises(BudgetError, match=r"more host memory.*these fit: ") as caught:
         kit.boosted(kit.llama(), **STATIC_HOST, host_budget=1000)

@@ -33,6 +33,8 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     """
     if find_runtime(model) is not None:
         raise ValueError("this model is boosted already")
+    if "_tierwise_failed" in model.__dict__:
+        raise ValueError("an earlier booster.boost of this model failed and left its hooks in it; build the model and its optimizer again")
     refuse_cuda_graphs(model)
     grouping = group(model)
     hyper = None
@@ -67,6 +69,7 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
             runtime.prepare(*inputs)
     except BaseException:
         del model.__dict__["_tierwise_runtime"]
+        model.__dict__["_tierwise_failed"] = True
         raise
     if optimizer is not None:
         convert(optimizer, runtime)

@@ -324,7 +324,7 @@ class Runtime:
             self.engine.drop_grads,
             self.gradients.collect,
         ):
-            with contextlib.suppress(TierwiseError):
+            with contextlib.suppress(Exception):
                 undo()
         self.micro_done = 0
 

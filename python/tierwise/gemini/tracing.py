@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Grouping, Unit
 
 _log = logging.getLogger("tierwise")
@@ -108,7 +109,8 @@ def trace(
     for attempt in attempts:
         try:
             return _run(model, grouping, args, attempt, dtype, device, tokens)
-        except FusedLossMismatchError:
+        except TierwiseError:
+            # Ours (a fused loss that does not fit, a refused budget): not a model that needs data.
             raise
         except Exception as error:
             _log.debug("tracing %s failed: %s", type(model).__name__, error, exc_info=True)
@@ -122,7 +124,7 @@ def trace(
     return estimate(grouping, tokens, dtype)
 
 
-class FusedLossMismatchError(Exception):
+class FusedLossMismatchError(TierwiseError):
     """The tensor that reaches the loss is not what the output embedding returned: the fused loss would be wrong."""
 
 
