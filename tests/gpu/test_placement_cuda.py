@@ -27,8 +27,8 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def train(precision: str, accumulation: int, max_norm: float | None, **options: Any) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    config = transformers.LlamaConfig(
+def small_llama() -> Any:
+    return transformers.LlamaConfig(
         hidden_size=256,
         intermediate_size=640,
         num_hidden_layers=4,
@@ -37,8 +37,11 @@ def train(precision: str, accumulation: int, max_norm: float | None, **options: 
         vocab_size=512,
         use_cache=False,
     )
+
+
+def train(precision: str, accumulation: int, max_norm: float | None, **options: Any) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
     torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.LlamaForCausalLM(small_llama())
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     booster = Booster(
         plugin=GeminiPlugin(
@@ -96,16 +99,7 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
 def test_agrees_with_plain_adamw() -> None:
     losses, _, _ = train("fp32", 1, 0.5, **STATIC)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=512,
-        use_cache=False,
-    )
-    model: Any = transformers.LlamaForCausalLM(config).cuda()
+    model: Any = transformers.LlamaForCausalLM(small_llama()).cuda()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
