@@ -153,6 +153,9 @@ class Engine:
     def leave(self, unit: int, backward: bool, stream: int) -> list[int] | None:
         """The unit's kernels are enqueued; returns its streamed chunks that nothing uses any more."""
 
+    def forward_begin(self, stream: int) -> None:
+        """The model's outermost forward starts: what an interrupted one left entered is not in use any more."""
+
     def hold(self, unit: int) -> None:
         """Keeps the unit's chunks in their slots (recomputation saved raw views of them) until its backward leaves."""
 
@@ -166,7 +169,7 @@ class Engine:
         """Hyperparameters for coming steps: groups of (lr, beta1, beta2, eps, weight_decay, decoupled); group of every parameter by global
         index, -1 for parameters that no group holds."""
 
-    def backward_begin(self, stream: int, grad_scale: float = 1.0) -> None:
+    def backward_begin(self, grad_scale: float = 1.0) -> None:
         """A backward pass starts; speculated steps use `grad_scale` and the hyperparameters of this moment. Waits while the previous step is
         undecided."""
     def grads(self, chunk: int, grads: Sequence[tuple[int, int]], stream: int) -> int:

@@ -191,7 +191,7 @@ def test_backward_more_often_than_the_plan_accumulates() -> None:
     for micro in range(2):
         rig.backward(rig.random_grads(micro))
     with pytest.raises(_core.ScheduleError, match="gradient_accumulation_steps=3"):
-        rig.engine.backward_begin(STREAM)
+        rig.engine.backward_begin()
     rig.commit()
     rig.finish()
 
@@ -212,7 +212,7 @@ def test_gradients_twice(setup: Setup) -> None:
     """Gradients of a chunk come once per backward; the second ones change nothing."""
     rig = Rig(setup)
     grads = rig.random_grads(1)
-    rig.engine.backward_begin(STREAM)
+    rig.engine.backward_begin()
     rig.lend(0, grads[0])
     with pytest.raises(_core.ScheduleError, match=r"`chunk0`.*twice"):
         rig.engine.grads(0, [(0, address(grads[0][0]))], STREAM)
@@ -274,7 +274,7 @@ def test_nothing_moves_before_start() -> None:
         lambda: engine.enter(0, False, STREAM),
         lambda: engine.leave(0, False, STREAM),
         lambda: engine.touch(0, STREAM),
-        lambda: engine.backward_begin(STREAM),
+        lambda: engine.backward_begin(),
         lambda: engine.grads(0, [], STREAM),
         lambda: engine.commit(STREAM),
     ):
@@ -449,7 +449,7 @@ BLOCKED: dict[str, Callable[[Rig], object]] = {
     "touch": lambda rig: rig.engine.touch(0, STREAM),
     "decision": lambda rig: rig.engine.decision(True),
     "commit": lambda rig: rig.engine.commit(STREAM),
-    "backward_begin": lambda rig: rig.engine.backward_begin(STREAM),
+    "backward_begin": lambda rig: rig.engine.backward_begin(),
     "flush": lambda rig: rig.engine.flush(),
 }
 
@@ -470,7 +470,7 @@ def test_ctrl_c_ends_a_wait_for_room_or_for_a_drop() -> None:
     """Gradients that wait for others on their way, and a `zero_grad` that waits for them, heed Ctrl-C too."""
     rig = Rig(streamed(d2h_bytes_per_second=6_000.0, grad_in_flight_bytes=1))
     grads = rig.random_grads(1)
-    rig.engine.backward_begin(STREAM)
+    rig.engine.backward_begin()
     rig.lend(2, grads[2])
     interrupted_after(0.05, lambda: rig.engine.grads(1, [(0, address(grads[1][0]))], STREAM))
     interrupted_after(0.05, rig.engine.drop_grads)
@@ -509,7 +509,7 @@ for number in range(4):
     rig = Rig(setup)
     rig.check_visible = lambda *_: None
     kept.append(rig.device)
-    rig.engine.backward_begin(0)
+    rig.engine.backward_begin()
     for chunk in (1, 0):
         grad = np.ones(rig.layout.state_numel(chunk), np.float32)
         kept.append(grad)

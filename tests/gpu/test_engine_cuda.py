@@ -122,7 +122,7 @@ def train(
             for unit in range(3):
                 read.append(view(unit, engine.enter(unit, False, stream)).clone())
                 engine.leave(unit, False, stream)
-            engine.backward_begin(stream)
+            engine.backward_begin()
             for unit in (2, 1, 0):
                 again = view(unit, engine.enter(unit, True, stream))
                 assert torch.equal(again, read[unit])

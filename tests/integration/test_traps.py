@@ -464,14 +464,37 @@ def test_a_late_node_finds_its_weight_wherever_it_is(kit: Any) -> None:
         handle.remove()
 
 
-def test_a_graph_older_than_the_parameters_is_an_error(kit: Any) -> None:
-    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+@pytest.mark.parametrize("options", [{}, {"placement_policy": "static", "offload_optim_frac": 1.0}, STREAMED])
+@pytest.mark.parametrize("flushed", [True, False])
+def test_a_graph_older_than_the_parameters_is_an_error(kit: Any, options: dict[str, Any], flushed: bool) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
     old = loss_of(model, 0)
     booster.backward(loss_of(model, 1), optimizer)
     optimizer.step()
-    booster.flush()
-    with pytest.raises(tierwise.TierwiseError, match="generation"):
+    if flushed:
+        booster.flush()
+    with pytest.raises(tierwise.TierwiseError, match="rewritten since its forward"):
         booster.backward(old, optimizer)
+    # Nothing was lost: the next batch trains.
+    booster.backward(loss_of(model, 2), optimizer)
+    optimizer.step()
+    expected = kit.fit(Net(), lambda model, step: loss_of(model, step + 1), steps=2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.weights[name]), name
+
+
+def test_two_losses_of_one_step_may_share_a_graph(kit: Any) -> None:
+    # Between them nothing is rewritten: the same graph twice is as good as once with twice the loss, divided by two micro-batches.
+    booster, model, optimizer = kit.boosted(
+        Net(), precision="fp32", micro_batch_size=None, seq_len=None, gradient_accumulation_steps=2, **STREAMED
+    )
+    loss = loss_of(model, 0)
+    booster.backward(loss, optimizer, retain_graph=True)
+    booster.backward(loss, optimizer)
+    optimizer.step()
+    expected = kit.fit(Net(), loss_of, steps=1)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.weights[name], rtol=1e-5, atol=1e-6)
 
 
 def test_state_dict_gathers_and_full_parameters_lends(kit: Any) -> None:
@@ -859,6 +882,47 @@ def test_an_exception_in_backward_can_be_survived(kit: Any) -> None:
         assert losses == kit.fit(Net(), loss_of, steps=4).losses
         booster.flush()
         assert booster.stats()["device_gradients_bytes"] == 0
+
+
+def test_an_exception_in_a_later_micro_batch_says_what_went_with_it(kit: Any) -> None:
+    options = {"precision": "fp32", "micro_batch_size": None, "seq_len": None, "gradient_accumulation_steps": 3}
+    booster, model, optimizer = kit.boosted(Net(), **options)
+
+    def refuse(grad: torch.Tensor) -> None:
+        raise ArithmeticError("wanted by the test")
+
+    for step in range(2):
+        booster.backward(loss_of(model, step), optimizer)
+    loss = loss_of(model, 2)
+    loss.register_hook(refuse)
+    with pytest.raises(ArithmeticError) as caught:
+        booster.backward(loss, optimizer)
+    assert any("micro-batch 3 of 3" in note and "the 2 before it" in note for note in caught.value.__notes__)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()  # There is nothing to step.
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for step in range(3):
+        booster.backward(loss_of(model, step), optimizer)
+    optimizer.step()
+    assert not torch.equal(model.state_dict()["head.weight"], before["head.weight"])
+
+
+def test_a_touched_chunk_is_not_mapped_for_longer_than_its_unit(kit: Any) -> None:
+    # It keeps its slot until the next operation, and then nobody would say that its parameters point at another chunk's bytes.
+    booster, model, _ = kit.boosted(Net(blocks=8, equal=False), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    loss_of(model, 0)
+    runtime = booster._runtime
+    block = model.blocks[2]
+    chunk = runtime.grouping.place[block.down.weight][0]
+
+    def touches(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        runtime.engine.touch(chunk, 0)
+
+    handle = block.down.register_forward_hook(touches)
+    loss_of(model, 0)
+    handle.remove()
+    assert chunk not in runtime.saved.mapped
+    assert block.down.weight.isnan().all()
 
 
 def test_saved_tensors_are_freed_without_the_garbage_collector(kit: Any) -> None:

@@ -292,7 +292,7 @@ def test_the_norm_is_summed_in_parameter_order(placement: str, clip_mode: str, o
     """Whatever arrives first: sixteen squares of 2^-54 vanish beside a 1 that comes before them, and would not if they were added first."""
     chunks = (ChunkSpec(((1, True),)), ChunkSpec(((1, True),) * 16))
     rig = Rig(with_placement(Setup(chunks=chunks, max_norm=1.0), placement, clip_mode=clip_mode))
-    rig.engine.backward_begin(STREAM)
+    rig.engine.backward_begin()
     for chunk in order:
         value = 1.0 if chunk == 0 else 2.0**-27
         rig.lend(chunk, {position: np.full(1, value, np.float32) for position in range(len(chunks[chunk].params))})

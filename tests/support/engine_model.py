@@ -491,7 +491,7 @@ class Rig:
         order = list(reversed(range(len(chunks)))) if units is None else list(units)
         last_unit = {chunk: unit for unit in order for chunk in chunks[unit]}
         pending = {c: g for c, g in grads.items() if g}
-        self.engine.backward_begin(STREAM, grad_scale)
+        self.engine.backward_begin(grad_scale)
         for unit in order:
             slots = self.enter(unit, backward=True)
             if hold:

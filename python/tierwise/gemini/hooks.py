@@ -98,8 +98,12 @@ class UnitHooks:
 
     def reset(self) -> None:
         """A forward starts at the root: forgets what an interrupted one left open."""
-        while self._stack:
-            self._leave_forward(self._stack.pop())
+        runtime = self._runtime
+        if self._stack:
+            self._stack.clear()
+            runtime.unmap_chunks(list(runtime.saved.mapped))
+        # Not only for what is on the stack: an interrupt may have come between entering and writing it there.
+        runtime.engine.forward_begin(runtime.target.stream())
         self._packing_owner = None
 
     def _before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,11 +154,16 @@ class UnitHooks:
         if not outputs:
             return
         leaf = not any(t.requires_grad for t in tensors_in((args, kwargs)))
-        hook = torch.compiler.disable(self._once_per_backward(index, leaf))
+        hook = torch.compiler.disable(self._once_per_backward(index, leaf, self._generations(index)))
         for tensor in outputs:
             tensor.register_hook(hook)
 
-    def _once_per_backward(self, index: int, leaf: bool) -> Callable[[Tensor], None]:
+    def _generations(self, index: int) -> list[int]:
+        """How often the parameters of a unit's chunks were rewritten, chunk by chunk."""
+        generation = self._runtime.engine.generation
+        return [generation(chunk) for chunk in self._units[index].chunks]
+
+    def _once_per_backward(self, index: int, leaf: bool, generations: list[int]) -> Callable[[Tensor], None]:
         fired = -1
 
         def enter(grad: Tensor) -> None:
@@ -163,6 +172,12 @@ class UnitHooks:
             if task != fired:
                 fired = task
                 self.enter_backward(index, leaf)
+                # After entering: that waits for steps which still run.
+                if self._generations(index) != generations:
+                    raise TierwiseError(
+                        f"backward through {self._units[index].name!r}, whose parameters an optimizer step has rewritten since its forward; "
+                        "call booster.backward before optimizer.step(), on a loss of the current parameters"
+                    )
 
         return enter
 

@@ -301,14 +301,19 @@ class Runtime:
         self._send_hyper()
         self.gradients.begin()
         try:
-            self.engine.backward_begin(self.target.stream(), 1.0 / scale)
+            self.engine.backward_begin(1.0 / scale)
             with attention_backends(self.fused_attention):
                 loss.backward(retain_graph=retain_graph)
             self.hooks.end_backward()
             self.gradients.finish()
             self.unmap_chunks(list(self.saved.mapped))
             self.engine.backward_end(self.target.stream())
-        except BaseException:
+        except BaseException as error:
+            if self.micro_done:
+                error.add_note(
+                    f"booster.backward failed in micro-batch {self.micro_done + 1} of {accumulation}: the gradients of the "
+                    f"{self.micro_done} before it were dropped too; run the step again from its first micro-batch"
+                )
             self._abort_backward()
             raise
         self.micro_done += 1

@@ -39,6 +39,8 @@ pub enum Event {
         /// Unit of the trace.
         unit: u32,
     },
+    /// The model's outermost forward starts: what an interrupted one left in use is not read any more.
+    ForwardBegin,
     /// Compute is about to read one chunk outside the traced operations. May block.
     Touch {
         /// The chunk.
@@ -102,6 +104,7 @@ impl Event {
             Event::Enter { .. }
             | Event::Leave { .. }
             | Event::Hold { .. }
+            | Event::ForwardBegin
             | Event::BackwardBegin { .. }
             | Event::BackwardEnd
             | Event::Commit { .. }
@@ -361,6 +364,8 @@ pub struct Scheduler {
     plan: Plan,
     max_norm: Option<f64>,
     chunks: Vec<Chunk>,
+    /// Per unit: how often its chunks are held for it.
+    unit_holds: Vec<u32>,
     slab: Slab,
     /// Per chunk: positions at which the trace uses it, ascending.
     uses: Vec<Vec<i64>>,
@@ -426,6 +431,7 @@ impl Scheduler {
         Scheduler {
             slab: Slab::new(plan.stream_slab_bytes),
             chunks,
+            unit_holds: vec![0; trace.units.len()],
             uses,
             positions,
             cursor: -1,
@@ -459,7 +465,9 @@ impl Scheduler {
                 for chunk in self.unit_chunks(unit)? {
                     self.chunks[chunk.index()].holds += 1;
                 }
+                self.unit_holds[unit as usize] += 1;
             }
+            Event::ForwardBegin => self.forward_begin(actions)?,
             Event::Touch { chunk } => return self.touch(chunk, actions),
             Event::BackwardBegin { grad_scale } => {
                 if let Some(on) = self.undecided() {
@@ -535,13 +543,23 @@ impl Scheduler {
             return Err(ScheduleError::NotEntered(self.trace.units[unit as usize].name.clone()));
         }
         self.release_touched(actions);
+        let holds = if phase == Phase::Backward { std::mem::take(&mut self.unit_holds[unit as usize]) } else { 0 };
         for chunk in chunks {
             self.unpin(chunk, phase);
-            if phase == Phase::Backward {
-                self.chunks[chunk.index()].holds = 0;
-            }
+            // Other units that read the same chunk keep theirs.
+            self.chunks[chunk.index()].holds -= holds;
             if !self.chunks[chunk.index()].in_use() {
                 self.release(chunk, actions);
+            }
+        }
+        self.prefetch(actions)
+    }
+
+    fn forward_begin(&mut self, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
+        self.release_touched(actions);
+        for index in 0..self.chunks.len() {
+            if std::mem::take(&mut self.chunks[index].forward_pins) > 0 && !self.chunks[index].in_use() {
+                self.release(ChunkId(index as u32), actions);
             }
         }
         self.prefetch(actions)
@@ -823,6 +841,7 @@ impl Scheduler {
     }
 
     fn backward_end(&mut self, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
+        self.unit_holds.fill(0);
         for index in 0..self.chunks.len() {
             let chunk = &mut self.chunks[index];
             let used = chunk.in_use();
@@ -1136,6 +1155,13 @@ impl Scheduler {
     /// How often a chunk's parameters were rewritten.
     pub fn generation(&self, chunk: ChunkId) -> u64 {
         self.chunks[chunk.index()].generation
+    }
+
+    /// Whether an operation that was entered reads the chunk. One that was only touched is read by name, through its own copy of the slot's
+    /// address.
+    pub fn is_entered(&self, chunk: ChunkId) -> bool {
+        let state = &self.chunks[chunk.index()];
+        state.forward_pins + state.backward_pins + state.holds > 0
     }
 
     /// Whether something reads the chunk now.

@@ -231,6 +231,41 @@ fn what_recomputation_holds_stays_until_its_backward_leaves() {
     step(Event::Enter { unit: 2, phase: backward }).unwrap();
 }
 
+/// A chunk that two recomputed units read stays until both are over.
+#[test]
+fn each_unit_gives_back_its_own_holds() {
+    let (layout, mut trace, plan) = uniform(2, NUMEL, |_| STREAMED, 2 * BYTES, 1);
+    trace.units[1].chunks = vec![ChunkId(0), ChunkId(1)];
+    let mut scheduler = Scheduler::new(layout, trace, plan, None);
+    let (forward, backward) = (Phase::Forward, Phase::Backward);
+    let mut run = |events: &[Event]| {
+        for event in events {
+            assert_eq!(scheduler.step(event, &mut Vec::new()), Ok(Progress::Done));
+        }
+        [ChunkId(0), ChunkId(1)].map(|chunk| scheduler.in_use(chunk))
+    };
+    run(&[Event::BackwardBegin { grad_scale: 1.0 }]);
+    for unit in [0, 1] {
+        run(&[Event::Enter { unit, phase: forward }, Event::Hold { unit }, Event::Leave { unit, phase: forward }]);
+    }
+    assert_eq!(run(&[Event::Enter { unit: 1, phase: backward }, Event::Leave { unit: 1, phase: backward }]), [true, false]);
+    assert_eq!(run(&[Event::Enter { unit: 0, phase: backward }, Event::Leave { unit: 0, phase: backward }]), [false, false]);
+}
+
+/// Ctrl-C between an enter and what remembers it: the next forward starts with nothing in use, and readers are waited for all the same.
+#[test]
+fn a_forward_begins_with_nothing_entered() {
+    let (layout, trace, plan) = uniform(3, NUMEL, |_| STREAMED, BYTES, 1);
+    let mut scheduler = Scheduler::new(layout, trace, plan, None);
+    let enter = Event::Enter { unit: 0, phase: Phase::Forward };
+    assert_eq!(scheduler.step(&enter, &mut Vec::new()), Ok(Progress::Done));
+    let mut actions = Vec::new();
+    assert_eq!(scheduler.step(&Event::ForwardBegin, &mut actions), Ok(Progress::Done));
+    assert_eq!(actions.first(), Some(&Action::Release { chunk: ChunkId(0), offset: 0 }));
+    assert!(!scheduler.in_use(ChunkId(0)));
+    assert_eq!(scheduler.step(&Event::Enter { unit: 1, phase: Phase::Forward }, &mut Vec::new()), Ok(Progress::Done));
+}
+
 // ---- the state machine ----------------------------------------------------------------------------------------------------------
 
 /// What a payload holds, as a fingerprint of everything that was ever done to it.
@@ -638,6 +673,14 @@ impl World {
         self.event(&Event::Leave { unit, phase })
     }
 
+    /// Nobody leaves what was entered; the next forward starts.
+    fn interrupted(&mut self) -> Result<(), ScheduleError> {
+        for pins in &mut self.pins {
+            pins.clear();
+        }
+        self.event(&Event::ForwardBegin)
+    }
+
     fn touch_something(&mut self) -> Result<(), ScheduleError> {
         let chunk = ChunkId(self.choose(self.reference.len()) as u32);
         self.event(&Event::Touch { chunk })?;
@@ -653,6 +696,10 @@ impl World {
         let ops: Vec<Op> = self.scheduler.trace().ops.iter().filter(|op| !skipped[op.unit as usize]).cloned().collect();
         for op in ops.iter().filter(|op| op.phase == Phase::Forward) {
             self.enter(op.unit, op.phase)?;
+            if self.choose(24) == 23 {
+                self.interrupted()?;
+                self.enter(op.unit, op.phase)?;
+            }
             self.leave(op.unit, op.phase)?;
             if self.choose(12) == 11 {
                 self.touch_something()?;

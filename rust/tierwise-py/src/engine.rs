@@ -158,6 +158,10 @@ impl Engine {
         Ok((!chunks.is_empty()).then(|| chunks.into_iter().map(|chunk| chunk.0).collect()))
     }
 
+    fn forward_begin(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        call(py, || self.inner.forward_begin(ComputeStream(stream)))
+    }
+
     fn hold(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
         call(py, || self.inner.hold(unit))
     }
@@ -178,9 +182,8 @@ impl Engine {
         call(py, || self.inner.set_hyper(hyper))
     }
 
-    #[pyo3(signature = (stream, grad_scale = 1.0))]
-    fn backward_begin(&self, py: Python<'_>, stream: u64, grad_scale: f64) -> PyResult<()> {
-        let _ = stream;
+    #[pyo3(signature = (grad_scale = 1.0))]
+    fn backward_begin(&self, py: Python<'_>, grad_scale: f64) -> PyResult<()> {
         call_waiting(py, |keep| self.inner.backward_begin(grad_scale, keep))
     }
 

@@ -66,7 +66,7 @@ pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
         Error::Device { .. } => DeviceError::new_err(message),
         Error::HostMemory { .. } => PyMemoryError::new_err(message),
         Error::Stopped(_) => EngineStoppedError::new_err(message),
-        Error::Forked { .. } | Error::Interrupted => TierwiseError::new_err(message),
+        Error::Forked { .. } | Error::Interrupted | Error::Internal(_) => TierwiseError::new_err(message),
         Error::Usage(_) => PyValueError::new_err(message),
     }
 }

@@ -120,12 +120,12 @@ impl Inner {
     }
 
     fn kernels(&self) -> Result<&Kernels> {
-        self.kernels.as_ref().ok_or_else(|| Error::Usage("the device is not initialised".into()))
+        self.kernels.as_ref().ok_or_else(|| Error::Internal("the device is not initialised".into()))
     }
 
     fn record(self: &Arc<Self>, stream: sys::CUstream) -> Result<EventRef> {
         let _entered = self.context.enter()?;
-        let clock = self.clock.as_ref().ok_or_else(|| Error::Usage("the device is not initialised".into()))?;
+        let clock = self.clock.as_ref().ok_or_else(|| Error::Internal("the device is not initialised".into()))?;
         let base = clock.base(&self.context, &self.events, self.streams[3])?;
         let handle = self.events.take(&self.context)?;
         let event = CudaEvent { handle, base: Some(base), time_ns: OnceLock::new(), inner: Arc::clone(self) };
@@ -137,7 +137,7 @@ impl Inner {
     fn wait(&self, stream: sys::CUstream, event: &EventRef) -> Result<()> {
         let _entered = self.context.enter()?;
         let Some(raw) = event.cuda_event() else {
-            return Err(Error::Usage("a CUDA stream can only wait for an event of a CUDA device".into()));
+            return Err(Error::Internal("a CUDA stream can only wait for an event of a CUDA device".into()));
         };
         let raw = std::ptr::with_exposed_provenance_mut(raw as usize);
         // SAFETY: `event` keeps the raw event alive during the call, and the driver remembers what it was recorded for.
@@ -162,7 +162,7 @@ impl Device for CudaDevice {
         let (to_device, call) = match queue {
             Queue::HostToDevice => (true, "cuMemcpyHtoDAsync"),
             Queue::DeviceToHost => (false, "cuMemcpyDtoHAsync"),
-            Queue::Optimizer => return Err(Error::Usage("copies go to the host-to-device or device-to-host queue".into())),
+            Queue::Optimizer => return Err(Error::Internal("copies go to the host-to-device or device-to-host queue".into())),
         };
         let context = &self.inner.context;
         let _entered = context.enter()?;

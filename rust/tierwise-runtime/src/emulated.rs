@@ -152,7 +152,7 @@ impl Device for EmulatedDevice {
 
     fn copy(&self, queue: Queue, transfers: &[Transfer]) -> Result<()> {
         if queue == Queue::Optimizer {
-            return Err(Error::Usage("copies go to the host-to-device or device-to-host queue".into()));
+            return Err(Error::Internal("copies go to the host-to-device or device-to-host queue".into()));
         }
         self.run(queue, "copy", Work::Copy(transfers.to_vec()))
     }
@@ -357,7 +357,7 @@ fn serve(shared: &Shared, queue: Queue, pool: Option<&Pool>, commands: &Receiver
 }
 
 fn execute(shared: &Shared, queue: Queue, pool: Option<&Pool>, work: Work) -> Result<()> {
-    let pool = || pool.ok_or_else(|| Error::Usage("kernels run on the optimizer queue".into()));
+    let pool = || pool.ok_or_else(|| Error::Internal("kernels run on the optimizer queue".into()));
     match work {
         Work::Copy(transfers) => shared.copy(queue, &transfers),
         // SAFETY: the device's caller keeps every address alive and unaliased until an event recorded after the call is done.

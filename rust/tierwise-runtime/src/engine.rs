@@ -518,7 +518,7 @@ impl Engine {
                 (unit.chunks.clone(), unit.name.clone())
             }
             Event::Touch { chunk } => (vec![chunk], state.scheduler.layout().chunks[chunk.index()].name.clone()),
-            _ => return Err(Error::Usage("only Enter and Touch make chunks readable".to_owned())),
+            _ => return Err(Error::Internal("only Enter and Touch make chunks readable".to_owned())),
         };
         let mut events = Vec::new();
         for chunk in chunks {
@@ -577,8 +577,16 @@ impl Engine {
             .chunks
             .iter()
             .copied()
-            .filter(|c| plan.chunks[c.index()].home == ParamHome::Streamed && !state.scheduler.in_use(*c))
+            .filter(|c| plan.chunks[c.index()].home == ParamHome::Streamed && !state.scheduler.is_entered(*c))
             .collect())
+    }
+
+    /// The model's outermost forward starts: forgets what an interrupted one left entered.
+    pub fn forward_begin(&self, stream: ComputeStream) -> Result<()> {
+        let mut state = self.lock_started()?;
+        state.release_event = Some(self.shared.device.record_compute(stream)?);
+        self.shared.apply(&mut state, &Event::ForwardBegin)?;
+        Ok(())
     }
 
     /// Keeps a unit's chunks in their slots until its backward leaves.

@@ -43,6 +43,9 @@ pub enum Error {
     /// The caller asked to stop waiting (Ctrl-C).
     #[error("interrupted")]
     Interrupted,
+    /// The engine broke its own contract, or the system refused it something: never the caller's fault.
+    #[error("internal error: {0}")]
+    Internal(String),
     /// The caller broke the engine's contract.
     #[error("{0}")]
     Usage(String),

@@ -64,7 +64,7 @@ impl Shared {
         let bytes = state.scheduler.layout().param_bytes(chunk);
         let name = &state.scheduler.layout().chunks[chunk.index()].name;
         let src =
-            self.host + state.places[chunk.index()].0.param.ok_or_else(|| Error::Usage(format!("`{name}` has no host parameters")))?;
+            self.host + state.places[chunk.index()].0.param.ok_or_else(|| Error::Internal(format!("`{name}` has no host parameters")))?;
         let name = format!("{what} {name}");
         let start = state.recorder.enabled().then(|| self.device.record(Queue::HostToDevice)).transpose()?;
         let transfer = Transfer { dst: dst as *mut u8, src: src as *const u8, bytes: bytes as usize };
@@ -146,7 +146,7 @@ impl Shared {
     }
 
     fn undo(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
-        let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Usage(format!("chunk {} has no undo record", chunk.0)))?;
+        let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Internal(format!("chunk {} has no undo record", chunk.0)))?;
         let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(None, move |shared| {
             for &(home, record, bytes) in &saved {

@@ -81,7 +81,7 @@ impl Unstarted {
                 }
             }
         };
-        std::thread::Builder::new().name(self.name).spawn(run).map_err(|e| Error::Usage(format!("cannot start a worker thread: {e}")))
+        std::thread::Builder::new().name(self.name).spawn(run).map_err(|e| Error::Internal(format!("cannot start a worker thread: {e}")))
     }
 }
 

@@ -202,7 +202,7 @@ fn copies_make_the_round_trip() {
     on_device(&device, &mut arena, |_| {});
     assert!(arena == before);
     device.copy(Queue::HostToDevice, &[]).unwrap();
-    assert!(matches!(device.copy(Queue::Optimizer, &[]), Err(Error::Usage(_))));
+    assert!(matches!(device.copy(Queue::Optimizer, &[]), Err(Error::Internal(_))));
 }
 
 #[test]
@@ -292,8 +292,8 @@ fn events_outlive_the_device() {
 fn a_foreign_event_is_refused() {
     let Some(device) = cuda() else { return };
     let gate: EventRef = Arc::new(Gate::default());
-    assert!(matches!(device.queue_wait(Queue::Optimizer, &gate), Err(Error::Usage(_))));
-    assert!(matches!(device.compute_wait(STREAM, &gate), Err(Error::Usage(_))));
+    assert!(matches!(device.queue_wait(Queue::Optimizer, &gate), Err(Error::Internal(_))));
+    assert!(matches!(device.compute_wait(STREAM, &gate), Err(Error::Internal(_))));
 }
 
 #[test]

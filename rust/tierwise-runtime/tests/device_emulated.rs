@@ -290,7 +290,7 @@ fn a_panic_in_a_worker_fails_the_device() {
 
 #[test]
 fn copies_do_not_go_to_the_optimizer_queue() {
-    assert!(matches!(fast().copy(Queue::Optimizer, &[]), Err(Error::Usage(_))));
+    assert!(matches!(fast().copy(Queue::Optimizer, &[]), Err(Error::Internal(_))));
 }
 
 #[test]

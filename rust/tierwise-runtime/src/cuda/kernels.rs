@@ -22,7 +22,7 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn load(context: &Context) -> Result<Kernels> {
-        let image = CString::new(cuda::PTX).map_err(|error| Error::Usage(format!("the CUDA kernels: {error}")))?;
+        let image = CString::new(cuda::PTX).map_err(|error| Error::Internal(format!("the CUDA kernels: {error}")))?;
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is a terminated string that is alive during the call; the caller has entered the context.
         let code = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
@@ -36,7 +36,7 @@ impl Kernels {
     fn look_up(&mut self, context: &Context) -> Result<()> {
         let module = self.module;
         let find = |name: &str| {
-            let name = CString::new(name).map_err(|error| Error::Usage(error.to_string()))?;
+            let name = CString::new(name).map_err(|error| Error::Internal(error.to_string()))?;
             let mut function = std::ptr::null_mut();
             // SAFETY: the module is loaded; name and out pointer are alive during the call.
             let code = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
