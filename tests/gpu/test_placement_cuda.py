@@ -10,10 +10,9 @@ import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read once, when cuBLAS starts.
 torch = pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
-transformers = pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
+pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
 
-from tierwise.booster import Booster  # noqa: E402
-from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
+from tests.gpu.llama import boosted, ids_of, small_llama  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,38 +26,14 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def small_llama() -> Any:
-    return transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=512,
-        use_cache=False,
-    )
-
-
 def train(precision: str, accumulation: int, max_norm: float | None, **options: Any) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(small_llama())
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    booster = Booster(
-        plugin=GeminiPlugin(
-            precision=precision,
-            max_norm=max_norm,
-            gradient_accumulation_steps=accumulation,
-            micro_batch_size=2,
-            seq_len=128,
-            **options,
-        )
+    booster, model, optimizer = boosted(
+        small_llama(), precision=precision, max_norm=max_norm, gradient_accumulation_steps=accumulation, **options
     )
-    model, optimizer, *_ = booster.boost(model, optimizer)
-    generator = torch.Generator().manual_seed(1)
     losses = []
-    for _ in range(STEPS):
-        for _ in range(accumulation):
-            ids = torch.randint(0, 512, (2, 128), generator=generator).cuda()
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            ids = ids_of(step * accumulation + micro)
             loss = model(input_ids=ids, labels=ids).loss
             booster.backward(loss, optimizer)
             optimizer.step()
@@ -98,13 +73,11 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
 
 def test_agrees_with_plain_adamw() -> None:
     losses, _, _ = train("fp32", 1, 0.5, **STATIC)
-    torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(small_llama()).cuda()
+    model = small_llama().cuda()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(1)
-    for expected in losses:
-        ids = torch.randint(0, 512, (2, 128), generator=generator).cuda()
+    for step, expected in enumerate(losses):
+        ids = ids_of(step)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

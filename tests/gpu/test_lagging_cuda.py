@@ -1,0 +1,132 @@
+"""On CUDA Python runs ahead of the device. Whatever it decides early, copies and steps wait for the kernels that are still to come."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read once, when cuBLAS starts.
+torch = pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
+pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
+
+from tests.gpu.llama import boosted, ids_of, small_llama  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
+STREAMED = {**STATIC, "offload_param_frac": 1.0}
+CYCLES = 2_000_000
+"""About a millisecond: longer than all copies of a layer take."""
+
+
+class _SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(CYCLES)
+        return grad
+
+
+def lag(model: Any) -> None:
+    """Makes the device late in every layer: after its chunks are asked for, before they are read."""
+
+    def before(module: Any, args: Any, output: Any) -> torch.Tensor:
+        torch.cuda._sleep(CYCLES)
+        return _SlowBackward.apply(output)
+
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(before)
+
+
+def run(slow: bool, steps: int = 4, accumulation: int = 1, **options: Any) -> tuple[list[float], dict[str, torch.Tensor], dict[str, Any]]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = small_llama(layers=8)
+        if slow:
+            lag(model)
+        booster, model, optimizer = boosted(model, max_norm=0.5, gradient_accumulation_steps=accumulation, **options)
+        losses = []
+        for step in range(steps * accumulation):
+            ids = ids_of(step)
+            loss = model(input_ids=ids, labels=ids).loss
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            losses.append(loss.detach())
+        weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        return [float(loss) for loss in losses], weights, booster.stats()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [STATIC, STREAMED, {**STREAMED, "recompute": "full"}, {**STREAMED, "clip_mode": "speculate"}, {"placement_policy": "static"}],
+    ids=["host", "streamed", "recomputed", "speculating", "device"],
+)
+def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accumulation: int) -> None:
+    losses, weights, _ = run(slow=False, accumulation=accumulation, placement_policy="static")
+    got, theirs, stats = run(slow=True, accumulation=accumulation, **options)
+    assert got == losses
+    for name, value in weights.items():
+        assert torch.equal(value, theirs[name]), name
+    if options.get("offload_param_frac"):
+        assert stats["evictions"] > 0
+
+
+def test_a_late_device_and_other_streams() -> None:
+    # The engine waits for the stream that is current when a unit runs, whichever that is.
+    losses, weights, _ = run(slow=False, placement_policy="static")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got, theirs, _ = run(slow=True, **STREAMED)
+    assert got == losses
+    assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("options", [STATIC, STREAMED], ids=["host", "streamed"])
+def test_memory_goes_only_when_nothing_reads_it(options: dict[str, Any]) -> None:
+    model = small_llama(layers=4)
+    lag(model)
+    booster, model, optimizer = boosted(model, **options)
+    ids = ids_of(0)
+    booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+    optimizer.step()
+    runtime = weakref.ref(booster._runtime)
+    del booster, model, optimizer
+    gc.collect()
+    assert runtime() is None
+    torch.cuda.synchronize()
+
+
+SCRIPT = """
+import sys
+from tests.gpu.llama import boosted, ids_of, small_llama
+from tests.gpu.test_lagging_cuda import STREAMED, lag
+model = small_llama(layers=4)
+lag(model)
+booster, model, optimizer = boosted(model, **STREAMED)
+for step in range(3):
+    ids = ids_of(step)
+    booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+    optimizer.step()
+print("stepped", flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1)])
+def test_the_process_ends_while_the_device_is_late(end: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "stepped\n", done.stderr
+    assert done.returncode == code, done.stderr
