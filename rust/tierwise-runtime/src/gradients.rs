@@ -235,7 +235,8 @@ impl Shared {
         let dtype = grad_dtype(layout.precision);
         let name = layout.chunks[chunk.index()].name.clone();
         let bytes = layout.grad_bytes(chunk);
-        let home = self.host + state.places[chunk.index()].0.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;
+        let home =
+            self.host + state.places[chunk.index()].0.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;
         let (landing, buffer) = if accumulates {
             let free = state.gradients.staging_free.iter().position(|f| *f).ok_or_else(|| Error::Usage("no staging buffer".to_owned()))?;
             state.gradients.staging_free[free] = false;

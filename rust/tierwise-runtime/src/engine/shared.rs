@@ -1,0 +1,174 @@
+//! What the engine's callers and workers share, and how they wait for each other.
+
+use super::{Hyper, KeepWaiting, POLL};
+use crate::device::{Device, EventRef};
+use crate::error::{Error, Result};
+use crate::gradients::Gradients;
+use crate::host_memory::HostSlab;
+use crate::memory::{DevicePlaces, HostPlaces, Regions};
+use crate::record::Recorder;
+use crate::workers::Worker;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use tierwise_core::ChunkId;
+use tierwise_core::budget::Budget;
+use tierwise_core::scheduler::{Decision, Event, Progress, Scheduler};
+use tierwise_kernels::Pool;
+
+/// What several threads share.
+pub struct Shared {
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) pool: Pool,
+    /// Address of the host slab.
+    pub(crate) host: u64,
+    pub(crate) slab: HostSlab,
+    pub(crate) adam_jobs: Worker,
+    pub(crate) landing_jobs: Worker,
+    pub(crate) optimizer_jobs: Worker,
+    pub(crate) state: Mutex<State>,
+    pub(super) changed: Condvar,
+    pub(super) stop: AtomicBool,
+}
+
+/// What the lock protects.
+pub struct State {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) places: Vec<(HostPlaces, DevicePlaces)>,
+    pub(crate) regions: Regions,
+    pub(crate) undo_base: u64,
+    /// Address of the undo record of every chunk that has one.
+    pub(crate) undo_records: std::collections::BTreeMap<ChunkId, u64>,
+    pub(crate) slab_address: u64,
+    /// Latest event after which a chunk's device parameters are the current generation.
+    pub(crate) written: Vec<Option<EventRef>>,
+    /// Ranges of the slab whose last readers are this event.
+    pub(crate) guards: Vec<(u64, u64, EventRef)>,
+    /// Where the compute stream was at the latest commit: everything that read the old generation is before it.
+    pub(crate) commit_event: Option<EventRef>,
+    /// Where the compute stream was when the latest unit was left.
+    pub(crate) release_event: Option<EventRef>,
+    pub(crate) gradients: Gradients,
+    pub(crate) hyper: Arc<Hyper>,
+    pub(crate) speculation_hyper: Arc<Hyper>,
+    pub(crate) commit_hyper: Arc<Hyper>,
+    pub(crate) param_steps: Vec<u64>,
+    pub(crate) decision: Option<Decision>,
+    pub(crate) recorder: Recorder,
+    pub(crate) device_budget: Budget,
+    pub(crate) host_budget: Budget,
+    pub(super) external: std::collections::BTreeMap<String, u64>,
+    pub(super) failed: Option<Error>,
+    pub(super) started: bool,
+    /// Where the compute stream was when each open unit was entered (only while recording).
+    pub(super) open: std::collections::BTreeMap<(u32, bool), EventRef>,
+}
+
+impl Shared {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // A poisoned lock means that a holder panicked; `fail` has or will have stopped the engine.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Stops the engine with an error; everybody who waits gets it.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.stop_with(&mut self.lock(), error);
+    }
+
+    /// Passes on the outcome of work that must not be left half done: its error stops the engine.
+    pub(crate) fn or_stop<T>(&self, state: &mut State, outcome: Result<T>) -> Result<T> {
+        outcome.inspect_err(|error| self.stop_with(state, error))
+    }
+
+    fn stop_with(&self, state: &mut State, error: &Error) {
+        if state.failed.is_none() {
+            state.failed = Some(Error::Stopped(match error {
+                Error::Stopped(message) => message.clone(),
+                other => other.to_string(),
+            }));
+        }
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn notify(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Hands an event to the scheduler and carries out its actions.
+    pub(crate) fn apply(&self, state: &mut State, event: &Event) -> Result<Progress> {
+        let mut actions = Vec::new();
+        let progress = state.scheduler.step(event, &mut actions);
+        // Even a refused event may have freed something before.
+        let outcome = self.execute(state, &actions);
+        self.or_stop(state, outcome)?;
+        if !actions.is_empty() {
+            self.changed.notify_all();
+        }
+        Ok(progress?)
+    }
+
+    /// Hands over a completion from a worker.
+    pub(crate) fn post(&self, event: &Event) -> Result<()> {
+        let mut state = self.lock();
+        self.apply(&mut state, event)?;
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub(super) fn healthy(state: &State) -> Result<()> {
+        state.failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// Waits until `ready` gives something.
+    fn wait_for<'a, T>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        keep_waiting: KeepWaiting<'_>,
+        mut ready: impl FnMut(&Self, &mut State) -> Result<Option<T>>,
+    ) -> Result<(MutexGuard<'a, State>, T)> {
+        loop {
+            Self::healthy(&state)?;
+            if let Some(value) = ready(self, &mut state)? {
+                return Ok((state, value));
+            }
+            let (guard, timeout) = self.changed.wait_timeout(state, POLL).unwrap_or_else(std::sync::PoisonError::into_inner);
+            state = guard;
+            if timeout.timed_out() {
+                drop(state);
+                if !keep_waiting() {
+                    return Err(Error::Interrupted);
+                }
+                state = self.lock();
+            }
+        }
+    }
+
+    /// Hands over an event, repeating it until it takes effect.
+    pub(crate) fn apply_waiting<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        keep_waiting: KeepWaiting<'_>,
+        event: &Event,
+    ) -> Result<MutexGuard<'a, State>> {
+        let (state, ()) = self.wait_for(state, keep_waiting, |shared, state| {
+            Ok(match shared.apply(state, event)? {
+                Progress::Done => Some(()),
+                Progress::Blocked { .. } => None,
+            })
+        })?;
+        Ok(state)
+    }
+
+    pub(crate) fn wait_until<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        keep_waiting: KeepWaiting<'_>,
+        mut ready: impl FnMut(&mut State) -> bool,
+    ) -> Result<MutexGuard<'a, State>> {
+        Ok(self.wait_for(state, keep_waiting, |_, state| Ok(ready(state).then_some(())))?.0)
+    }
+}
