@@ -80,6 +80,49 @@ def test_blocks_with_auxiliary_outputs(kit: Any) -> None:
     kit.fit(fresh(), loss_of, **STREAMED, recompute="full").same_as(device)
 
 
+class SideBlock(Block):
+    """Its first output is a side of an early step, whose gradient is asked for after those of all later steps."""
+
+    def forward(self, *, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        hidden = self.up(self.norm(x))
+        side = hidden.mean()
+        return side, x + self.down(torch.nn.functional.gelu(hidden))
+
+
+class Sides(Net):
+    used = True
+
+    def __init__(self) -> None:
+        super().__init__(blocks=0)
+        self.blocks = nn.ModuleList(SideBlock(32, 32 * (1 + index * 3 % 4)) for index in range(6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        sides = []
+        for block in self.blocks:
+            side, x = block(x=x)
+            sides.append(side)
+        out = self.head(x.mean(1))
+        return out + sum(sides) if self.used else out
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_the_gradient_of_the_first_output_comes_last_or_never(kit: Any, used: bool) -> None:
+    def build() -> Sides:
+        net = Sides()
+        net.used = used
+        return net
+
+    device = kit.fit(build(), loss_of)
+    assert device.losses == pytest.approx(kit.plain_fit(build(), loss_of).losses, rel=1e-5)
+    streamed = kit.fit(build(), loss_of, **STREAMED)
+    streamed.same_as(device)
+    # The block's last step runs its backward before that gradient is there, and has to find the chunk pinned.
+    with pins_at(streamed, streamed.model.blocks[3].down, "blocks.3") as pins:
+        streamed.booster.backward(loss_of(streamed.model, 7), streamed.optimizer)
+    assert pins == [1]
+
+
 def test_a_frozen_weight_behind_the_trainable_ones(kit: Any) -> None:
     # All gradients of the block are in before its norm, which is read once more to reach the blocks in front.
     def build() -> Net:

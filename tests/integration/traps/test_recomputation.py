@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import tierwise
 from tests.support.traps import STREAMED, Net, loss_of, pins_at, same
@@ -42,6 +42,18 @@ def test_checkpointing_of_forward_which_hooks_never_see(kit: Any) -> None:
     streamed = kit.train(own_checkpointing(), steps=5, **options, **STREAMED)
     streamed.same_as(plain)
     assert all(streamed.booster._runtime.planned.plan["recompute"][u] for u in range(1, 4)), "the plan has to count with it"
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_layers_that_checkpoint_themselves_are_not_checkpointed_again(kit: Any, recompute: str) -> None:
+    model = enable_checkpointing(kit.llama())
+    calls = []
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *args: calls.append(1))
+    # Early stop would end a second recomputation before it reaches anything that could be counted.
+    with set_checkpoint_early_stop(False):
+        result = kit.train(model, steps=1, recompute=recompute, precision="fp32")
+    assert len(calls) == 1 + 1 + 1, "traced, run and recomputed once"
+    assert all(result.booster._runtime.planned.plan["recompute"][1:4]), "the plan has to count with it, whatever was asked for"
 
 
 def test_checkpointing_enabled_after_boosting(kit: Any) -> None:
