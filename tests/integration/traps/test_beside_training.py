@@ -66,7 +66,8 @@ def _in_child(queue: Any, booster: Any) -> None:
 def test_forked_workers_are_harmless(kit: Any) -> None:
     booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
     context = multiprocessing.get_context("fork")
-    loader = torch.utils.data.DataLoader([ids[0] for ids in kit.batches(4)], batch_size=2, num_workers=1, multiprocessing_context=context)
+    rows: Any = [ids[0] for ids in kit.batches(4)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, multiprocessing_context=context)
     for ids in loader:
         loss = model(input_ids=ids, labels=ids).loss
         booster.backward(loss, optimizer)

@@ -55,6 +55,7 @@ def test_compiled_layers(kit: Any, how: str) -> None:
     torch._dynamo.reset()
     plain = kit.train(kit.llama(), steps=4, precision="fp32")
     model = kit.llama()
+    layer: Any
     for index, layer in enumerate(model.model.layers):
         if how == "layer.compile()":
             layer.compile(backend="aot_eager")

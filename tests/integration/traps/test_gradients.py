@@ -82,9 +82,9 @@ def test_unused_and_frozen_parameters_stay_as_they_are(kit: Any) -> None:
 def test_accumulation_boundaries(kit: Any) -> None:
     from tierwise.booster import Booster
 
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    model: Any = Net()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     booster = Booster(kit.plugin(precision="fp32", micro_batch_size=None, seq_len=None, gradient_accumulation_steps=3))
     model, converted, _, _, scheduler = booster.boost(model, optimizer, lr_scheduler=scheduler)
     assert converted is optimizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.traps import STREAMED, Block, Net, ids_of, loss_of, pins_at, same
+from tests.support.traps import STREAMED, Layers, Net, ids_of, loss_of, pins_at, same
 
 
 def test_modules_called_with_keywords_only(kit: Any) -> None:
@@ -40,7 +40,7 @@ def test_two_forwards_and_one_backward(kit: Any) -> None:
     same(kit, loss=loss)
 
 
-class AuxBlock(Block):
+class AuxBlock(Layers):
     def forward(self, *, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.nn.functional.gelu(self.up(self.norm(x)))
         return x + self.down(hidden), hidden.mean()
@@ -80,10 +80,10 @@ def test_blocks_with_auxiliary_outputs(kit: Any) -> None:
     kit.fit(fresh(), loss_of, **STREAMED, recompute="full").same_as(device)
 
 
-class SideBlock(Block):
+class SideBlock(Layers):
     """Its first output is a side of an early step, whose gradient is asked for after those of all later steps."""
 
-    def forward(self, *, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, *, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.up(self.norm(x))
         side = hidden.mean()
         return side, x + self.down(torch.nn.functional.gelu(hidden))

@@ -39,7 +39,7 @@ def test_a_late_node_finds_its_weight_wherever_it_is(kit: Any) -> None:
     handles = [block.down.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in model.blocks]
     loss = loss_of(model, 0)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    node = outputs[2].grad_fn
+    node: Any = outputs[2].grad_fn
     while not hasattr(node, "_saved_mat2"):
         node = node.next_functions[0][0]
     # Reading this unpacks it, with no unit entered and its chunk evicted.
