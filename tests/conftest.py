@@ -18,6 +18,9 @@ import pytest
 
 import tierwise
 
+# Their assertions show values too, when they fail.
+pytest.register_assert_rewrite("tests.support")
+
 _ROOT = Path(__file__).resolve().parents[1]
 _GPU = _ROOT / "tests" / "gpu"
 

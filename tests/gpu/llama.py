@@ -36,7 +36,7 @@ def ids_of(step: int) -> Any:
 
 def boosted(model: Any, **options: Any) -> tuple[Any, Any, Any]:
     """(booster, model, optimizer)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     booster = Booster(plugin=GeminiPlugin(micro_batch_size=ROWS, seq_len=SEQ, **options))
     model, optimizer, *_ = booster.boost(model, optimizer)
     return booster, model, optimizer

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
+pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
 
-from tierwise import _core  # noqa: E402
+import torch
+
+from tierwise import _core
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -110,8 +112,9 @@ def train(
     tickets: dict[int, list[torch.Tensor]] = {}
 
     def view(c: int, slots: list[tuple[int, int]] | None) -> torch.Tensor:
-        if resident[c] is not None:
-            return resident[c]  # type: ignore[return-value]
+        bound = resident[c]
+        if bound is not None:
+            return bound
         assert slots is not None
         offset = dict(slots)[c]
         return slab[offset : offset + layout.param_bytes(c)].view(dtype)
@@ -148,12 +151,13 @@ def train(
     assert not tickets
     weights = []
     for c in range(3):
-        offset = engine.host_offset(c, "param")
-        if resident[c] is not None:
-            weights.append(resident[c].cpu().clone())  # type: ignore[union-attr]
+        kept = resident[c]
+        if kept is not None:
+            weights.append(kept.cpu().clone())
         else:
-            assert host is not None and offset is not None
-            weights.append(host[offset : offset + layout.param_bytes(c)].view(dtype).clone())
+            start = engine.host_offset(c, "param")
+            assert host is not None and start is not None
+            weights.append(host[start : start + layout.param_bytes(c)].view(dtype).clone())
     return weights, norms
 
 

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read once, when cuBLAS starts.
-torch = pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
+pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
 pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
 
-from tests.gpu.llama import boosted, ids_of, small_llama  # noqa: E402
+import torch
+
+from tests.gpu.llama import boosted, ids_of, small_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
+STATIC: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0}
 STREAMED = {**STATIC, "offload_param_frac": 1.0}
 CYCLES = 2_000_000
 """About a millisecond: longer than all copies of a layer take."""

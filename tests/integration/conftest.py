@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-from tierwise import BudgetError  # noqa: E402
-from tierwise.booster import Booster  # noqa: E402
-from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
+import torch
+import transformers
+
+from tierwise import BudgetError
+from tierwise.booster import Booster
+from tierwise.booster.plugin import GeminiPlugin
 
 BATCH, SEQ, VOCAB = 2, 16, 128
 
@@ -81,7 +85,7 @@ def plugin(**options: Any) -> GeminiPlugin:
 
 def boosted(model: Any, lr: float = 3e-3, weight_decay: float = 0.1, **options: Any) -> tuple[Any, Any, Any]:
     """(booster, model, optimizer)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     booster = Booster(plugin(**options))
     model, optimizer, *_ = booster.boost(model, optimizer)
     return booster, model, optimizer
@@ -158,11 +162,5 @@ def _free_engines() -> Iterator[None]:
 @pytest.fixture
 def kit() -> Any:
     """The helpers of this file (tests are imported by path, so they cannot import it)."""
-
-    class Kit:
-        pass
-
-    for name in ("llama", "batches", "plugin", "boosted", "train", "fit", "plain_fit", "tightest"):
-        setattr(Kit, name, staticmethod(globals()[name]))
-    Kit.BATCH, Kit.SEQ, Kit.VOCAB = BATCH, SEQ, VOCAB
-    return Kit
+    functions = (llama, batches, plugin, boosted, train, fit, plain_fit, tightest)
+    return types.SimpleNamespace(BATCH=BATCH, SEQ=SEQ, VOCAB=VOCAB, **{function.__name__: function for function in functions})

@@ -35,8 +35,8 @@ def run(booster: Any, model: Any, optimizer: Any, scheduler: Any, data: list[Any
 
 def build(kit: Any, seed: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
     model = kit.llama(seed=seed, tied=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 5], gamma=0.5)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 5], gamma=0.5)
     booster = Booster(kit.plugin(max_norm=0.5, **options))
     model, optimizer, _, _, scheduler = booster.boost(model, optimizer, lr_scheduler=scheduler)
     return booster, model, optimizer, scheduler
@@ -185,7 +185,6 @@ def test_a_kill_at_any_instant_leaves_a_complete_checkpoint(tmp_path: Path, dela
 
 def test_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same without chance: the folder is looked at before and after every rename and removal."""
-    from tierwise.checkpoint import format as safetensors_format
     from tierwise.checkpoint.format import Entry, write_set
     from tierwise.checkpoint.reader import SafetensorsReader
 
@@ -214,7 +213,7 @@ def test_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         look()
 
     write_set(tmp_path, "model", entries(0.0), 10**9, {}, {})
-    monkeypatch.setattr(safetensors_format.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(Path, "unlink", unlink)
     for value, limit in ((1.0, 1000), (2.0, 1000), (3.0, 10**9), (4.0, 900), (5.0, 1000)):
         seen.clear()

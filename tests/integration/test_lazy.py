@@ -27,7 +27,7 @@ def test_a_lazy_model_is_initialised_as_hugging_face_does_it(kit: Any, tied: boo
     with tierwise.lazy_init():
         lazy = kit.llama(tied=tied)
     assert all(param.is_meta for param in lazy.parameters())
-    optimizer = torch.optim.AdamW(lazy.parameters(), lr=3e-3)
+    optimizer: Any = torch.optim.AdamW(lazy.parameters(), lr=3e-3)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     booster = Booster(kit.plugin(precision="fp32", **STREAMED))
     model, optimizer, *_ = booster.boost(lazy, optimizer)
@@ -48,8 +48,9 @@ def test_a_lazy_model_is_initialised_as_hugging_face_does_it(kit: Any, tied: boo
 
 def test_parameters_that_a_parent_initialises(kit: Any) -> None:
     def build() -> Any:
-        config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
-        return transformers.T5ForConditionalGeneration(config)
+        # `Any`: what all configurations take is not in the signature of each.
+        settings: dict[str, Any] = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, **settings))
 
     torch.manual_seed(0)
     eager = build().state_dict()

@@ -37,9 +37,8 @@ def gpt2() -> Any:
 
 
 def t5() -> Any:
-    config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
-    )
+    general: dict[str, Any] = {"decoder_start_token_id": 0}  # Taken by all configurations, and in the signature of none.
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0, **general)
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -85,6 +84,7 @@ def mixtral() -> Any:
 
 
 def gemma2() -> Any:
+    general: dict[str, Any] = {"attn_implementation": "eager"}  # Taken by all configurations, and in the signature of none.
     config = transformers.Gemma2Config(
         vocab_size=64,
         hidden_size=32,
@@ -94,7 +94,7 @@ def gemma2() -> Any:
         num_key_value_heads=1,
         head_dim=16,
         final_logit_softcapping=5.0,
-        attn_implementation="eager",
+        **general,
     )
     return transformers.Gemma2ForCausalLM(config)
 

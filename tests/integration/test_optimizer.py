@@ -58,6 +58,7 @@ def test_a_plain_optimizer_is_continued_and_continues(kit: Any) -> None:
     booster = Booster(kit.plugin(precision="fp32", **STREAMED))
     model, optimizer, *_ = booster.boost(resumed, carried)
     assert steps(booster, model, optimizer, data[3:6]) == pytest.approx(expected[:3], rel=1e-5)
+    assert optimizer is not None
     # Back to plain.
     back = kit.llama()
     back.load_state_dict(model.state_dict())
@@ -85,12 +86,14 @@ def test_a_plain_state_dict_loads_into_a_boosted_optimizer(kit: Any) -> None:
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
 def test_options_are_refused_by_name(kit: Any, option: str) -> None:
     model = kit.llama()
+    options: dict[str, Any] = {option: True}
     with pytest.raises(ValueError, match=option):
-        Booster(kit.plugin()).boost(model, torch.optim.AdamW(model.parameters(), **{option: True}))
+        Booster(kit.plugin()).boost(model, torch.optim.AdamW(model.parameters(), **options))
 
 
 def test_foreach_and_fused_are_hints(kit: Any) -> None:
-    for hint in ({"foreach": True}, {"fused": True}):
+    hints: list[dict[str, Any]] = [{"foreach": True}, {"fused": True}]
+    for hint in hints:
         model = kit.llama()
         optimizer = torch.optim.AdamW(model.parameters(), **hint)
         booster = Booster(kit.plugin(precision="fp32"))
@@ -183,10 +186,10 @@ def test_train_step_equals_the_whole_batch(kit: Any, ignored: int) -> None:
 
 
 def test_the_dataloader_says_the_shapes(kit: Any) -> None:
-    data = [{"input_ids": ids[0], "labels": ids[0], "length": torch.tensor(16)} for ids in kit.batches(6)]
+    data: Any = [{"input_ids": ids[0], "labels": ids[0], "length": torch.tensor(16)} for ids in kit.batches(6)]
     loader = torch.utils.data.DataLoader(data, batch_size=3, shuffle=True)
     model = kit.llama()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer: Any = torch.optim.AdamW(model.parameters())
     booster = Booster(kit.plugin(precision="fp32", micro_batch_size=None, seq_len=None))
     state = torch.get_rng_state()
     model, optimizer, _, same, _ = booster.boost(model, optimizer, dataloader=loader)

@@ -71,6 +71,7 @@ def test_groups_schedules_and_coupled_decay(kit: Any, kind: str) -> None:
     model, optimizer, scheduler = build()
     booster = Booster(kit.plugin(precision="fp32", **STREAMED))
     model, optimizer, _, _, scheduler = booster.boost(model, optimizer, lr_scheduler=scheduler)
+    assert optimizer is not None and scheduler is not None
     ours, our_rates = [], []
     for ids in kit.batches(10):
         loss = model(input_ids=ids, labels=ids).loss

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+pytest.importorskip("torch")
 
-from tierwise.gemini.chunking import group  # noqa: E402
+import torch
+from torch import nn
+
+from tierwise.gemini.chunking import group
 
 
 def units(model: nn.Module) -> dict[str, list[str]]:

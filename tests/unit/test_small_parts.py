@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-torch = pytest.importorskip("torch")
-safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
 
-from tierwise.checkpoint.format import Entry, shards, write_file  # noqa: E402
-from tierwise.checkpoint.optimizer import from_json, to_json  # noqa: E402
-from tierwise.checkpoint.reader import SafetensorsReader  # noqa: E402
-from tierwise.gemini.scaler import LossScaler  # noqa: E402
+import torch
+
+from tierwise.checkpoint.format import Entry, shards, write_file
+from tierwise.checkpoint.optimizer import from_json, to_json
+from tierwise.checkpoint.reader import SafetensorsReader
+from tierwise.gemini.scaler import LossScaler
 
 
 def scaler(**options: Any) -> LossScaler:
@@ -65,13 +69,14 @@ def test_json_of_scheduler_states() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     schedulers = torch.optim.lr_scheduler
-    for make in (
+    makes: list[Callable[[], Any]] = [
         lambda: schedulers.MultiStepLR(optimizer, [2, 2, 5]),
         lambda: schedulers.LambdaLR(optimizer, lambda step: 0.9**step),
         lambda: schedulers.SequentialLR(optimizer, [schedulers.ConstantLR(optimizer), schedulers.ExponentialLR(optimizer, 0.9)], [3]),
         lambda: schedulers.ReduceLROnPlateau(optimizer),
         lambda: schedulers.OneCycleLR(optimizer, 1.0, 10),
-    ):
+    ]
+    for make in makes:
         scheduler = make()
         state = scheduler.state_dict()
         restored = from_json(json.loads(json.dumps(to_json(state))))
@@ -93,7 +98,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
     tensors = {f"t{i}": (torch.arange(i * 3).reshape(i, 3) % 2).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors["scalar"] = torch.tensor(2.5)
     tensors["strided"] = torch.arange(12.0).reshape(3, 4).t()
-    entries = [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    entries = [Entry(name, t.dtype, tuple(t.shape), functools.partial(torch.Tensor.detach, t)) for name, t in tensors.items()]
     write_file(tmp_path / "model.safetensors", entries, {"note": "hello"})
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()

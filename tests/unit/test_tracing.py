@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-from tierwise.gemini.chunking import group  # noqa: E402
-from tierwise.gemini.tracing import count_tokens, trace  # noqa: E402
+import torch
+import transformers
+
+from tierwise.gemini.chunking import group
+from tierwise.gemini.tracing import count_tokens, trace
 
 
 def llama(**config: Any) -> Any:

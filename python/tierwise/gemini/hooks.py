@@ -175,8 +175,8 @@ class UnitHooks:
                 # After entering: that waits for steps which still run.
                 if self._generations(index) != generations:
                     raise TierwiseError(
-                        f"backward through {self._units[index].name!r}, whose parameters an optimizer step has rewritten since its forward; "
-                        "call booster.backward before optimizer.step(), on a loss of the current parameters"
+                        f"backward through {self._units[index].name!r}, whose parameters an optimizer step has rewritten since its "
+                        "forward; call booster.backward before optimizer.step(), on a loss of the current parameters"
                     )
 
         return enter
