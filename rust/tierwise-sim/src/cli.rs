@@ -203,7 +203,7 @@ fn find_model(name: &str) -> Result<Model, Failure> {
     if let Some(model) = models::preset(name) {
         return Ok(model);
     }
-    let known = models::presets().into_iter().map(|m| m.name).collect::<Vec<_>>().join(", ");
+    let known = models::names().join(", ");
     let text = read_file("model", name, &known)?;
     let mut model = Model::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?;
     if model.name.is_empty() {
@@ -229,11 +229,11 @@ fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
     let presets = models::presets();
     match format {
         Format::Table => {
-            writeln!(out, "{:<14}{:>16}{:>8}{:>8}{:>8}{:>8}", "model", "parameters", "layers", "hidden", "heads", "kv")?;
+            writeln!(out, "{:<15}{:>16}{:>8}{:>8}{:>8}{:>8}  source", "model", "parameters", "layers", "hidden", "heads", "kv")?;
             for m in presets {
-                let kv = m.num_key_value_heads.unwrap_or(m.num_attention_heads);
-                let sizes = (m.num_hidden_layers, m.hidden_size, m.num_attention_heads);
-                writeln!(out, "{:<14}{:>16}{:>8}{:>8}{:>8}{kv:>8}", m.name, m.num_params(), sizes.0, sizes.1, sizes.2)?;
+                let sizes = (m.num_layers, m.hidden_size, m.num_heads, m.num_kv_heads);
+                let head = format!("{:<15}{:>16}{:>8}{:>8}", m.name, m.num_params(), sizes.0, sizes.1);
+                writeln!(out, "{head}{:>8}{:>8}  {}", sizes.2, sizes.3, m.source)?;
             }
         }
         Format::Json => {
@@ -241,9 +241,10 @@ fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
                 .iter()
                 .map(|m| {
                     serde_json::json!({
-                        "name": m.name, "num_params": m.num_params(), "num_hidden_layers": m.num_hidden_layers, "hidden_size": m.hidden_size,
-                        "intermediate_size": m.intermediate_size, "num_attention_heads": m.num_attention_heads,
-                        "num_key_value_heads": m.num_key_value_heads, "vocab_size": m.vocab_size,
+                        "name": m.name, "source": m.source, "num_params": m.num_params(), "num_hidden_layers": m.num_layers,
+                        "hidden_size": m.hidden_size, "num_attention_heads": m.num_heads, "num_key_value_heads": m.num_kv_heads,
+                        "vocab_size": m.vocab_size, "class": models::class_of(&m.model_type), "config": m.config(),
+                        "forward_matmul_flops_per_token": m.blocks.iter().map(|b| b.matmul_flops).sum::<u64>(),
                     })
                 })
                 .collect();
