@@ -216,7 +216,7 @@ fn find_hardware(name: &str) -> Result<Hardware, Failure> {
     if let Some(hardware) = hardware::preset(name) {
         return Ok(hardware);
     }
-    let known = hardware::presets().into_iter().map(|h| h.name).collect::<Vec<_>>().join(", ");
+    let known = hardware::names().join(", ");
     let text = read_file("hardware", name, &known)?;
     Hardware::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))
 }
@@ -256,17 +256,23 @@ fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
 }
 
 fn hardware(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
-    let presets = hardware::presets();
+    let (presets, networks) = (hardware::presets(), hardware::networks());
     match format {
         Format::Table => {
+            writeln!(out, "{:<13}{:>8}  {:>9}{:>12}{:>12}  between GPUs", "hardware", "TFLOP/s", "GPUs", "device", "host")?;
             for h in presets {
-                let tera = h.peak_flops / 1e12;
+                let link = |link: Option<hardware::Link>| link.map_or("-".to_owned(), |l| format!("{:.0} GB/s", l.bytes_per_s / 1e9));
                 let (device, host) = (gigabytes(h.device_memory_bytes), gigabytes(h.host_memory_bytes));
-                writeln!(out, "{:<10}{tera:>7.1} TFLOP/s  device {device:>9}  host {host:>9}  {}", h.name, h.source)?;
+                let head = format!("{:<13}{:>8.1}  {:>9}{device:>12}{host:>12}", h.name, h.peak_flops / 1e12, h.gpus_per_node);
+                writeln!(out, "{head}  {}, network {}", link(h.intra_node), link(h.network))?;
+            }
+            writeln!(out, "\n{:<16}{:>16}  source", "network", "GB/s of a node")?;
+            for n in networks {
+                writeln!(out, "{:<16}{:>16.1}  {}", n.name, n.node_bytes_per_s / 1e9, n.source)?;
             }
         }
         Format::Json => {
-            let value = serde_json::json!({"schema_version": SCHEMA_VERSION, "hardware": presets});
+            let value = serde_json::json!({"schema_version": SCHEMA_VERSION, "hardware": presets, "networks": networks});
             writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
         }
     }

@@ -172,6 +172,7 @@ fn a_budget_below_the_plan_is_refused() {
 
 #[test]
 fn presets_are_valid_files() {
+    assert!(presets().len() >= 14);
     for hardware in presets() {
         let json = serde_json::to_string(&hardware).unwrap();
         assert_eq!(Hardware::from_json(&json).unwrap(), hardware);
