@@ -5,7 +5,8 @@
 
 mod actions;
 mod calls;
-mod machine;
+mod collectives;
+pub(crate) mod machine;
 mod stalls;
 mod thread;
 mod window;
@@ -45,12 +46,27 @@ pub struct Setup<'a> {
     pub costs: &'a Costs,
     /// The machine.
     pub hardware: &'a Hardware,
+    /// Collectives of the data-parallel group, if there is one.
+    pub sharding: Option<&'a Sharding>,
     /// Hard limit of device bytes.
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.
     pub host_budget: u64,
     /// Whether the gradient norm is above its limit in every step.
     pub clips: bool,
+}
+
+/// When the ranks of a data-parallel group exchange what, and how long it takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sharding {
+    /// Whether parameters are gathered before every use (otherwise after every step).
+    pub gathers_before_use: bool,
+    /// Whether gradients are reduced in every micro-batch (otherwise in the last one).
+    pub reduces_every_micro_batch: bool,
+    /// Per chunk: nanoseconds in which its parameters are gathered; 0 if they are whole anyway.
+    pub gather_ns: Vec<u64>,
+    /// Per chunk: nanoseconds in which its gradients are reduced.
+    pub reduce_ns: Vec<u64>,
 }
 
 /// Why a plan could not be executed.
@@ -116,6 +132,8 @@ struct Run<'a> {
     /// Kinds of the compute tasks' waits, in order of their enqueueing.
     wait_causes: BTreeMap<usize, Cause>,
     compute_ended: u64,
+    /// Latest compute tasks: a gathered chunk takes the buffer of the last but one.
+    latest_compute: [Option<Token>; 2],
     window: Option<Window>,
 }
 
@@ -182,6 +200,7 @@ impl<'a> Run<'a> {
             backward,
             wait_causes: BTreeMap::new(),
             compute_ended: 0,
+            latest_compute: [None; 2],
             window: None,
             setup,
         })

@@ -54,6 +54,8 @@ pub struct Hardware {
     pub h2d_duplex_bytes_per_s: f64,
     /// Device-to-host bytes per second while the other direction is busy.
     pub d2h_duplex_bytes_per_s: f64,
+    /// Bytes per second of copies from or to memory that is not pinned.
+    pub pageable_bytes_per_s: f64,
     /// GPUs that share one link to the host.
     pub gpus_per_host_link: u32,
     /// Bytes per second that host memory carries in all, copies included.
@@ -161,6 +163,7 @@ impl Hardware {
             ("d2h_bytes_per_s", self.d2h_bytes_per_s),
             ("h2d_duplex_bytes_per_s", self.h2d_duplex_bytes_per_s),
             ("d2h_duplex_bytes_per_s", self.d2h_duplex_bytes_per_s),
+            ("pageable_bytes_per_s", self.pageable_bytes_per_s),
             ("host_memory_bytes_per_s", self.host_memory_bytes_per_s),
             ("host_stream_bytes_per_s", self.host_stream_bytes_per_s),
             ("host_adam_params_per_s", self.host_adam_params_per_s),

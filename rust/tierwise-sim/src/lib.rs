@@ -12,5 +12,7 @@ pub mod costs;
 pub mod executor;
 pub mod hardware;
 pub mod models;
+pub mod parallel;
+pub mod pipeline;
 pub mod report;
 pub mod units;

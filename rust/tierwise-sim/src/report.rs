@@ -189,6 +189,7 @@ pub fn answer(request: &Request) -> Result<Answer, Error> {
         plan: &plan,
         costs: &costs,
         hardware: &request.hardware,
+        sharding: None,
         device_budget: request.device_budget,
         host_budget: request.host_budget,
         clips: request.clips,

@@ -41,6 +41,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         plan: &case.plan,
         costs: &costs,
         hardware,
+        sharding: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         clips,

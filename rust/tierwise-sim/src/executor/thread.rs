@@ -123,6 +123,7 @@ impl Run<'_> {
                 }
             }
         }
+        waits.extend(self.gather_for_use(op));
         let ns = match phase {
             Phase::Forward => costs.forward_ns[index],
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
@@ -146,7 +147,8 @@ impl Run<'_> {
         for (token, cause) in waits {
             self.wait_causes.insert(token.index(), cause);
         }
-        self.machine.push(Lane::Compute, task);
+        let token = self.machine.push(Lane::Compute, task);
+        self.latest_compute = [self.latest_compute[1], Some(token)];
     }
 
     /// Device bytes that will be given back without the training thread.

@@ -23,6 +23,8 @@ pub struct Outcome {
     pub h2d_bytes: u64,
     /// Bytes copied from the device.
     pub d2h_bytes: u64,
+    /// Nanoseconds of collectives of the data-parallel group at full speed of the links, hidden or not.
+    pub communicated_ns: u64,
     /// Nanoseconds that each lane was busy, by track.
     pub busy_ns: BTreeMap<String, u64>,
     /// Most device bytes in use, reserve included.
@@ -51,6 +53,7 @@ pub struct Window {
     pub stalls: Stalls,
     pub h2d_bytes: u64,
     pub d2h_bytes: u64,
+    pub communicated_ns: u64,
     pub busy_ns: BTreeMap<String, u64>,
     pub before: Counters,
     pub timeline: Timeline,
@@ -84,6 +87,7 @@ impl Run<'_> {
             stalls: window.stalls,
             h2d_bytes: window.h2d_bytes,
             d2h_bytes: window.d2h_bytes,
+            communicated_ns: window.communicated_ns,
             busy_ns: window.busy_ns,
             device_peak_bytes: self.device.peak(),
             device_peak_op,
@@ -107,6 +111,7 @@ impl Window {
             }
             Lane::HostToDevice => self.h2d_bytes += ended.bytes,
             Lane::DeviceToHost => self.d2h_bytes += ended.bytes,
+            Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
             Lane::Optimizer | Lane::HostAdam | Lane::Landing => {}
         }
         *self.busy_ns.entry(ended.lane.track().to_owned()).or_default() += busy;
