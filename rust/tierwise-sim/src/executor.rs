@@ -7,7 +7,7 @@ mod actions;
 mod calls;
 mod collectives;
 pub(crate) mod machine;
-mod stalls;
+pub(crate) mod stalls;
 mod thread;
 mod window;
 
