@@ -112,6 +112,8 @@ struct Run<'a> {
     blocks: Blocks,
     device: Budget,
     host: Budget,
+    /// Device bytes that stay for the whole run.
+    fixed: u64,
     activations: u64,
     gradients: u64,
     peak: (String, u64, u64),
@@ -184,6 +186,7 @@ impl<'a> Run<'a> {
             machine: Machine::new(hardware),
             thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None },
             blocks: Blocks::default(),
+            fixed: device.used(),
             activations: 0,
             gradients: 0,
             peak: ("the start".to_owned(), 0, 0),
@@ -247,7 +250,14 @@ impl<'a> Run<'a> {
         let mut actions = Vec::new();
         let progress = self.scheduler.step(event, &mut actions);
         self.execute(&actions);
+        self.check_conservation();
         Ok(progress?)
+    }
+
+    /// Every byte in use has an owner, and what is on its way or waits for a step is part of the gradients.
+    fn check_conservation(&self) {
+        debug_assert_eq!(self.device.used(), self.fixed + self.activations + self.gradients, "device bytes");
+        debug_assert!(self.in_flight_bytes + self.leaving_bytes + self.held.iter().sum::<u64>() <= self.gradients, "gradient bytes");
     }
 
     fn effects(&mut self, effects: Vec<Effect>) -> Result<(), SimError> {

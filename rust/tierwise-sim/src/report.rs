@@ -83,6 +83,7 @@ pub fn answer(request: &Request) -> Result<Answer, Error> {
 
 /// Simulates; the inner error says what does not fit.
 pub fn simulate(request: &Request) -> Result<Result<(Box<Report>, Timeline), Shortfall>, Error> {
+    request.parallel.check(&request.model, &request.hardware, request.seq).map_err(Error::Usage)?;
     let simulated = match request.policy {
         None => ours::step(request)?,
         Some(policy) => peers::step(policy, request)?,

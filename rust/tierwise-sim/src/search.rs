@@ -122,9 +122,9 @@ fn least_ns(request: &Request) -> Result<Option<u64>, Error> {
 
 fn flags(request: &Request) -> String {
     let parallel = &request.parallel;
-    let mut flags = format!("--micro-batch {}", request.micro_batch);
-    if parallel.gpus > 1 {
-        flags += &format!(" --tensor-parallel {} --pipeline {} --zero {}", parallel.tensor, parallel.pipeline, parallel.zero);
+    let micro_batch = format!("--micro-batch {}", request.micro_batch);
+    if parallel.gpus == 1 {
+        return micro_batch;
     }
-    flags
+    format!("{micro_batch} --tensor-parallel {} --pipeline {} --zero {}", parallel.tensor, parallel.pipeline, parallel.zero)
 }

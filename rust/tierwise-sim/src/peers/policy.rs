@@ -26,6 +26,7 @@ pub enum Policy {
 
 /// A policy as data. Bytes are per element of a rank's part, unless they are said to be whole.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "independent properties of a system, not states of one thing")]
 pub struct Traits {
     /// Parameters are split and gathered before every use.
     pub gathers: bool,

@@ -76,7 +76,7 @@ impl<'a> Program<'a> {
                 }
                 if device as u64 > record.device_peak_bytes {
                     record.device_peak_bytes = device as u64;
-                    record.device_peak_at = began.lane.track().to_owned();
+                    began.lane.track().clone_into(&mut record.device_peak_at);
                 }
                 let Some(start) = start else { continue };
                 if began.lane == Lane::Compute && now > began.idle_since_ns.max(start) {
