@@ -19,6 +19,7 @@ from tierwise._core import (
 if TYPE_CHECKING:
     from tierwise.gemini.model import full_parameters
     from tierwise.lazy import lazy_init
+    from tierwise.sim import search, simulate
 
 __all__ = [
     "BudgetError",
@@ -29,6 +30,8 @@ __all__ = [
     "__version__",
     "full_parameters",
     "lazy_init",
+    "search",
+    "simulate",
 ]
 
 
@@ -41,6 +44,10 @@ def __getattr__(name: str) -> Any:
         from tierwise.gemini.model import full_parameters
 
         return full_parameters
+    if name in ("search", "simulate"):
+        from tierwise import sim
+
+        return getattr(sim, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -241,3 +241,6 @@ def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -
 
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""
+
+def sim_output(args: list[str]) -> tuple[int, str, str]:
+    """Runs the `tierwise-sim` command with these arguments; returns its exit code, what it printed and its messages."""

@@ -21,7 +21,7 @@ mod _core {
     #[pymodule_export]
     use crate::layout::Layout;
     #[pymodule_export]
-    use crate::sim::sim_main;
+    use crate::sim::{sim_main, sim_output};
     use pyo3::prelude::*;
 
     #[pymodule_init]

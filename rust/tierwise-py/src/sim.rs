@@ -3,9 +3,22 @@
 use pyo3::prelude::*;
 use std::ffi::OsString;
 
+fn with_name(args: Vec<OsString>) -> impl Iterator<Item = OsString> {
+    std::iter::once(OsString::from("tierwise-sim")).chain(args)
+}
+
 /// Runs `tierwise-sim` with `args` (without the program's name) on this process's stdout and stderr; gives the exit code.
 #[pyfunction]
 pub fn sim_main(py: Python<'_>, args: Vec<OsString>) -> u8 {
-    let args = std::iter::once(OsString::from("tierwise-sim")).chain(args);
-    py.detach(|| tierwise_sim::cli::main(args, &mut std::io::stdout().lock(), &mut std::io::stderr().lock()))
+    py.detach(|| tierwise_sim::cli::main(with_name(args), &mut std::io::stdout().lock(), &mut std::io::stderr().lock()))
+}
+
+/// Runs `tierwise-sim` with `args`; gives the exit code, what it printed and its messages.
+#[pyfunction]
+pub fn sim_output(py: Python<'_>, args: Vec<OsString>) -> (u8, String, String) {
+    py.detach(|| {
+        let (mut out, mut log) = (Vec::new(), Vec::new());
+        let code = tierwise_sim::cli::main(with_name(args), &mut out, &mut log);
+        (code, String::from_utf8_lossy(&out).into_owned(), String::from_utf8_lossy(&log).into_owned())
+    })
 }

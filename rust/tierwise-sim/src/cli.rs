@@ -1,23 +1,29 @@
-//! The command line: parses, asks [`crate::report`], prints.
+//! The command line: parses, asks the library, prints.
 
-use crate::hardware::{self, Hardware};
-use crate::models::{self, Model};
-use crate::report::{Answer, Error, Request, SCHEMA_VERSION, answer};
-use crate::units::{gigabytes, parse_bytes};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+mod args;
+mod lists;
+mod output;
+mod steps;
+mod validate;
+
+use crate::report::SCHEMA_VERSION;
+use args::StepArgs;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use output::Failure;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
-use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::Recompute;
 
 /// Exit codes.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 const DOES_NOT_FIT: u8 = 3;
+const GATE: u8 = 4;
 
 /// Does it fit, and how fast? Plans and simulates a training step without a GPU.
+///
+/// Exit codes: 0 it fits, 1 the result could not be written, 2 usage error, 3 it does not fit, 4 `validate` found a larger error than allowed.
 #[derive(Debug, Parser)]
 #[command(name = "tierwise-sim", version, about)]
 struct Cli {
@@ -29,30 +35,29 @@ struct Cli {
 enum Command {
     /// Simulate one steady-state step.
     Run(Box<RunArgs>),
+    /// Find the fastest settings: micro-batch, parallel sizes and what each rank keeps.
+    Search(Box<SearchArgs>),
+    /// Simulate the same step with several systems.
+    Compare(Box<CompareArgs>),
+    /// Compare recorded runs with their prediction.
+    Validate(ValidateArgs),
     /// List the known models.
     Models(ListArgs),
-    /// List the known machines.
+    /// List the known machines and networks.
     Hardware(ListArgs),
+    /// Print a completion script.
+    Completions {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
     Table,
     Json,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum RecomputeArg {
-    Auto,
-    None,
-    Full,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum ClipModeArg {
-    Defer,
-    Speculate,
-    Auto,
 }
 
 #[derive(Debug, Args)]
@@ -64,45 +69,47 @@ struct ListArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Name of a model, or the path of a Hugging Face config.json.
-    #[arg(long)]
-    model: String,
-    /// Name of a machine, or the path of a JSON file with its figures.
-    #[arg(long, default_value = "h100")]
-    hardware: String,
-    /// Tokens of a sequence.
-    #[arg(long, default_value_t = 4096)]
-    seq: u64,
-    /// Sequences of a micro-batch.
-    #[arg(long, default_value_t = 1)]
-    micro_batch: u64,
-    /// Tokens of an optimizer step; one micro-batch if left out.
-    #[arg(long)]
-    tokens_per_step: Option<u64>,
-    /// Limit of device memory, such as 80GB or 75GiB; what the machine has if left out.
-    #[arg(long, value_parser = parse_bytes)]
-    device_budget: Option<u64>,
-    /// Limit of pinned host memory; what the machine has if left out.
-    #[arg(long, value_parser = parse_bytes)]
-    host_budget: Option<u64>,
-    /// Device memory kept free for the CUDA context, workspaces and fragmentation.
-    #[arg(long, value_parser = parse_bytes, default_value = "2GB")]
-    reserve: u64,
-    /// Which layers are recomputed in backward.
-    #[arg(long, value_enum, default_value = "auto")]
-    recompute: RecomputeArg,
-    /// How clipping and the host's optimizer step overlap.
-    #[arg(long, value_enum, default_value = "defer")]
-    clip_mode: ClipModeArg,
-    /// Assume that no step is clipped; otherwise every one is.
-    #[arg(long)]
-    never_clips: bool,
+    #[command(flatten)]
+    step: StepArgs,
     /// How to print.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
     /// Write the step's timeline for Perfetto to this file.
     #[arg(long)]
     trace: Option<PathBuf>,
+    /// Write a report with the memory timeline to this file.
+    #[arg(long)]
+    html: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct SearchArgs {
+    #[command(flatten)]
+    step: StepArgs,
+    /// How to print.
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+struct CompareArgs {
+    #[command(flatten)]
+    step: StepArgs,
+    /// Systems to compare; all if left out.
+    #[arg(long, value_delimiter = ',')]
+    policies: Vec<args::PolicyArg>,
+    /// How to print.
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+struct ValidateArgs {
+    /// Recorded runs, as docs/simulator.md describes them.
+    file: PathBuf,
+    /// How to print.
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
 }
 
 /// Runs the command; `args` starts with the program's name. Gives the exit code.
@@ -116,9 +123,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: 
         }
     };
     let result = match cli.command {
-        Command::Run(args) => run(&args, out),
-        Command::Models(args) => models(args.format, out),
-        Command::Hardware(args) => hardware(args.format, out),
+        Command::Run(args) => steps::run(&args, out),
+        Command::Search(args) => steps::search(&args, out),
+        Command::Compare(args) => steps::compare(&args, out),
+        Command::Validate(args) => validate::validate(&args.file, args.format, out),
+        Command::Models(args) => lists::models(args.format, out),
+        Command::Hardware(args) => lists::hardware(args.format, out),
+        Command::Completions { shell } => completions(shell, out),
+        Command::Man => clap_mangen::Man::new(Cli::command()).render(out).map(|()| OK).map_err(Failure::from),
     };
     result.unwrap_or_else(|failure| {
         let _ = writeln!(log, "error: {}", failure.message);
@@ -126,148 +138,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: 
     })
 }
 
-struct Failure {
-    code: u8,
-    message: String,
-}
-
-fn usage(message: impl Into<String>) -> Failure {
-    Failure { code: USAGE, message: message.into() }
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(error: std::io::Error) -> Self {
-        Failure { code: FAILED, message: format!("cannot write the result: {error}") }
-    }
-}
-
-impl From<serde_json::Error> for Failure {
-    fn from(error: serde_json::Error) -> Self {
-        Failure { code: FAILED, message: format!("cannot write JSON: {error}") }
-    }
-}
-
-fn run(args: &RunArgs, out: &mut dyn Write) -> Result<u8, Failure> {
-    let model = find_model(&args.model)?;
-    let hardware = find_hardware(&args.hardware)?;
-    let request = Request {
-        seq: args.seq,
-        micro_batch: args.micro_batch,
-        tokens_per_step: args.tokens_per_step.unwrap_or(args.seq.saturating_mul(args.micro_batch)),
-        device_budget: args.device_budget.unwrap_or(hardware.device_memory_bytes),
-        host_budget: args.host_budget.unwrap_or(hardware.host_memory_bytes),
-        reserve_bytes: args.reserve,
-        recompute: match args.recompute {
-            RecomputeArg::Auto => Recompute::Auto,
-            RecomputeArg::None => Recompute::None,
-            RecomputeArg::Full => Recompute::Full,
-        },
-        clip_mode: match args.clip_mode {
-            ClipModeArg::Defer => ClipMode::Defer,
-            ClipModeArg::Speculate => ClipMode::Speculate,
-            ClipModeArg::Auto => ClipMode::Auto,
-        },
-        clips: !args.never_clips,
-        model,
-        hardware,
-    };
-    let answer = answer(&request).map_err(|error| match error {
-        Error::Usage(message) => usage(message),
-        Error::Execution(_) => Failure { code: FAILED, message: error.to_string() },
-    })?;
-    match answer {
-        Answer::Fits(report, timeline) => {
-            if let Some(path) = &args.trace {
-                std::fs::write(path, timeline.to_perfetto())
-                    .map_err(|error| Failure { code: FAILED, message: format!("cannot write {}: {error}", path.display()) })?;
-            }
-            print(out, args.format, &report.to_table(), &*report)?;
-            Ok(OK)
-        }
-        Answer::DoesNotFit(shortage) => {
-            print(out, args.format, &shortage.to_table(), &*shortage)?;
-            Ok(DOES_NOT_FIT)
-        }
-    }
-}
-
-fn print(out: &mut dyn Write, format: Format, table: &str, value: &impl serde::Serialize) -> Result<(), Failure> {
-    match format {
-        Format::Table => write!(out, "{table}")?,
-        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(value)?)?,
-    }
-    Ok(())
-}
-
-fn find_model(name: &str) -> Result<Model, Failure> {
-    if let Some(model) = models::preset(name) {
-        return Ok(model);
-    }
-    let known = models::presets().into_iter().map(|m| m.name).collect::<Vec<_>>().join(", ");
-    let text = read_file("model", name, &known)?;
-    let mut model = Model::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?;
-    if model.name.is_empty() {
-        name.clone_into(&mut model.name);
-    }
-    Ok(model)
-}
-
-fn find_hardware(name: &str) -> Result<Hardware, Failure> {
-    if let Some(hardware) = hardware::preset(name) {
-        return Ok(hardware);
-    }
-    let known = hardware::presets().into_iter().map(|h| h.name).collect::<Vec<_>>().join(", ");
-    let text = read_file("hardware", name, &known)?;
-    Hardware::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))
-}
-
-fn read_file(what: &str, name: &str, known: &str) -> Result<String, Failure> {
-    std::fs::read_to_string(name).map_err(|error| usage(format!("unknown {what} `{name}` and no such file ({error}); known are {known}")))
-}
-
-fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
-    let presets = models::presets();
-    match format {
-        Format::Table => {
-            writeln!(out, "{:<14}{:>16}{:>8}{:>8}{:>8}{:>8}", "model", "parameters", "layers", "hidden", "heads", "kv")?;
-            for m in presets {
-                let kv = m.num_key_value_heads.unwrap_or(m.num_attention_heads);
-                let sizes = (m.num_hidden_layers, m.hidden_size, m.num_attention_heads);
-                writeln!(out, "{:<14}{:>16}{:>8}{:>8}{:>8}{kv:>8}", m.name, m.num_params(), sizes.0, sizes.1, sizes.2)?;
-            }
-        }
-        Format::Json => {
-            let models: Vec<_> = presets
-                .iter()
-                .map(|m| {
-                    serde_json::json!({
-                        "name": m.name, "num_params": m.num_params(), "num_hidden_layers": m.num_hidden_layers, "hidden_size": m.hidden_size,
-                        "intermediate_size": m.intermediate_size, "num_attention_heads": m.num_attention_heads,
-                        "num_key_value_heads": m.num_key_value_heads, "vocab_size": m.vocab_size,
-                    })
-                })
-                .collect();
-            let value = serde_json::json!({"schema_version": SCHEMA_VERSION, "models": models});
-            writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
-        }
-    }
-    Ok(OK)
-}
-
-fn hardware(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
-    let presets = hardware::presets();
-    match format {
-        Format::Table => {
-            for h in presets {
-                let tera = h.peak_flops / 1e12;
-                let (device, host) = (gigabytes(h.device_memory_bytes), gigabytes(h.host_memory_bytes));
-                writeln!(out, "{:<10}{tera:>7.1} TFLOP/s  device {device:>9}  host {host:>9}  {}", h.name, h.source)?;
-            }
-        }
-        Format::Json => {
-            let value = serde_json::json!({"schema_version": SCHEMA_VERSION, "hardware": presets});
-            writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
-        }
-    }
+fn completions(shell: clap_complete::Shell, out: &mut dyn Write) -> Result<u8, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "tierwise-sim", &mut script);
+    out.write_all(&script)?;
     Ok(OK)
 }

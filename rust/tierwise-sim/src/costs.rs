@@ -1,5 +1,6 @@
 //! How long every unit takes on a machine, and the speeds that the planner weighs.
 
+use crate::collectives::Group;
 use crate::hardware::Hardware;
 use crate::models::{Built, Work};
 use tierwise_core::planner::Speeds;
@@ -27,6 +28,18 @@ impl Costs {
         let forward = |w| ns(w, 1.0, hardware.matmul_forward_flops, hardware.attention_forward_flops);
         let backward = |w| ns(w, 2.0, hardware.matmul_backward_flops, hardware.attention_backward_flops);
         Costs { forward_ns: built.work.iter().map(forward).collect(), backward_ns: built.work.iter().map(backward).collect() }
+    }
+
+    /// Adds the exchanges inside units, which compute waits for. A reduction over tensor-parallel ranks is a reduce-scatter and an all-gather;
+    /// attention over a split sequence exchanges queries, keys and values before and its output after. Backward does the same.
+    pub fn add_exchanges(&mut self, built: &Built, tensor: &Group, sequence: &Group) {
+        for (unit, work) in built.work.iter().enumerate() {
+            let reductions = work.reductions.max(1);
+            let reduced = 2 * reductions * tensor.all_gather_ns(work.reduced_bytes / reductions as f64);
+            let exchanged = 2 * sequence.all_to_all_ns(work.exchanged_bytes / 2.0);
+            self.forward_ns[unit] += reduced + exchanged;
+            self.backward_ns[unit] += reduced + exchanged;
+        }
     }
 
     /// Speeds at which the planner's formulas agree with these costs.

@@ -4,24 +4,31 @@
 //! stream and blocks where `enter`, `grads` and `commit` block, and workers that post completions. Only durations are modelled.
 
 mod actions;
-mod machine;
-mod stalls;
+mod calls;
+mod collectives;
+pub(crate) mod machine;
+pub(crate) mod stalls;
+mod thread;
+mod window;
 
 pub use stalls::Stalls;
+pub use window::Outcome;
 
 use crate::costs::Costs;
 use crate::hardware::Hardware;
-use machine::{Began, Ended, Lane, Machine, Task, Token};
-use serde::Serialize;
+use calls::{Call, calls};
+use machine::{Began, Ended, Lane, Machine, Token};
 use stalls::{Blocks, Cause};
 use std::collections::BTreeMap;
+use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
-use tierwise_core::scheduler::{Counters, Event, Progress, ScheduleError, Scheduler};
-use tierwise_core::timeline::{Sample, Span, Timeline};
+use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler};
+use tierwise_core::timeline::Span;
 use tierwise_core::trace::{Phase, Trace};
-use tierwise_core::{ChunkId, OpId, Tier};
+use tierwise_core::{OpId, Tier};
+use window::Window;
 
 /// Steps before the one that is measured: the first has no pending optimizer work, the second is the first of the cycle.
 const WARM_UP_STEPS: u64 = 2;
@@ -39,6 +46,8 @@ pub struct Setup<'a> {
     pub costs: &'a Costs,
     /// The machine.
     pub hardware: &'a Hardware,
+    /// Collectives of the data-parallel group, if there is one.
+    pub sharding: Option<&'a Sharding>,
     /// Hard limit of device bytes.
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.
@@ -47,38 +56,17 @@ pub struct Setup<'a> {
     pub clips: bool,
 }
 
-/// What one steady-state step did, from the end of one backward pass to the end of the next.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Outcome {
-    /// Nanoseconds of the step.
-    pub step_ns: u64,
-    /// Nanoseconds of compute at full speed.
-    pub compute_ns: u64,
-    /// Nanoseconds that compute took longer because copies, the host or the device optimizer shared the machine.
-    pub slowdown_ns: u64,
-    /// Nanoseconds that compute stood still, by cause.
-    pub stalls: Stalls,
-    /// Bytes copied to the device.
-    pub h2d_bytes: u64,
-    /// Bytes copied from the device.
-    pub d2h_bytes: u64,
-    /// Nanoseconds that each lane was busy, by track.
-    pub busy_ns: BTreeMap<String, u64>,
-    /// Most device bytes in use, reserve included.
-    pub device_peak_bytes: u64,
-    /// Operation at which the device peak was.
-    pub device_peak_op: String,
-    /// Saved activations at the device peak.
-    pub device_peak_activation_bytes: u64,
-    /// Gradients at the device peak.
-    pub device_peak_gradient_bytes: u64,
-    /// Most pinned host bytes in use.
-    pub host_peak_bytes: u64,
-    /// What the scheduler did in the step.
-    pub counters: Counters,
-    /// Spans of the step and byte counters; its epoch is the start of the step.
-    #[serde(skip)]
-    pub timeline: Timeline,
+/// When the ranks of a data-parallel group exchange what, and how long it takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sharding {
+    /// Whether parameters are gathered before every use (otherwise after every step).
+    pub gathers_before_use: bool,
+    /// Whether gradients are reduced in every micro-batch (otherwise in the last one).
+    pub reduces_every_micro_batch: bool,
+    /// Per chunk: nanoseconds in which its parameters are gathered; 0 if they are whole anyway.
+    pub gather_ns: Vec<u64>,
+    /// Per chunk: nanoseconds in which its gradients are reduced.
+    pub reduce_ns: Vec<u64>,
 }
 
 /// Why a plan could not be executed.
@@ -103,17 +91,6 @@ pub enum SimError {
     },
 }
 
-/// One call of the training thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Call {
-    Enter(OpId),
-    Leave(OpId),
-    BackwardBegin,
-    Hand(ChunkId),
-    BackwardEnd,
-    Commit,
-}
-
 /// What happens when a task begins or ends.
 #[derive(Debug)]
 enum Effect {
@@ -126,14 +103,6 @@ enum Effect {
     FreeStaging,
 }
 
-/// Where the training thread is.
-struct Thread {
-    step: u64,
-    at: usize,
-    ready_ns: u64,
-    blocked: Option<(u64, Cause)>,
-}
-
 struct Run<'a> {
     setup: Setup<'a>,
     scheduler: Scheduler,
@@ -143,6 +112,8 @@ struct Run<'a> {
     blocks: Blocks,
     device: Budget,
     host: Budget,
+    /// Device bytes that stay for the whole run.
+    fixed: u64,
     activations: u64,
     gradients: u64,
     peak: (String, u64, u64),
@@ -163,21 +134,9 @@ struct Run<'a> {
     /// Kinds of the compute tasks' waits, in order of their enqueueing.
     wait_causes: BTreeMap<usize, Cause>,
     compute_ended: u64,
+    /// Latest compute tasks: a gathered chunk takes the buffer of the last but one.
+    latest_compute: [Option<Token>; 2],
     window: Option<Window>,
-}
-
-/// What is measured.
-#[derive(Default)]
-struct Window {
-    start_ns: u64,
-    compute_ns: u64,
-    busy_compute_ns: u64,
-    stalls: Stalls,
-    h2d_bytes: u64,
-    d2h_bytes: u64,
-    busy_ns: BTreeMap<String, u64>,
-    before: Counters,
-    timeline: Timeline,
 }
 
 /// Executes a plan until its steps repeat, and measures one.
@@ -227,6 +186,7 @@ impl<'a> Run<'a> {
             machine: Machine::new(hardware),
             thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None },
             blocks: Blocks::default(),
+            fixed: device.used(),
             activations: 0,
             gradients: 0,
             peak: ("the start".to_owned(), 0, 0),
@@ -243,6 +203,7 @@ impl<'a> Run<'a> {
             backward,
             wait_causes: BTreeMap::new(),
             compute_ended: 0,
+            latest_compute: [None; 2],
             window: None,
             setup,
         })
@@ -284,162 +245,19 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Lets the training thread go on as far as it can now.
-    fn advance_thread(&mut self) -> Result<bool, SimError> {
-        let mut progress = false;
-        while self.thread.step <= WARM_UP_STEPS && self.thread.ready_ns <= self.machine.now_ns() {
-            let call = self.calls[self.thread.at];
-            if let Some(cause) = self.call(call)? {
-                if self.thread.blocked.is_none() {
-                    self.thread.blocked = Some((self.machine.now_ns(), cause));
-                }
-                return Ok(progress);
-            }
-            progress = true;
-            if let Some((since, cause)) = self.thread.blocked.take() {
-                self.blocks.add(since, self.machine.now_ns(), cause);
-            }
-            self.thread.at += 1;
-            if self.thread.at == self.calls.len() {
-                self.thread.at = 0;
-                self.thread.step += 1;
-            }
-        }
-        Ok(progress)
-    }
-
-    /// Makes one call; gives what it waits for if it has to be repeated.
-    fn call(&mut self, call: Call) -> Result<Option<Cause>, SimError> {
-        match call {
-            Call::Enter(op) => return self.enter(op),
-            Call::Leave(op) => {
-                let (unit, phase) = self.op(op);
-                self.release = self.machine.record(Lane::Compute);
-                self.apply(&Event::Leave { unit, phase })?;
-                if phase == Phase::Backward {
-                    let trace_unit = &self.setup.trace.units[unit as usize];
-                    let recomputed = self.setup.plan.recompute[unit as usize];
-                    // What a recomputation saved is freed with the input that it started from.
-                    let bytes = trace_unit.saved_bytes + if recomputed { trace_unit.input_bytes } else { 0 };
-                    self.activations -= bytes;
-                    self.device.release(bytes);
-                    self.sample_device();
-                }
-            }
-            Call::BackwardBegin => {
-                self.apply(&Event::BackwardBegin { grad_scale: 1.0 })?;
-            }
-            Call::Hand(chunk) => return self.hand_over(chunk),
-            Call::BackwardEnd => {
-                self.release = self.machine.record(Lane::Compute);
-                self.apply(&Event::BackwardEnd)?;
-            }
-            Call::Commit => {
-                if self.scheduler.is_undecided() {
-                    return Ok(Some(Cause::Gradients));
-                }
-                let token = self.machine.record(Lane::Compute);
-                (self.commit, self.release) = (token, token);
-                self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
-            }
-        }
-        Ok(None)
-    }
-
-    fn is_first_micro_batch(&self) -> bool {
-        self.thread.at < (self.calls.len() - 1) / self.setup.plan.accumulation as usize
-    }
-
-    fn op(&self, op: OpId) -> (u32, Phase) {
-        let op = &self.setup.trace.ops[op.index()];
-        (op.unit, op.phase)
-    }
-
-    fn enter(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
-        let (unit, phase) = self.op(op);
-        let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
-        let index = unit as usize;
-        let recomputed = plan.recompute[index];
-        let saved = match (phase, recomputed) {
-            (Phase::Forward, true) => trace.units[index].input_bytes,
-            (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes,
-            (Phase::Backward, false) => 0,
-        };
-        let born: u64 = trace.units[index]
-            .chunks
-            .iter()
-            .filter(|c| phase == Phase::Backward && self.backward[c.index()].is_some_and(|(first, _)| first == op))
-            .map(|&c| self.setup.layout.grad_bytes(c))
-            .sum();
-        let room = self.device.limit() - self.device.used();
-        if saved + born > room && self.freeable() >= saved + born - room {
-            return Ok(Some(Cause::Memory));
-        }
-        self.release = self.machine.record(Lane::Compute);
-        if self.apply(&Event::Enter { unit, phase })? != Progress::Done {
-            return Ok(Some(if self.scheduler.is_undecided() { Cause::Gradients } else { Cause::Optimizer }));
-        }
-        self.reserve(saved, born, op)?;
-        let mut waits = Vec::new();
-        for chunk in &trace.units[index].chunks {
-            if let Some((token, cause)) = self.written[chunk.index()] {
-                if self.machine.ended_ns(token).is_none() {
-                    waits.push((token, cause));
-                } else {
-                    self.written[chunk.index()] = None;
-                }
-            }
-        }
-        let ns = match phase {
-            Phase::Forward => costs.forward_ns[index],
-            Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
-        };
-        self.compute(op, ns, waits);
-        self.thread.ready_ns = self.machine.now_ns() + self.setup.hardware.launch_ns;
-        Ok(None)
-    }
-
-    fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) {
-        let (unit, phase) = self.op(op);
-        let direction = if phase == Phase::Forward { "forward" } else { "backward" };
-        let task = Task {
-            name: format!("{} {direction}", self.setup.trace.units[unit as usize].name),
-            bytes: 0,
-            work: ns as f64,
-            waits: waits.iter().map(|(token, _)| *token).collect(),
-            on_start: Vec::new(),
-            on_end: Vec::new(),
-        };
-        for (token, cause) in waits {
-            self.wait_causes.insert(token.index(), cause);
-        }
-        self.machine.push(Lane::Compute, task);
-    }
-
-    /// Device bytes that will be given back without the training thread.
-    fn freeable(&self) -> u64 {
-        self.in_flight_bytes + self.leaving_bytes
-    }
-
-    fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
-        let before = self.device.peak();
-        let name = self.setup.trace.op_name(op);
-        self.device.reserve(saved + born, &name)?;
-        self.activations += saved;
-        self.gradients += born;
-        if self.device.peak() > before {
-            self.peak = (name, self.activations, self.gradients);
-        }
-        self.sample_device();
-        Ok(())
-    }
-
     /// Hands an event to the scheduler and carries out its actions.
     fn apply(&mut self, event: &Event) -> Result<Progress, SimError> {
         let mut actions = Vec::new();
         let progress = self.scheduler.step(event, &mut actions);
         self.execute(&actions);
+        self.check_conservation();
         Ok(progress?)
+    }
+
+    /// Every byte in use has an owner, and what is on its way or waits for a step is part of the gradients.
+    fn check_conservation(&self) {
+        debug_assert_eq!(self.device.used(), self.fixed + self.activations + self.gradients, "device bytes");
+        debug_assert!(self.in_flight_bytes + self.leaving_bytes + self.held.iter().sum::<u64>() <= self.gradients, "gradient bytes");
     }
 
     fn effects(&mut self, effects: Vec<Effect>) -> Result<(), SimError> {
@@ -466,14 +284,6 @@ impl<'a> Run<'a> {
         self.gradients -= bytes;
         self.device.release(bytes);
         self.sample_device();
-    }
-
-    fn sample_device(&mut self) {
-        let (now, value) = (self.machine.now_ns(), self.device.used());
-        if let Some(window) = &mut self.window {
-            let at_ns = now - window.start_ns;
-            window.timeline.samples.push(Sample { counter: "device bytes".to_owned(), at_ns, value });
-        }
     }
 
     fn began(&mut self, began: Began<Effect>) -> Result<(), SimError> {
@@ -522,96 +332,5 @@ impl<'a> Run<'a> {
             }
         }
         Ok(None)
-    }
-
-    fn open_window(&mut self, now: u64) {
-        let mut window = Window { start_ns: now, before: self.scheduler.counters(), ..Window::default() };
-        for (counter, value) in [("device bytes", self.device.used()), ("host bytes", self.host.used())] {
-            window.timeline.samples.push(Sample { counter: counter.to_owned(), at_ns: 0, value });
-        }
-        self.window = Some(window);
-    }
-
-    fn close_window(&mut self, now: u64) -> Option<Outcome> {
-        let mut window = self.window.take()?;
-        window.timeline.spans.sort_by(|a, b| (a.start_ns, &a.track, &a.name).cmp(&(b.start_ns, &b.track, &b.name)));
-        let (device_peak_op, activations, gradients) = std::mem::take(&mut self.peak);
-        Some(Outcome {
-            step_ns: now - window.start_ns,
-            compute_ns: window.compute_ns,
-            slowdown_ns: window.busy_compute_ns.saturating_sub(window.compute_ns),
-            stalls: window.stalls,
-            h2d_bytes: window.h2d_bytes,
-            d2h_bytes: window.d2h_bytes,
-            busy_ns: window.busy_ns,
-            device_peak_bytes: self.device.peak(),
-            device_peak_op,
-            device_peak_activation_bytes: activations,
-            device_peak_gradient_bytes: gradients,
-            host_peak_bytes: self.host.peak(),
-            counters: difference(self.scheduler.counters(), window.before),
-            timeline: window.timeline,
-        })
-    }
-}
-
-impl Window {
-    fn record(&mut self, ended: &Ended<Effect>, now: u64) {
-        let start = ended.start_ns.max(self.start_ns);
-        let busy = now - start;
-        match ended.lane {
-            Lane::Compute => {
-                self.compute_ns += ended.work as u64;
-                self.busy_compute_ns += busy;
-            }
-            Lane::HostToDevice => self.h2d_bytes += ended.bytes,
-            Lane::DeviceToHost => self.d2h_bytes += ended.bytes,
-            Lane::Optimizer | Lane::HostAdam | Lane::Landing => {}
-        }
-        *self.busy_ns.entry(ended.lane.track().to_owned()).or_default() += busy;
-        self.timeline.spans.push(Span {
-            track: ended.lane.track().to_owned(),
-            name: ended.name.clone(),
-            start_ns: start - self.start_ns,
-            duration_ns: busy,
-            bytes: ended.bytes,
-        });
-    }
-}
-
-/// The calls of one optimizer step, as the module hooks make them.
-fn calls(trace: &Trace, plan: &Plan, backward: &[Option<(OpId, OpId)>]) -> Vec<Call> {
-    let mut micro_batch = Vec::new();
-    let mut in_backward = false;
-    for op in trace.ids() {
-        let is_backward = trace.ops[op.index()].phase == Phase::Backward;
-        if is_backward && !std::mem::replace(&mut in_backward, true) {
-            micro_batch.push(Call::BackwardBegin);
-        }
-        micro_batch.push(Call::Enter(op));
-        if is_backward {
-            // Gradients are complete when autograd has accumulated them, which is before the unit is left.
-            let complete = trace.chunks(op).iter().filter(|c| backward[c.index()].is_some_and(|(_, last)| last == op));
-            micro_batch.extend(complete.map(|&c| Call::Hand(c)));
-        }
-        micro_batch.push(Call::Leave(op));
-    }
-    micro_batch.push(Call::BackwardEnd);
-    let mut calls = micro_batch.repeat(plan.accumulation as usize);
-    calls.push(Call::Commit);
-    calls
-}
-
-fn difference(after: Counters, before: Counters) -> Counters {
-    Counters {
-        fetches: after.fetches - before.fetches,
-        demand_fetches: after.demand_fetches - before.demand_fetches,
-        evictions: after.evictions - before.evictions,
-        off_trace: after.off_trace - before.off_trace,
-        steps: after.steps - before.steps,
-        clipped: after.clipped - before.clipped,
-        skipped: after.skipped - before.skipped,
-        speculated: after.speculated - before.speculated,
-        undone: after.undone - before.undone,
     }
 }

@@ -7,9 +7,17 @@
 #![allow(clippy::doc_markdown, reason = "LLaMA, RMSNorm and GeForce are names, not code")]
 
 pub mod cli;
+pub mod collectives;
 pub mod costs;
 pub mod executor;
 pub mod hardware;
+pub mod html;
 pub mod models;
+pub mod ours;
+pub mod parallel;
+pub mod peers;
+pub mod pipeline;
 pub mod report;
+pub mod request;
+pub mod search;
 pub mod units;

@@ -1,4 +1,29 @@
-//! Byte counts as people write and read them.
+//! Byte counts as people write and read them, and how many are missing.
+
+/// What does not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortfall {
+    /// Tier that is too small: `device` or `host`.
+    pub tier: String,
+    /// Where or for what, if that is known.
+    pub op: Option<String>,
+    /// Bytes needed by the tightest plan.
+    pub needed_bytes: u64,
+    /// Bytes missing.
+    pub shortfall_bytes: u64,
+}
+
+impl Shortfall {
+    /// Of device memory.
+    pub fn device(op: String, needed_bytes: u64, shortfall_bytes: u64) -> Self {
+        Shortfall { tier: "device".to_owned(), op: Some(op), needed_bytes, shortfall_bytes }
+    }
+
+    /// Of host memory.
+    pub fn host(needed_bytes: u64, shortfall_bytes: u64) -> Self {
+        Shortfall { tier: "host".to_owned(), op: None, needed_bytes, shortfall_bytes }
+    }
+}
 
 /// Parses `80GB` (10^9), `80GiB` (2^30), `512MB` or a plain number of bytes.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {

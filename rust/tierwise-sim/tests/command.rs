@@ -10,6 +10,19 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+const GOLDEN: [(&str, u64); 4] = [
+    (
+        "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
+        0x1e33_7023_2456_a1f7,
+    ),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x2795_474f_683d_8b2b),
+    (
+        "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
+        0xca0f_aae9_c0ef_d094,
+    ),
+    ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x4b1a_286e_3baa_c8e6),
+];
+
 const RUN: &str = "run --model llama2-7b --hardware h100 --seq 4096 --micro-batch 4 --tokens-per-step 16384";
 
 #[test]
@@ -92,6 +105,84 @@ fn equal_inputs_give_equal_bytes() {
     for phase in ["M", "X", "C"] {
         assert!(events.iter().any(|e| e["ph"] == phase), "{phase}");
     }
+}
+
+/// FNV-1a: stable across platforms and compilers.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[test]
+fn results_are_the_recorded_bytes() {
+    for (args, expected) in GOLDEN {
+        let output = sim(args);
+        assert_eq!(output.status.code(), Some(0), "{args}: {output:?}");
+        // A change of a result is a change of the simulator: see why, then write the new value here.
+        assert_eq!(hash(&output.stdout), expected, "{args}: {:#018x}", hash(&output.stdout));
+    }
+}
+
+#[test]
+fn several_gpus_search_and_compare() {
+    let eight = "--model llama2-7b --hardware dgx-h100 --gpus 8 --tokens-per-step 131072 --format json";
+    let report = json(&sim(&format!("run {eight} --micro-batch 2 --tensor-parallel 2 --network ethernet-100g")));
+    assert_eq!((report["asked"]["data_parallel"].as_u64(), report["asked"]["accumulation"].as_u64()), (Some(4), Some(4)));
+    let found = json(&sim(&format!("search {eight}")));
+    assert!(found["flags"].as_str().unwrap().contains("--micro-batch"), "{found}");
+    // What it recommends gives what it says.
+    let flags = found["flags"].as_str().unwrap();
+    let again = json(&sim(&format!("run {eight} {flags}")));
+    assert_eq!(again["step"]["step_ns"], found["best"]["step"]["step_ns"]);
+    let rows = json(&sim(&format!("compare {eight} --micro-batch 2 --policies tierwise,zero3,ddp")));
+    let fits: Vec<_> = rows["rows"].as_array().unwrap().iter().map(|r| r["fits"].as_bool().unwrap()).collect();
+    assert_eq!(fits, [true, true, false]);
+    let none = sim("search --model llama2-70b --hardware rtx4090 --tokens-per-step 4096");
+    assert_eq!(none.status.code(), Some(3), "{none:?}");
+}
+
+#[test]
+fn validation_has_a_gate() {
+    let file = |name: &str| format!("{}/validation/{name}", env!("CARGO_MANIFEST_DIR"));
+    let passed = json(&sim(&format!("validate {} --format json", file("peers-h100.json"))));
+    assert_eq!((passed["passed"].as_bool(), passed["schema_version"].as_u64()), (Some(true), Some(1)));
+    assert!(passed["summary"]["step_s"]["runs"].as_u64().unwrap() >= 7);
+    // The same records with a gate that nothing passes.
+    let text = std::fs::read_to_string(file("peers-h100.json")).unwrap();
+    let mut strict: serde_json::Value = serde_json::from_str(&text).unwrap();
+    strict["gate"] = serde_json::json!({"step_s": {"max": 0.001}});
+    let path = std::env::temp_dir().join(format!("tierwise-sim-gate-{}.json", std::process::id()));
+    std::fs::write(&path, strict.to_string()).unwrap();
+    let failed = sim(&format!("validate {}", path.display()));
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(failed.status.code(), Some(4), "{failed:?}");
+    assert!(String::from_utf8(failed.stdout).unwrap().contains("failed: max error of step_s"));
+    let missing = sim("validate no-such-file.json");
+    assert_eq!(missing.status.code(), Some(2));
+}
+
+#[test]
+fn the_html_report_needs_nothing_else() {
+    let path = std::env::temp_dir().join(format!("tierwise-sim-{}.html", std::process::id()));
+    let output = sim(&format!("{RUN} --device-budget 40GB --html {}", path.display()));
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let page = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    for part in ["<title>llama2-7b on 1 x h100", "id=\"device-bytes\" d=\"M0 ", "stall: optimizer step", "saved activations"] {
+        assert!(page.contains(part), "{part}");
+    }
+    for outside in ["http", "<script", "@import", "url("] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+}
+
+#[test]
+fn completions_and_the_manual_name_every_command() {
+    let bash = String::from_utf8(sim("completions bash").stdout).unwrap();
+    let man = String::from_utf8(sim("man").stdout).unwrap();
+    for command in ["run", "search", "compare", "validate", "models", "hardware"] {
+        assert!(bash.contains(command) && man.contains(command), "{command}");
+    }
+    assert!(man.starts_with(".ie") && man.contains("tierwise"), "{man}");
 }
 
 #[test]

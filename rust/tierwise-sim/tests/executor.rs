@@ -41,6 +41,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         plan: &case.plan,
         costs: &costs,
         hardware,
+        sharding: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         clips,
@@ -172,6 +173,7 @@ fn a_budget_below_the_plan_is_refused() {
 
 #[test]
 fn presets_are_valid_files() {
+    assert!(presets().len() >= 14);
     for hardware in presets() {
         let json = serde_json::to_string(&hardware).unwrap();
         assert_eq!(Hardware::from_json(&json).unwrap(), hardware);

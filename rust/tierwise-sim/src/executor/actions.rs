@@ -50,7 +50,7 @@ impl Run<'_> {
     }
 
     #[allow(clippy::too_many_arguments, reason = "the fields of a task, in their order")]
-    fn enqueue(
+    pub(super) fn enqueue(
         &mut self,
         lane: Lane,
         what: &str,
@@ -69,7 +69,7 @@ impl Run<'_> {
     fn copy_params(&mut self, chunk: ChunkId, what: &str, waits: Vec<Token>, cause: Cause) {
         let bytes = self.setup.layout.param_bytes(chunk);
         let token = self.enqueue(Lane::HostToDevice, what, chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
-        self.written[chunk.index()] = Some((token, cause));
+        self.written[chunk.index()] = Some(self.gather_after_step(chunk, token).unwrap_or((token, cause)));
     }
 
     fn fetch(&mut self, chunk: ChunkId, offset: u64, demand: bool) {
@@ -99,7 +99,7 @@ impl Run<'_> {
         self.leaving_bytes += read;
         let freed = vec![Effect::FreeGradients(read)];
         let token = self.enqueue(Lane::Optimizer, "step", chunk, bytes, bytes as f64, waits, Vec::new(), freed);
-        self.written[chunk.index()] = Some((token, Cause::Optimizer));
+        self.written[chunk.index()] = Some(self.gather_after_step(chunk, token).unwrap_or((token, Cause::Optimizer)));
     }
 
     fn step_on_host(&mut self, chunk: ChunkId, what: &str, extra_bytes: f64, done: Event) {
@@ -127,6 +127,7 @@ impl Run<'_> {
         }
         let last = self.scheduler.is_last_backward();
         let produced: Vec<Token> = self.machine.record(Lane::Compute).into_iter().collect();
+        let produced = self.reduce(chunk, produced, last);
         let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
         // The first micro-batch overwrites its accumulator, later ones read it.
         let added = if self.is_first_micro_batch() { bytes + 2 * bytes } else { bytes + 4 * bytes };

@@ -17,12 +17,17 @@ pub enum Lane {
     Optimizer,
     /// The host's Adam; work is bytes of host memory traffic.
     HostAdam,
+    /// All-gathers; work is nanoseconds at full speed of the links.
+    Gather,
+    /// Reductions of gradients; work is nanoseconds at full speed of the links.
+    Reduce,
     /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
     Landing,
 }
 
 /// All lanes, in the order in which ties are broken between tasks that began together.
-pub const LANES: [Lane; 6] = [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Landing];
+pub const LANES: [Lane; 8] =
+    [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Gather, Lane::Reduce, Lane::Landing];
 
 impl Lane {
     /// Its track of the timeline, named as the runtime names it.
@@ -33,6 +38,8 @@ impl Lane {
             Lane::DeviceToHost => "d2h",
             Lane::Optimizer => "device optimizer",
             Lane::HostAdam => "host optimizer",
+            Lane::Gather => "all-gather",
+            Lane::Reduce => "reduce",
             Lane::Landing => "host norm",
         }
     }
@@ -113,7 +120,7 @@ pub struct Machine<'a, E> {
     hardware: &'a Hardware,
     now_ns: u64,
     sequence: u64,
-    lanes: [State<E>; 6],
+    lanes: [State<E>; 8],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
 }
@@ -212,7 +219,7 @@ impl<'a, E> Machine<'a, E> {
     }
 
     /// Work per nanosecond of every lane, given who is busy.
-    fn rates(&self) -> [f64; 6] {
+    fn rates(&self) -> [f64; 8] {
         let busy = |lane: Lane| self.lanes[lane as usize].running.is_some();
         let h = self.hardware;
         let mut compute = 1.0;
@@ -236,6 +243,9 @@ impl<'a, E> Machine<'a, E> {
         let wanted = [(Lane::HostToDevice, h2d), (Lane::HostAdam, adam), (Lane::Landing, h.host_stream_bytes_per_s)];
         let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
-        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, h.host_stream_bytes_per_s * share / 1e9]
+        // Two collectives at once share the links.
+        let collective = if busy(Lane::Gather) && busy(Lane::Reduce) { 0.5 } else { 1.0 };
+        let landing = h.host_stream_bytes_per_s * share / 1e9;
+        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, collective, collective, landing]
     }
 }

@@ -11,6 +11,8 @@ pub enum Cause {
     Optimizer,
     /// Gradients were on their way, or the norm was not decided.
     Gradients,
+    /// A collective of the data-parallel group was not finished.
+    Communication,
     /// Device memory was not given back yet.
     Memory,
     /// The training thread had not enqueued the next operation.
@@ -24,6 +26,7 @@ impl Cause {
             Cause::Fetch => "parameter fetch",
             Cause::Optimizer => "optimizer step pending",
             Cause::Gradients => "gradient hand-over",
+            Cause::Communication => "communication",
             Cause::Memory => "device memory",
             Cause::Launch => "launch",
         }
@@ -39,6 +42,10 @@ pub struct Stalls {
     pub optimizer_step_ns: u64,
     /// Gradients were on their way, or the norm was not decided.
     pub gradient_hand_over_ns: u64,
+    /// A collective of the data-parallel group was not finished.
+    pub communication_ns: u64,
+    /// Other pipeline stages had not produced what this one needs.
+    pub pipeline_ns: u64,
     /// Gradients that a device step still read left no room.
     pub device_memory_ns: u64,
     /// The training thread had not enqueued the next operation.
@@ -52,6 +59,7 @@ impl Stalls {
             Cause::Fetch => &mut self.parameter_fetch_ns,
             Cause::Optimizer => &mut self.optimizer_step_ns,
             Cause::Gradients => &mut self.gradient_hand_over_ns,
+            Cause::Communication => &mut self.communication_ns,
             Cause::Memory => &mut self.device_memory_ns,
             Cause::Launch => &mut self.launch_ns,
         } += ns;
@@ -59,7 +67,13 @@ impl Stalls {
 
     /// Sum over all causes.
     pub fn total_ns(&self) -> u64 {
-        self.parameter_fetch_ns + self.optimizer_step_ns + self.gradient_hand_over_ns + self.device_memory_ns + self.launch_ns
+        self.parameter_fetch_ns
+            + self.optimizer_step_ns
+            + self.gradient_hand_over_ns
+            + self.communication_ns
+            + self.pipeline_ns
+            + self.device_memory_ns
+            + self.launch_ns
     }
 }
 

@@ -1,0 +1,213 @@
+//! The settings of a step, as options.
+
+use super::output::{Failure, usage};
+use crate::hardware::{self, Hardware};
+use crate::models::{self, Model};
+use crate::parallel::Parallel;
+use crate::peers::Policy;
+use crate::pipeline::Schedule;
+use crate::request::Request;
+use crate::units::parse_bytes;
+use clap::{Args, ValueEnum};
+use tierwise_core::plan::ClipMode;
+use tierwise_core::planner::Recompute;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RecomputeArg {
+    Auto,
+    None,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ClipModeArg {
+    Defer,
+    Speculate,
+    Auto,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleArg {
+    Gpipe,
+    #[value(name = "1f1b")]
+    OneFOneB,
+    Interleaved,
+    ZeroBubble,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyArg {
+    Tierwise,
+    Ddp,
+    Zero1,
+    Zero2,
+    Zero3,
+    Zero2Offload,
+    Zero3Offload,
+    Fsdp,
+    FsdpOffload,
+}
+
+impl PolicyArg {
+    /// Another system's policy, or none for ours.
+    pub fn policy(self) -> Option<Policy> {
+        match self {
+            PolicyArg::Tierwise => None,
+            PolicyArg::Ddp => Some(Policy::Ddp),
+            PolicyArg::Zero1 => Some(Policy::Zero1),
+            PolicyArg::Zero2 => Some(Policy::Zero2),
+            PolicyArg::Zero3 => Some(Policy::Zero3),
+            PolicyArg::Zero2Offload => Some(Policy::Zero2Offload),
+            PolicyArg::Zero3Offload => Some(Policy::Zero3Offload),
+            PolicyArg::Fsdp => Some(Policy::Fsdp),
+            PolicyArg::FsdpOffload => Some(Policy::FsdpOffload),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct StepArgs {
+    /// Name of a model, or the path of a Hugging Face config.json.
+    #[arg(long)]
+    pub model: String,
+    /// Name of a machine, or the path of a JSON file with its figures.
+    #[arg(long, default_value = "h100")]
+    pub hardware: String,
+    /// Name of a network that replaces the machine's own.
+    #[arg(long)]
+    pub network: Option<String>,
+    /// Whose code runs the step.
+    #[arg(long, value_enum, default_value = "tierwise")]
+    pub policy: PolicyArg,
+    /// GPUs in all.
+    #[arg(long, default_value_t = 1)]
+    pub gpus: u64,
+    /// Ranks that split every layer's matrices.
+    #[arg(long, default_value_t = 1)]
+    pub tensor_parallel: u64,
+    /// Ranks that split every sequence (all-to-all around attention).
+    #[arg(long, default_value_t = 1)]
+    pub sequence_parallel: u64,
+    /// Pipeline stages.
+    #[arg(long, default_value_t = 1)]
+    pub pipeline: u64,
+    /// Order of the micro-batches in the pipeline.
+    #[arg(long, value_enum, default_value = "1f1b")]
+    pub schedule: ScheduleArg,
+    /// Parts of the model per stage, for the interleaved schedule.
+    #[arg(long, default_value_t = 2)]
+    pub chunks_per_stage: u64,
+    /// What data-parallel ranks split, for policy tierwise: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(0..=3))]
+    pub zero: u8,
+    /// Tokens of a sequence.
+    #[arg(long, default_value_t = 4096)]
+    pub seq: u64,
+    /// Sequences of a micro-batch of a data-parallel rank.
+    #[arg(long, default_value_t = 1)]
+    pub micro_batch: u64,
+    /// Tokens of an optimizer step; one micro-batch per rank if left out.
+    #[arg(long)]
+    pub tokens_per_step: Option<u64>,
+    /// Limit of device memory per GPU, such as 80GB or 75GiB; what the machine has if left out.
+    #[arg(long, value_parser = parse_bytes)]
+    pub device_budget: Option<u64>,
+    /// Limit of host memory per GPU; its share of what the machine has if left out.
+    #[arg(long, value_parser = parse_bytes)]
+    pub host_budget: Option<u64>,
+    /// Device memory kept free for the CUDA context, workspaces and fragmentation.
+    #[arg(long, value_parser = parse_bytes, default_value = "2GB")]
+    pub reserve: u64,
+    /// Which layers are recomputed in backward.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub recompute: RecomputeArg,
+    /// Another system's host buffers are not pinned.
+    #[arg(long)]
+    pub pageable: bool,
+    /// How clipping and the host's optimizer step overlap.
+    #[arg(long, value_enum, default_value = "defer")]
+    pub clip_mode: ClipModeArg,
+    /// Assume that no step is clipped; otherwise every one is.
+    #[arg(long)]
+    pub never_clips: bool,
+}
+
+impl StepArgs {
+    /// The request that the options describe.
+    pub fn request(&self) -> Result<Request, Failure> {
+        let model = find_model(&self.model)?;
+        let hardware = find_hardware(&self.hardware, self.network.as_deref())?;
+        let parallel = Parallel {
+            gpus: self.gpus,
+            tensor: self.tensor_parallel,
+            sequence: self.sequence_parallel,
+            pipeline: self.pipeline,
+            schedule: match self.schedule {
+                ScheduleArg::Gpipe => Schedule::Gpipe,
+                ScheduleArg::OneFOneB => Schedule::OneFOneB,
+                ScheduleArg::Interleaved => Schedule::Interleaved(self.chunks_per_stage.max(1)),
+                ScheduleArg::ZeroBubble => Schedule::ZeroBubble,
+            },
+            zero: self.zero,
+        };
+        parallel.check(&model, &hardware, self.seq).map_err(usage)?;
+        let share = hardware.per_gpu(parallel.gpus_on_node(&hardware));
+        let one_each = self.seq.saturating_mul(self.micro_batch).saturating_mul(parallel.data());
+        Ok(Request {
+            seq: self.seq,
+            micro_batch: self.micro_batch,
+            tokens_per_step: self.tokens_per_step.unwrap_or(one_each),
+            device_budget: self.device_budget.unwrap_or(hardware.device_memory_bytes),
+            host_budget: self.host_budget.unwrap_or(share.host_memory_bytes),
+            reserve_bytes: self.reserve,
+            recompute: match self.recompute {
+                RecomputeArg::Auto => Recompute::Auto,
+                RecomputeArg::None => Recompute::None,
+                RecomputeArg::Full => Recompute::Full,
+            },
+            pageable: self.pageable,
+            clip_mode: match self.clip_mode {
+                ClipModeArg::Defer => ClipMode::Defer,
+                ClipModeArg::Speculate => ClipMode::Speculate,
+                ClipModeArg::Auto => ClipMode::Auto,
+            },
+            clips: !self.never_clips,
+            policy: self.policy.policy(),
+            parallel,
+            model,
+            hardware,
+        })
+    }
+}
+
+pub fn find_model(name: &str) -> Result<Model, Failure> {
+    if let Some(model) = models::preset(name) {
+        return Ok(model);
+    }
+    let text = read_file("model", name, &models::names().join(", "))?;
+    let mut model = Model::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?;
+    if model.name.is_empty() {
+        name.clone_into(&mut model.name);
+    }
+    Ok(model)
+}
+
+pub fn find_hardware(name: &str, network: Option<&str>) -> Result<Hardware, Failure> {
+    let hardware = if let Some(hardware) = hardware::preset(name) {
+        hardware
+    } else {
+        let text = read_file("hardware", name, &hardware::names().join(", "))?;
+        Hardware::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?
+    };
+    let Some(network) = network else { return Ok(hardware) };
+    let known = hardware::networks();
+    let found = known.iter().find(|n| n.name == network).ok_or_else(|| {
+        let names = known.iter().map(|n| n.name.as_str()).collect::<Vec<_>>().join(", ");
+        usage(format!("unknown network `{network}`; known are {names}"))
+    })?;
+    Ok(hardware.on_network(found))
+}
+
+fn read_file(what: &str, name: &str, known: &str) -> Result<String, Failure> {
+    std::fs::read_to_string(name).map_err(|error| usage(format!("unknown {what} `{name}` and no such file ({error}); known are {known}")))
+}

@@ -1,0 +1,39 @@
+//! The calls of one optimizer step, as the module hooks make them.
+
+use tierwise_core::plan::Plan;
+use tierwise_core::trace::{Phase, Trace};
+use tierwise_core::{ChunkId, OpId};
+
+/// One call of the training thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Enter(OpId),
+    Leave(OpId),
+    BackwardBegin,
+    Hand(ChunkId),
+    BackwardEnd,
+    Commit,
+}
+
+/// The calls of one optimizer step, as the module hooks make them.
+pub fn calls(trace: &Trace, plan: &Plan, backward: &[Option<(OpId, OpId)>]) -> Vec<Call> {
+    let mut micro_batch = Vec::new();
+    let mut in_backward = false;
+    for op in trace.ids() {
+        let is_backward = trace.ops[op.index()].phase == Phase::Backward;
+        if is_backward && !std::mem::replace(&mut in_backward, true) {
+            micro_batch.push(Call::BackwardBegin);
+        }
+        micro_batch.push(Call::Enter(op));
+        if is_backward {
+            // Gradients are complete when autograd has accumulated them, which is before the unit is left.
+            let complete = trace.chunks(op).iter().filter(|c| backward[c.index()].is_some_and(|(_, last)| last == op));
+            micro_batch.extend(complete.map(|&c| Call::Hand(c)));
+        }
+        micro_batch.push(Call::Leave(op));
+    }
+    micro_batch.push(Call::BackwardEnd);
+    let mut calls = micro_batch.repeat(plan.accumulation as usize);
+    calls.push(Call::Commit);
+    calls
+}

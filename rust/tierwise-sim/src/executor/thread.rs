@@ -1,0 +1,171 @@
+//! The training thread: it runs ahead of the compute stream and blocks where `enter`, `grads` and `commit` block.
+
+use super::calls::Call;
+use super::machine::{Lane, Task, Token};
+use super::stalls::Cause;
+use super::{Run, SimError, WARM_UP_STEPS};
+use tierwise_core::OpId;
+use tierwise_core::scheduler::{Event, Progress};
+use tierwise_core::trace::Phase;
+
+/// Where the training thread is.
+pub struct Thread {
+    pub step: u64,
+    pub at: usize,
+    pub ready_ns: u64,
+    pub blocked: Option<(u64, Cause)>,
+}
+
+impl Run<'_> {
+    /// Lets the training thread go on as far as it can now.
+    pub(super) fn advance_thread(&mut self) -> Result<bool, SimError> {
+        let mut progress = false;
+        while self.thread.step <= WARM_UP_STEPS && self.thread.ready_ns <= self.machine.now_ns() {
+            let call = self.calls[self.thread.at];
+            if let Some(cause) = self.call(call)? {
+                if self.thread.blocked.is_none() {
+                    self.thread.blocked = Some((self.machine.now_ns(), cause));
+                }
+                return Ok(progress);
+            }
+            progress = true;
+            if let Some((since, cause)) = self.thread.blocked.take() {
+                self.blocks.add(since, self.machine.now_ns(), cause);
+            }
+            self.thread.at += 1;
+            if self.thread.at == self.calls.len() {
+                self.thread.at = 0;
+                self.thread.step += 1;
+            }
+        }
+        Ok(progress)
+    }
+
+    /// Makes one call; gives what it waits for if it has to be repeated.
+    pub(super) fn call(&mut self, call: Call) -> Result<Option<Cause>, SimError> {
+        match call {
+            Call::Enter(op) => return self.enter(op),
+            Call::Leave(op) => {
+                let (unit, phase) = self.op(op);
+                self.release = self.machine.record(Lane::Compute);
+                self.apply(&Event::Leave { unit, phase })?;
+                if phase == Phase::Backward {
+                    let trace_unit = &self.setup.trace.units[unit as usize];
+                    let recomputed = self.setup.plan.recompute[unit as usize];
+                    // What a recomputation saved is freed with the input that it started from.
+                    let bytes = trace_unit.saved_bytes + if recomputed { trace_unit.input_bytes } else { 0 };
+                    self.activations -= bytes;
+                    self.device.release(bytes);
+                    self.sample_device();
+                }
+            }
+            Call::BackwardBegin => {
+                self.apply(&Event::BackwardBegin { grad_scale: 1.0 })?;
+            }
+            Call::Hand(chunk) => return self.hand_over(chunk),
+            Call::BackwardEnd => {
+                self.release = self.machine.record(Lane::Compute);
+                self.apply(&Event::BackwardEnd)?;
+            }
+            Call::Commit => {
+                if self.scheduler.is_undecided() {
+                    return Ok(Some(Cause::Gradients));
+                }
+                let token = self.machine.record(Lane::Compute);
+                (self.commit, self.release) = (token, token);
+                self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn is_first_micro_batch(&self) -> bool {
+        self.thread.at < (self.calls.len() - 1) / self.setup.plan.accumulation as usize
+    }
+
+    pub(super) fn op(&self, op: OpId) -> (u32, Phase) {
+        let op = &self.setup.trace.ops[op.index()];
+        (op.unit, op.phase)
+    }
+
+    pub(super) fn enter(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
+        let (unit, phase) = self.op(op);
+        let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
+        let index = unit as usize;
+        let recomputed = plan.recompute[index];
+        let saved = match (phase, recomputed) {
+            (Phase::Forward, true) => trace.units[index].input_bytes,
+            (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes,
+            (Phase::Backward, false) => 0,
+        };
+        let born: u64 = trace.units[index]
+            .chunks
+            .iter()
+            .filter(|c| phase == Phase::Backward && self.backward[c.index()].is_some_and(|(first, _)| first == op))
+            .map(|&c| self.setup.layout.grad_bytes(c))
+            .sum();
+        let room = self.device.limit() - self.device.used();
+        if saved + born > room && self.freeable() >= saved + born - room {
+            return Ok(Some(Cause::Memory));
+        }
+        self.release = self.machine.record(Lane::Compute);
+        if self.apply(&Event::Enter { unit, phase })? != Progress::Done {
+            return Ok(Some(if self.scheduler.is_undecided() { Cause::Gradients } else { Cause::Optimizer }));
+        }
+        self.reserve(saved, born, op)?;
+        let mut waits = Vec::new();
+        for chunk in &trace.units[index].chunks {
+            if let Some((token, cause)) = self.written[chunk.index()] {
+                if self.machine.ended_ns(token).is_none() {
+                    waits.push((token, cause));
+                } else {
+                    self.written[chunk.index()] = None;
+                }
+            }
+        }
+        waits.extend(self.gather_for_use(op));
+        let ns = match phase {
+            Phase::Forward => costs.forward_ns[index],
+            Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
+        };
+        self.compute(op, ns, waits);
+        self.thread.ready_ns = self.machine.now_ns() + self.setup.hardware.launch_ns;
+        Ok(None)
+    }
+
+    pub(super) fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) {
+        let (unit, phase) = self.op(op);
+        let direction = if phase == Phase::Forward { "forward" } else { "backward" };
+        let task = Task {
+            name: format!("{} {direction}", self.setup.trace.units[unit as usize].name),
+            bytes: 0,
+            work: ns as f64,
+            waits: waits.iter().map(|(token, _)| *token).collect(),
+            on_start: Vec::new(),
+            on_end: Vec::new(),
+        };
+        for (token, cause) in waits {
+            self.wait_causes.insert(token.index(), cause);
+        }
+        let token = self.machine.push(Lane::Compute, task);
+        self.latest_compute = [self.latest_compute[1], Some(token)];
+    }
+
+    /// Device bytes that will be given back without the training thread.
+    pub(super) fn freeable(&self) -> u64 {
+        self.in_flight_bytes + self.leaving_bytes
+    }
+
+    pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
+        let before = self.device.peak();
+        let name = self.setup.trace.op_name(op);
+        self.device.reserve(saved + born, &name)?;
+        self.activations += saved;
+        self.gradients += born;
+        if self.device.peak() > before {
+            self.peak = (name, self.activations, self.gradients);
+        }
+        self.sample_device();
+        Ok(())
+    }
+}

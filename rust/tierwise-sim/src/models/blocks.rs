@@ -1,0 +1,219 @@
+//! The parts of a model in the order in which a forward pass uses them.
+
+use tierwise_core::layout::ParamSpec;
+
+/// One parameter tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// Name within its block.
+    pub name: String,
+    /// Elements.
+    pub numel: u64,
+    /// Whether tensor parallelism splits it; norms and biases that are added after a reduction stay whole.
+    pub split: bool,
+}
+
+/// Attention of one block: `4 keys width` FLOPs per query token, half of that if causal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attention {
+    /// Width of all query heads.
+    pub width: u64,
+    /// Width of all key heads.
+    pub kv_width: u64,
+    /// Whether a token sees only those before it.
+    pub causal: bool,
+}
+
+/// What a block is to the schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Looked up, not multiplied.
+    Embedding,
+    /// A layer: may be recomputed, may be split over pipeline stages.
+    Layer,
+    /// The final norm.
+    Norm,
+    /// The head and the loss.
+    Head,
+}
+
+/// A module whose parameters are used together. All figures are per token of a forward pass.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Block {
+    /// Qualified module name.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Its own parameters.
+    pub params: Vec<Tensor>,
+    /// Earlier block whose parameters it reads too (tied weights).
+    pub shares: Option<usize>,
+    /// FLOPs of matrix products.
+    pub matmul_flops: u64,
+    /// Its attentions.
+    pub attention: Vec<Attention>,
+    /// Bytes that element-wise kernels read and write.
+    pub memory_bytes: u64,
+    /// Bytes that autograd saves when nothing is recomputed.
+    pub saved_bytes: u64,
+    /// Bytes that stay when it is recomputed.
+    pub input_bytes: u64,
+    /// All-reduces of a hidden vector per token in forward, with tensor parallelism.
+    pub reductions: u64,
+}
+
+impl Block {
+    /// Elements of its own parameters.
+    pub fn numel(&self) -> u64 {
+        self.params.iter().map(|p| p.numel).sum()
+    }
+
+    /// Elements of its own parameters on each of `ways` tensor-parallel ranks, rounded up per tensor.
+    pub fn split_numel(&self, ways: u64) -> u64 {
+        self.params.iter().map(|p| if p.split { p.numel.div_ceil(ways) } else { p.numel }).sum()
+    }
+
+    /// FLOPs of attention per query token over `keys` tokens.
+    pub fn attention_flops(&self, keys: u64) -> u64 {
+        self.attention.iter().map(|a| if a.causal { 2 } else { 4 } * keys * a.width).sum()
+    }
+
+    /// Its parameters as the core describes them, with `ways` tensor-parallel ranks.
+    pub fn specs(&self, ways: u64) -> Vec<ParamSpec> {
+        self.params
+            .iter()
+            .map(|p| ParamSpec {
+                name: format!("{}.{}", self.name, p.name),
+                numel: if p.split { p.numel.div_ceil(ways) } else { p.numel },
+                trainable: true,
+            })
+            .collect()
+    }
+}
+
+/// Collects the parameters of a block.
+#[must_use]
+#[derive(Debug, Default)]
+pub struct Params(Vec<Tensor>);
+
+impl Params {
+    /// A tensor.
+    pub fn tensor(mut self, name: &str, numel: u64, split: bool) -> Self {
+        self.0.push(Tensor { name: name.to_owned(), numel, split });
+        self
+    }
+
+    /// A weight that is split by its output features, with its bias.
+    pub fn column(self, name: &str, input: u64, output: u64, bias: bool) -> Self {
+        let with = self.tensor(&format!("{name}.weight"), input * output, true);
+        if bias { with.tensor(&format!("{name}.bias"), output, true) } else { with }
+    }
+
+    /// A weight that is split by its input features; its bias is added after the reduction.
+    pub fn row(self, name: &str, input: u64, output: u64, bias: bool) -> Self {
+        let with = self.tensor(&format!("{name}.weight"), input * output, true);
+        if bias { with.tensor(&format!("{name}.bias"), output, false) } else { with }
+    }
+
+    /// A norm with a weight alone.
+    pub fn rms_norm(self, name: &str, width: u64) -> Self {
+        self.tensor(&format!("{name}.weight"), width, false)
+    }
+
+    /// A norm with weight and bias.
+    pub fn layer_norm(self, name: &str, width: u64) -> Self {
+        self.rms_norm(name, width).tensor(&format!("{name}.bias"), width, false)
+    }
+
+    /// All of them.
+    pub fn done(self) -> Vec<Tensor> {
+        self.0
+    }
+}
+
+/// An embedding: token ids stay, the output is the first layer's input.
+pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
+    Block {
+        name: name.to_owned(),
+        kind: Kind::Embedding,
+        params,
+        shares: None,
+        matmul_flops: 0,
+        attention: Vec::new(),
+        memory_bytes: 4 * width,
+        saved_bytes: 8,
+        input_bytes: 8,
+        reductions: 1,
+    }
+}
+
+/// The norm after the last layer.
+pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
+    Block {
+        name: name.to_owned(),
+        kind: Kind::Norm,
+        params,
+        shares: None,
+        matmul_flops: 0,
+        attention: Vec::new(),
+        memory_bytes: 4 * width,
+        saved_bytes: 2 * width,
+        input_bytes: 2 * width,
+        reductions: 0,
+    }
+}
+
+/// The head with a chunked loss: it keeps its input and one chunk of fp32 logits, whose chunks are as many as make it about 4 `width` bytes
+/// per token; the logits are written and read once.
+pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Option<usize>) -> Block {
+    Block {
+        name: name.to_owned(),
+        kind: Kind::Head,
+        params,
+        shares,
+        matmul_flops: 2 * vocab * width,
+        attention: Vec::new(),
+        memory_bytes: 8 * vocab,
+        saved_bytes: 6 * width,
+        input_bytes: 2 * width,
+        reductions: 0,
+    }
+}
+
+/// Per-token figures of a layer of the GPT kind: norms with biases, two matrices in the MLP.
+///
+/// Saved in bf16, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4) without stored attention scores and without dropout: inputs of
+/// both norms and of the projections behind them (8 h), query, key, value and attention output (8 q), its log-sum-exp (4 a), input and
+/// output of the activation (4 i), mean and deviation of both norms (16).
+pub struct GptLayer {
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Width of all heads.
+    pub width: u64,
+    /// Heads.
+    pub heads: u64,
+    /// Width inside the MLP.
+    pub inner: u64,
+    /// Whether a token sees only those before it.
+    pub causal: bool,
+}
+
+impl GptLayer {
+    /// The layer's block.
+    pub fn block(&self, name: String, params: Vec<Tensor>) -> Block {
+        let Self { hidden: h, width: q, heads: a, inner: i, causal } = *self;
+        Block {
+            name,
+            kind: Kind::Layer,
+            params,
+            shares: None,
+            matmul_flops: 2 * (4 * h * q + 2 * h * i),
+            attention: vec![Attention { width: q, kv_width: q, causal }],
+            // Two norms (8 h), two residual sums (12 h), the activation (4 i).
+            memory_bytes: 20 * h + 4 * i,
+            saved_bytes: 8 * h + 8 * q + 4 * a + 4 * i + 16,
+            input_bytes: 2 * h,
+            reductions: 2,
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! From blocks to what the planner reads: chunks, units, operations, and the work of every unit.
+
+use super::{Block, Kind, Model};
+use std::ops::Range;
+use tierwise_core::ChunkId;
+use tierwise_core::layout::{Layout, Precision};
+use tierwise_core::trace::{Op, Phase, Trace, Unit};
+
+/// What a unit does in forward; backward does twice of each.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// FLOPs of matrix products.
+    pub matmul_flops: f64,
+    /// FLOPs of attention; half of the full square if it is causal.
+    pub attention_flops: f64,
+    /// Bytes that element-wise kernels read and write.
+    pub memory_bytes: f64,
+    /// Bytes of hidden vectors that tensor parallelism reduces.
+    pub reduced_bytes: f64,
+    /// Number of those reductions.
+    pub reductions: u64,
+    /// Bytes of queries, keys, values and outputs that sequence parallelism exchanges, per rank.
+    pub exchanged_bytes: f64,
+}
+
+/// A model at one micro-batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Built {
+    /// One chunk per block that has parameters.
+    pub layout: Layout,
+    /// Units of the same names and their operations.
+    pub trace: Trace,
+    /// Per unit: work of one micro-batch in forward.
+    pub work: Vec<Work>,
+}
+
+/// What one rank has of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// Blocks of its pipeline stage.
+    pub blocks: Range<usize>,
+    /// Ranks that split every layer's matrices and, between them, the tokens of norms and residual sums.
+    pub tensor: u64,
+    /// Ranks that split every sequence.
+    pub sequence: u64,
+    /// Micro-batches whose activations are alive at once; more than 1 only in a pipeline.
+    pub in_flight: u64,
+}
+
+impl Share {
+    /// All of it.
+    pub fn whole(model: &Model) -> Self {
+        Share { blocks: 0..model.blocks.len(), tensor: 1, sequence: 1, in_flight: 1 }
+    }
+}
+
+impl Model {
+    /// Chunks, units and work of one rank's share of a micro-batch.
+    pub fn build_share(&self, seq: u64, sequences: u64, share: &Share) -> Built {
+        // Rounded up: what does not divide makes one rank wait for another.
+        let tokens = (seq * sequences).div_ceil(share.sequence);
+        let mut chunks = Vec::new();
+        let mut chunk_of: Vec<Option<ChunkId>> = vec![None; self.blocks.len()];
+        let mut units = Vec::new();
+        let mut work = Vec::new();
+        for at in share.blocks.clone() {
+            let block = &self.blocks[at];
+            let mut reads = Vec::new();
+            if let Some(source) = block.shares {
+                // A stage that has the head but not the embedding keeps a copy of the shared table.
+                reads.push(*chunk_of[source].get_or_insert_with(|| {
+                    chunks.push((self.blocks[source].name.clone(), self.blocks[source].specs(share.tensor)));
+                    ChunkId(chunks.len() as u32 - 1)
+                }));
+            }
+            if !block.params.is_empty() {
+                chunks.push((block.name.clone(), block.specs(share.tensor)));
+                let chunk = ChunkId(chunks.len() as u32 - 1);
+                chunk_of[at] = Some(chunk);
+                reads.push(chunk);
+            }
+            let of_unit = block_work(block, 2 * self.hidden_size, seq, tokens, share);
+            // Tensor-parallel ranks share the saved tokens of norms and residual sums too.
+            let kept = |per_token: u64| (per_token * tokens).div_ceil(share.tensor) * share.in_flight;
+            units.push(Unit {
+                name: block.name.clone(),
+                chunks: reads,
+                saved_bytes: kept(block.saved_bytes),
+                input_bytes: kept(block.input_bytes),
+                recomputable: block.kind == Kind::Layer,
+                flops: of_unit.matmul_flops + of_unit.attention_flops,
+            });
+            work.push(of_unit);
+        }
+        let count = units.len() as u32;
+        let forward = (0..count).map(|unit| Op { unit, phase: Phase::Forward });
+        let ops = forward.chain((0..count).rev().map(|unit| Op { unit, phase: Phase::Backward })).collect();
+        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work }
+    }
+}
+
+fn block_work(block: &Block, hidden_bytes: u64, seq: u64, tokens: u64, share: &Share) -> Work {
+    let per_rank = |per_token: u64| per_token as f64 * tokens as f64 / share.tensor as f64;
+    // Queries and outputs have the width of all query heads, keys and values theirs; each is sent once, all but the rank's own part.
+    let exchanged: u64 = block.attention.iter().map(|a| 2 * (2 * a.width + 2 * a.kv_width)).sum();
+    let away = (share.sequence - 1) as f64 / share.sequence as f64;
+    Work {
+        matmul_flops: per_rank(block.matmul_flops),
+        attention_flops: per_rank(block.attention_flops(seq)),
+        memory_bytes: per_rank(block.memory_bytes),
+        reduced_bytes: if share.tensor > 1 { (block.reductions * hidden_bytes) as f64 * tokens as f64 } else { 0.0 },
+        reductions: if share.tensor > 1 { block.reductions } else { 0 },
+        exchanged_bytes: per_rank(exchanged) * away,
+    }
+}

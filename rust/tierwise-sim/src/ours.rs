@@ -1,0 +1,243 @@
+//! A step of Tierwise: every distinct pipeline stage is planned and executed by the core's planner and scheduler.
+
+use crate::executor::{Outcome, Setup, Sharding, SimError, simulate};
+use crate::pipeline::StageCost;
+use crate::request::{Error, Rank, Request};
+use crate::units::Shortfall;
+use serde::Serialize;
+use tierwise_core::layout::Layout;
+use tierwise_core::plan::{DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::timeline::Timeline;
+
+/// What the plan is, in few numbers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Placed {
+    /// Elements whose optimizer step the device runs.
+    pub device_stepped_numel: u64,
+    /// Elements whose optimizer step the host runs.
+    pub host_stepped_numel: u64,
+    /// Elements whose parameters are streamed.
+    pub streamed_numel: u64,
+    /// Layers that are recomputed in backward.
+    pub recomputed_units: u64,
+    /// Layers that could be.
+    pub recomputable_units: u64,
+    /// Device memory at the planned peak, by purpose.
+    pub device: DeviceBytes,
+    /// Host memory, by purpose.
+    pub host: HostBytes,
+    /// Seconds of a step by the planner's formulas.
+    pub predicted_step_s: f64,
+    /// What bounds the step by the planner's formulas.
+    pub bound_by: String,
+}
+
+/// A simulated step of any policy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Simulated {
+    /// The slowest rank's step.
+    pub outcome: Outcome,
+    /// What each rank of its stage has, if it is ours.
+    pub placed: Option<Placed>,
+    /// FLOPs of recomputation in the whole step, all ranks.
+    pub recomputed_flops: f64,
+    /// The slowest rank's spans and counters.
+    pub timeline: Timeline,
+}
+
+/// One stage, planned.
+struct Stage {
+    rank: Rank,
+    plan: Plan,
+    sharding: Option<Sharding>,
+    reserve_bytes: u64,
+}
+
+/// Plans and executes; the inner error says what does not fit.
+pub fn step(request: &Request) -> Result<Result<Simulated, Shortfall>, Error> {
+    let stages = request.parallel.pipeline;
+    let accumulation = request.accumulation()?;
+    let mut slowest: Option<(u64, Stage, Outcome)> = None;
+    let mut costs = Vec::new();
+    let mut recomputed_flops = 0.0;
+    let mut exposed_ns = 0;
+    let mut seen: Option<(std::ops::Range<usize>, u64)> = None;
+    let mut middle: Option<(StageCost, f64)> = None;
+    for number in 0..stages {
+        let blocks = request.parallel.stage_blocks(&request.model, number);
+        let is_middle = number > 0 && number + 1 < stages;
+        // Equal stages are simulated once: of the middle ones the first, which holds the most activations.
+        if let (true, Some((like, _)), Some((cost, flops))) = (is_middle, &seen, middle)
+            && like.len() == blocks.len()
+        {
+            costs.push(cost);
+            recomputed_flops += flops;
+            continue;
+        }
+        let stage = match plan_stage(request, number)? {
+            Ok(stage) => stage,
+            Err(shortfall) => return Ok(Err(shortfall)),
+        };
+        let outcome = match execute(request, &stage) {
+            Ok(outcome) => outcome,
+            Err(SimError::Budget(error)) => {
+                return Ok(Err(Shortfall {
+                    tier: error.tier.to_string(),
+                    op: Some(error.what),
+                    needed_bytes: error.limit + error.shortfall,
+                    shortfall_bytes: error.shortfall,
+                }));
+            }
+            Err(error) => return Err(Error::Execution(error)),
+        };
+        let cost = stage_cost(&stage);
+        let flops = again(&stage) * f64::from(accumulation) * request.parallel.tensor as f64 * request.parallel.shards() as f64;
+        costs.push(cost);
+        recomputed_flops += flops;
+        if is_middle {
+            (seen, middle) = (Some((blocks, number)), Some((cost, flops)));
+        }
+        exposed_ns = exposed_ns.max(outcome.step_ns - outcome.compute_ns);
+        if slowest.as_ref().is_none_or(|(_, _, slow)| outcome.step_ns > slow.step_ns) {
+            slowest = Some((number, stage, outcome));
+        }
+    }
+    let Some((_, stage, mut outcome)) = slowest else { return Err(Error::Usage("pipeline is 0; it must be at least 1".to_owned())) };
+    if stages > 1 {
+        let group = request.parallel.stage_group(&request.hardware).map_err(Error::Usage)?;
+        let tokens = request.seq * request.micro_batch / request.parallel.sequence / request.parallel.tensor;
+        let send_ns = group.send_ns((2 * request.model.hidden_size * tokens) as f64);
+        let makespan = request.parallel.schedule.makespan_ns(&costs, u64::from(accumulation), send_ns).map_err(Error::Usage)?;
+        // What a stage adds to its own compute (copies, optimizer, collectives) is added to the pipeline's time.
+        let step_ns = makespan + exposed_ns;
+        outcome.stalls.pipeline_ns = step_ns - outcome.step_ns;
+        outcome.step_ns = step_ns;
+    }
+    let timeline = std::mem::take(&mut outcome.timeline);
+    let placed = Some(placed(&stage));
+    Ok(Ok(Simulated { outcome, placed, recomputed_flops, timeline }))
+}
+
+/// The least device budget with which every stage can be planned, the other limits being as requested.
+pub fn least_device_bytes(request: &Request) -> Result<u64, Error> {
+    let mut least = 0;
+    for number in 0..request.parallel.pipeline {
+        let (rank, _, planned) = prepare(request, number)?;
+        least = least.max(minimum_device_bytes(&rank.built.layout, &rank.built.trace, &planned));
+    }
+    Ok(least)
+}
+
+/// A rank split over its group, its collectives, and what to ask the planner.
+fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, PlanRequest), Error> {
+    let parallel = &request.parallel;
+    let mut rank = Rank::new(request, number)?;
+    let accumulation = request.accumulation()?;
+    let buffers = parallel.buffer_bytes(&rank.built.layout, accumulation);
+    let sharding = (parallel.shards() > 1).then(|| sharding(request, &rank));
+    parallel.split(&mut rank.built.layout);
+    let planned = PlanRequest {
+        device_budget: request.device_budget,
+        host_budget: request.host_budget,
+        reserve_bytes: request.reserve_bytes + buffers,
+        placement: Placement::Auto,
+        recompute: request.recompute.clone(),
+        accumulation,
+        clip_mode: request.clip_mode,
+        speeds: rank.costs.speeds(&rank.built, &rank.hardware),
+    };
+    Ok((rank, sharding, planned))
+}
+
+fn sharding(request: &Request, rank: &Rank) -> Sharding {
+    let (layout, zero) = (&rank.built.layout, request.parallel.zero);
+    let gather = |c| if zero >= 1 { rank.data.all_gather_ns(layout.param_bytes(c) as f64) } else { 0 };
+    let reduce = |c| {
+        let bytes = layout.grad_bytes(c) as f64;
+        if zero >= 1 { rank.data.all_gather_ns(bytes) } else { rank.data.all_reduce_ns(bytes) }
+    };
+    Sharding {
+        gathers_before_use: zero >= 3,
+        reduces_every_micro_batch: zero >= 2,
+        gather_ns: layout.ids().map(gather).collect(),
+        reduce_ns: layout.ids().map(reduce).collect(),
+    }
+}
+
+fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>, Error> {
+    let (rank, sharding, planned) = prepare(request, number)?;
+    let reserve_bytes = planned.reserve_bytes;
+    let plan = match plan(&rank.built.layout, &rank.built.trace, &planned) {
+        Ok(plan) => plan,
+        Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
+        Err(PlanError::Host { needed, shortfall, .. }) => return Ok(Err(Shortfall::host(needed, shortfall))),
+        Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
+    };
+    let streams = plan.chunks.iter().any(|c| c.home == ParamHome::Streamed);
+    if streams && sharding.is_some() && request.parallel.zero < 3 {
+        // Whole parameters on the device are what these levels mean: they would have to fit.
+        let needed = plan.device.total() - plan.device.stream_slab + whole_params(&rank.built.layout) - plan.device.resident_params;
+        let shortfall = needed.saturating_sub(request.device_budget);
+        return Ok(Err(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, shortfall)));
+    }
+    Ok(Ok(Stage { rank, plan, sharding, reserve_bytes }))
+}
+
+fn whole_params(layout: &Layout) -> u64 {
+    layout.ids().map(|c| layout.param_bytes(c)).sum()
+}
+
+fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
+    debug_assert_eq!(stage.plan.device.reserve, stage.reserve_bytes);
+    simulate(&Setup {
+        layout: &stage.rank.built.layout,
+        trace: &stage.rank.built.trace,
+        plan: &stage.plan,
+        costs: &stage.rank.costs,
+        hardware: &stage.rank.hardware,
+        sharding: stage.sharding.as_ref(),
+        device_budget: request.device_budget,
+        host_budget: request.host_budget,
+        clips: request.clips,
+    })
+}
+
+fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
+    stage.plan.recompute.iter().enumerate().filter(|(_, recomputed)| **recomputed).map(|(unit, _)| unit)
+}
+
+/// FLOPs of a micro-batch's recomputation.
+fn again(stage: &Stage) -> f64 {
+    recomputed(stage).map(|unit| stage.rank.built.trace.units[unit].flops).sum()
+}
+
+fn stage_cost(stage: &Stage) -> StageCost {
+    let costs = &stage.rank.costs;
+    let backward: u64 = costs.backward_ns.iter().sum();
+    StageCost {
+        forward_ns: costs.forward_ns.iter().sum(),
+        backward_ns: backward + recomputed(stage).map(|unit| costs.forward_ns[unit]).sum::<u64>(),
+        // Gradients of weights are half of a backward's matrix products.
+        weights_ns: backward / 2,
+    }
+}
+
+fn placed(stage: &Stage) -> Placed {
+    let (layout, plan) = (&stage.rank.built.layout, &stage.plan);
+    let numel = |wanted: &dyn Fn(usize) -> bool, state: bool| {
+        let of = |c: usize| if state { layout.chunks[c].state_numel } else { layout.chunks[c].numel };
+        (0..layout.chunks.len()).filter(|c| wanted(*c)).map(of).sum()
+    };
+    Placed {
+        device_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Device, true),
+        host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
+        streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
+        recomputed_units: recomputed(stage).count() as u64,
+        recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,
+        device: plan.device,
+        host: plan.host,
+        predicted_step_s: plan.predicted_step_s,
+        bound_by: plan.bound_by.clone(),
+    }
+}

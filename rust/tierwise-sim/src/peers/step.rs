@@ -1,0 +1,292 @@
+//! A step of any policy, task by task.
+
+use super::policy::{Policy, Traits};
+use super::program::{Program, Record};
+use crate::executor::Outcome;
+use crate::executor::machine::{Lane, Token};
+use crate::executor::stalls::Cause;
+use crate::ours::Simulated;
+use crate::request::{Error, Rank, Request};
+use crate::units::Shortfall;
+use tierwise_core::ChunkId;
+use tierwise_core::planner::Recompute;
+use tierwise_core::scheduler::Counters;
+use tierwise_core::trace::Phase;
+
+/// Share of the host's streaming rate that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
+/// and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
+const HOST_PASS_SHARE: f64 = 0.71;
+
+/// Host memory of a Python process with torch and CUDA, measured with forward and backward alone.
+const PROCESS_BYTES: u64 = 2_000_000_000;
+
+/// Simulates a policy; recomputation that is left to it is none, or all if only that fits.
+pub fn step(policy: Policy, request: &Request) -> Result<Result<Simulated, Shortfall>, Error> {
+    if request.parallel.pipeline > 1 {
+        return Err(Error::Usage(format!(
+            "pipeline is {} with policy {}; other systems are modelled with data, tensor and sequence parallelism",
+            request.parallel.pipeline,
+            policy.name()
+        )));
+    }
+    let rank = Rank::new(request, 0)?;
+    let units = &rank.built.trace.units;
+    let all: Vec<bool> = units.iter().map(|u| u.recomputable).collect();
+    let levels = match &request.recompute {
+        Recompute::None => vec![vec![false; units.len()]],
+        Recompute::Full => vec![all],
+        Recompute::Auto => vec![vec![false; units.len()], all],
+        Recompute::Units(units) => vec![units.clone()],
+    };
+    let mut result = Err(Shortfall::host(0, 0));
+    for recompute in levels {
+        result = Step { traits: policy.traits(), request, rank: &rank, accumulation: request.accumulation()?, recompute: &recompute }.run();
+        if result.is_ok() {
+            break;
+        }
+    }
+    Ok(result)
+}
+
+struct Step<'a> {
+    traits: Traits,
+    request: &'a Request,
+    rank: &'a Rank,
+    accumulation: u32,
+    recompute: &'a [bool],
+}
+
+/// What the next step waits for.
+#[derive(Default)]
+struct Carried {
+    updated: Vec<Token>,
+    /// Compute tasks, the latest last: gathered parameters take the place of those of the last but one.
+    latest: [Option<Token>; 2],
+}
+
+impl Step<'_> {
+    fn run(&self) -> Result<Simulated, Shortfall> {
+        let host = self.host_bytes();
+        if host > self.request.host_budget {
+            return Err(Shortfall::host(host, host - self.request.host_budget));
+        }
+        let base = self.base_bytes();
+        let mut program = Program::new(&self.rank.hardware);
+        let mut carried = Carried::default();
+        let first = self.step(&mut program, &mut carried);
+        let _ = self.step(&mut program, &mut carried);
+        let record = program.run(first, base);
+        if record.device_peak_bytes > self.request.device_budget {
+            let missing = record.device_peak_bytes - self.request.device_budget;
+            return Err(Shortfall::device(record.device_peak_at, record.device_peak_bytes, missing));
+        }
+        Ok(self.simulated(record, host))
+    }
+
+    /// One optimizer step; gives its last task.
+    fn step(&self, program: &mut Program, carried: &mut Carried) -> Token {
+        let trace = &self.rank.built.trace;
+        let mut arrived = Vec::new();
+        for micro_batch in 0..self.accumulation {
+            for (at, op) in trace.ops.iter().enumerate() {
+                let unit = op.unit as usize;
+                let mut waits = self.gather(program, carried, unit);
+                waits.extend(carried.updated.iter().copied());
+                let compute = self.compute(program, unit, op.phase, waits);
+                carried.latest = [carried.latest[1], Some(compute)];
+                if op.phase == Phase::Backward {
+                    for &chunk in &trace.units[unit].chunks {
+                        let again = |later: &tierwise_core::trace::Op| {
+                            later.phase == Phase::Backward && trace.units[later.unit as usize].chunks.contains(&chunk)
+                        };
+                        if !trace.ops[at + 1..].iter().any(again) {
+                            arrived.extend(self.gradient(program, chunk, micro_batch, compute));
+                        }
+                    }
+                }
+            }
+        }
+        arrived.extend(carried.latest[1]);
+        let stepped = self.optimizer(program, arrived);
+        carried.updated = vec![stepped];
+        stepped
+    }
+
+    fn ways(&self) -> u64 {
+        self.request.parallel.shards()
+    }
+
+    fn part(&self, numel: u64, split: bool) -> u64 {
+        if split { numel.div_ceil(self.ways()) } else { numel }
+    }
+
+    fn numel(&self, chunk: ChunkId) -> u64 {
+        self.rank.built.layout.chunks[chunk.index()].numel
+    }
+
+    fn name(&self, what: &str, chunk: ChunkId) -> String {
+        format!("{what} {}", self.rank.built.layout.chunks[chunk.index()].name)
+    }
+
+    /// Work of a copy: bytes of the pinned link, or as many as take as long from pageable memory.
+    fn copy_work(&self, bytes: u64, to_device: bool, pageable: bool) -> f64 {
+        let hardware = &self.rank.hardware;
+        let pinned = if to_device { hardware.h2d_bytes_per_s } else { hardware.d2h_bytes_per_s };
+        let slower = if pageable { (pinned / hardware.pageable_bytes_per_s).max(1.0) } else { 1.0 };
+        bytes as f64 * slower
+    }
+
+    /// Copies and gathers the parameters of a unit.
+    fn gather(&self, program: &mut Program, carried: &Carried, unit: usize) -> Vec<Token> {
+        if !self.traits.gathers {
+            return Vec::new();
+        }
+        let mut done = Vec::new();
+        for &chunk in &self.rank.built.trace.units[unit].chunks {
+            let mut waits: Vec<Token> = carried.latest[0].into_iter().chain(carried.updated.iter().copied()).collect();
+            if self.traits.fetch_bytes > 0 {
+                let bytes = self.traits.fetch_bytes * self.part(self.numel(chunk), true);
+                let work = self.copy_work(bytes, true, false);
+                waits = vec![program.push(Lane::HostToDevice, self.name("fetch", chunk), bytes, work, waits, Cause::Fetch)];
+            }
+            let ns = self.rank.data.all_gather_ns(2.0 * self.numel(chunk) as f64) as f64;
+            let cause = if ns == 0.0 && self.traits.fetch_bytes > 0 { Cause::Fetch } else { Cause::Communication };
+            done.push(program.push(Lane::Gather, self.name("gather", chunk), 0, ns, waits, cause));
+        }
+        done
+    }
+
+    fn compute(&self, program: &mut Program, unit: usize, phase: Phase, waits: Vec<Token>) -> Token {
+        let (trace, costs) = (&self.rank.built.trace, &self.rank.costs);
+        let of = &trace.units[unit];
+        let recomputed = self.recompute[unit];
+        let kept = if recomputed { of.input_bytes } else { of.saved_bytes } as i64;
+        let direction = if phase == Phase::Forward { "forward" } else { "backward" };
+        let (ns, taken, given) = match phase {
+            Phase::Forward => (costs.forward_ns[unit], kept, 0),
+            Phase::Backward if recomputed => {
+                let again = of.saved_bytes as i64;
+                (costs.backward_ns[unit] + costs.forward_ns[unit], again, again + kept)
+            }
+            Phase::Backward => (costs.backward_ns[unit], 0, kept),
+        };
+        let name = format!("{} {direction}", of.name);
+        program.push_with(Lane::Compute, name, 0, ns as f64, waits, Cause::Launch, taken, given)
+    }
+
+    /// The way of a gradient, from the backward that made it.
+    fn gradient(&self, program: &mut Program, chunk: ChunkId, micro_batch: u32, made: Token) -> Vec<Token> {
+        let traits = &self.traits;
+        let last = micro_batch + 1 == self.accumulation;
+        let numel = self.numel(chunk);
+        let wire = (traits.reduce_bytes * numel) as f64;
+        let mut at = made;
+        // What is not split is reduced once, what is split in every micro-batch.
+        if traits.splits_grads || last {
+            let ns = if traits.all_reduces { self.rank.data.all_reduce_ns(wire) } else { self.rank.data.all_gather_ns(wire) };
+            at = program.push(Lane::Reduce, self.name("reduce", chunk), 0, ns as f64, vec![at], Cause::Communication);
+        }
+        if traits.offload_grad_bytes > 0 {
+            let part = self.part(numel, true);
+            let mut copy = |lane: Lane, what: &str, bytes: u64, after: Token| {
+                let work = self.copy_work(bytes, lane == Lane::HostToDevice, self.request.pageable);
+                program.push(lane, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
+            };
+            if micro_batch > 0 && traits.accumulate_bytes > 0 {
+                at = copy(Lane::HostToDevice, "accumulated gradients", traits.accumulate_bytes * part, at);
+            }
+            let bytes = if last { traits.offload_grad_bytes } else { traits.accumulate_bytes };
+            if bytes > 0 {
+                at = copy(Lane::DeviceToHost, "gradients", bytes * part, at);
+            }
+        }
+        vec![at]
+    }
+
+    /// The optimizer, after everything that came before; gives its last task.
+    fn optimizer(&self, program: &mut Program, waits: Vec<Token>) -> Token {
+        let traits = &self.traits;
+        let whole: u64 = self.rank.built.layout.chunks.iter().map(|c| c.numel).sum();
+        let part = self.part(whole, traits.splits_states);
+        let mut at =
+            program.push(Lane::Optimizer, "step".to_owned(), 0, (traits.device_traffic_bytes * part) as f64, waits, Cause::Optimizer);
+        if traits.host_traffic_bytes > 0 {
+            let bytes = traits.host_traffic_bytes * part;
+            let work = bytes as f64 / HOST_PASS_SHARE;
+            at = program.push(Lane::Landing, "clip and step".to_owned(), bytes, work, vec![at], Cause::Optimizer);
+        }
+        if traits.refresh_bytes > 0 {
+            let bytes = traits.refresh_bytes * part;
+            let work = self.copy_work(bytes, true, traits.refresh_is_pageable || self.request.pageable);
+            at = program.push(Lane::HostToDevice, "parameters".to_owned(), bytes, work, vec![at], Cause::Optimizer);
+        }
+        if traits.splits_states && !traits.gathers {
+            let ns = self.rank.data.all_gather_ns(2.0 * whole as f64) as f64;
+            at = program.push(Lane::Gather, "gather parameters".to_owned(), 0, ns, vec![at], Cause::Communication);
+        }
+        at
+    }
+
+    /// Device bytes that stay for the whole step.
+    fn base_bytes(&self) -> u64 {
+        let traits = &self.traits;
+        let chunks = &self.rank.built.layout.chunks;
+        let whole: u64 = chunks.iter().map(|c| c.numel).sum();
+        let largest = chunks.iter().map(|c| c.numel).max().unwrap_or(0);
+        let gathered = if traits.gathers && (self.ways() > 1 || traits.fetch_bytes > 0 || traits.device_param_bytes > 2) {
+            2 * 2 * largest
+        } else {
+            0
+        };
+        // One whole gradient is made while another is reduced or copied.
+        let moving = if traits.splits_grads { 2 * 2 * largest } else { 0 };
+        traits.device_param_bytes * self.part(whole, traits.gathers)
+            + traits.device_grad_bytes * self.part(whole, traits.splits_grads)
+            + traits.device_state_bytes * self.part(whole, traits.splits_states)
+            + traits.buffer_bytes
+            + gathered
+            + moving
+            + self.request.reserve_bytes
+    }
+
+    fn host_bytes(&self) -> u64 {
+        let whole: u64 = self.rank.built.layout.chunks.iter().map(|c| c.numel).sum();
+        let part = self.part(whole, self.traits.splits_states);
+        let accumulated = if self.accumulation > 1 { self.traits.accumulate_bytes } else { 0 };
+        let pinned = self.traits.pinned_bytes.iter().chain((accumulated > 0).then_some(&accumulated));
+        let buffers: u64 = pinned.map(|&bytes| if self.request.pageable { bytes * part } else { (bytes * part).next_power_of_two() }).sum();
+        PROCESS_BYTES + self.traits.host_bytes * part + buffers
+    }
+
+    fn simulated(&self, record: Record, host: u64) -> Simulated {
+        let trace = &self.rank.built.trace;
+        let again: f64 = trace.units.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(u, _)| u.flops).sum();
+        // After the last compute the step goes on; no later compute shows what it waited for.
+        let mut stalls = record.stalls;
+        let known = record.busy_compute_ns + stalls.total_ns();
+        stalls.optimizer_step_ns += record.end_ns - known;
+        let ranks = self.request.parallel.gpus as f64;
+        Simulated {
+            placed: None,
+            recomputed_flops: again * f64::from(self.accumulation) * ranks,
+            outcome: Outcome {
+                step_ns: record.end_ns,
+                compute_ns: record.compute_ns,
+                slowdown_ns: record.busy_compute_ns - record.compute_ns.min(record.busy_compute_ns),
+                stalls,
+                h2d_bytes: record.h2d_bytes,
+                d2h_bytes: record.d2h_bytes,
+                communicated_ns: record.communicated_ns,
+                busy_ns: record.busy_ns,
+                device_peak_bytes: record.device_peak_bytes,
+                device_peak_op: record.device_peak_at,
+                device_peak_activation_bytes: 0,
+                device_peak_gradient_bytes: 0,
+                host_peak_bytes: host,
+                counters: Counters::default(),
+                timeline: tierwise_core::timeline::Timeline::default(),
+            },
+            timeline: record.timeline,
+        }
+    }
+}
