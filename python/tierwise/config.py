@@ -84,11 +84,12 @@ _DEVICES = (
     ("3090", 5.0e13, 20e9, 22e9),
 )
 _HOST_ADAM_PER_CORE = 3.4e8
-_HOST_ADAM_MAX = 5.5e9
+_HOST_ADAM_MAX = 3.8e9
 
 
 def default_speeds(device_name: str, threads: int) -> Speeds:
-    """Speeds of a known GPU, else cautious ones; CPU Adam does 3.4e8 parameters/s per core, up to 5.5e9 where DRAM is the limit."""
+    """Speeds of a known GPU, else cautious ones; CPU Adam does 3.4e8 parameters/s per core, up to 3.8e9 where DRAM
+    is the limit. All of them hold while both directions of the link are busy, which is when a step needs them."""
     adam = min(_HOST_ADAM_PER_CORE * max(threads, 1), _HOST_ADAM_MAX)
     for part, flops, h2d, d2h in _DEVICES:
         if part in device_name:

@@ -44,7 +44,7 @@ def correct(runtime: Runtime) -> None:
         runtime.planned.device_budget,
         runtime.planned.host_budget,
         {"units": units},
-        runtime.temporary_bytes(),
+        runtime.unseen_bytes(runtime.planned.device_budget),
     )
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)

@@ -129,7 +129,11 @@ class Runtime:
             recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, self.trace.order, strict=True)]}
         device_budget = self.target.device_budget(self.plugin)
         speeds, host_budget = self.target.speeds(self.plugin), self.target.host_budget(self.plugin)
-        return request(self.plugin, speeds, device_budget, host_budget, recompute, self.temporary_bytes())
+        return request(self.plugin, speeds, device_budget, host_budget, recompute, self.unseen_bytes(device_budget))
+
+    def unseen_bytes(self, device_budget: int) -> int:
+        """Device bytes that the plan keeps free beside the plugin's own reserve: temporaries, and what the allocator loses."""
+        return self.temporary_bytes() + self.target.fragmentation_bytes(device_budget)
 
     def temporary_bytes(self) -> int:
         """Device bytes beside everything traced; the emulated device counts only what is traced."""

@@ -72,6 +72,10 @@ class Target:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return int((free + torch.cuda.memory_reserved(self.torch_device)) * 0.98)
 
+    def fragmentation_bytes(self, device_budget: int) -> int:
+        """Device bytes that torch's allocator loses between its blocks: some 4 % were seen; the emulated device loses none."""
+        return 0 if self.emulated else device_budget // 24
+
     def host_budget(self, plugin: GeminiPlugin) -> int:
         """The plugin's host budget, or 80 % of the free RAM."""
         return parse_bytes(plugin.host_budget) if plugin.host_budget is not None else int(available_memory_bytes() * 0.8)

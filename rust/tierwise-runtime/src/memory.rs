@@ -64,7 +64,7 @@ impl Regions {
         }
         let Some(found) = self.free.iter_mut().find(|(_, len)| *len >= bytes) else {
             let free: u64 = self.free.iter().map(|(_, len)| len).sum();
-            return Err(Error::Internal(format!("the host slab has no region of {bytes} bytes left ({free} bytes free)")));
+            return Err(Error::Usage(format!("the host slab has no region of {bytes} bytes left ({free} bytes free)")));
         };
         let offset = found.0;
         found.0 += bytes;

@@ -1,7 +1,7 @@
 //! Other systems' steps, modelled from what their code does: bytes, copies, collectives and what overlaps.
 //!
-//! A policy is data ([`policy`]); one program ([`step`]) carries it out on the same lanes as our executor. Read: DeepSpeed 0.16 to 0.19
-//! (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `overlap_comm` on), torch 2.11 (`distributed/fsdp/_fully_shard`, `DistributedDataParallel`).
+//! A policy is data ([`policy`]); one program ([`step`]) carries it out on the same lanes as our executor. DeepSpeed's follow its
+//! `runtime/zero/stage_1_and_2.py` and parts of `stage3.py` with `overlap_comm` on; FSDP's and DDP's follow their documentation.
 //! Not modelled: their hooks' time on the CPU, unfused optimizers, and fragmentation beyond `--reserve`.
 
 mod policy;

@@ -67,7 +67,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Static policy: share of parameters streamed from host memory."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
-    on CUDA also what the traced model's backward is expected to need."""
+    on CUDA also what the traced model's backward is expected to need, and a 24th of the budget that the allocator may lose."""
     initial_scale: float = 2.0**16
     """fp16: first loss scale."""
     min_scale: float = 1.0
