@@ -71,6 +71,7 @@ struct Started {
 /// The disk. Bytes move when a transfer ends, not when it starts, as a late DMA would.
 pub struct FaultyDisk {
     bytes: Vec<u8>,
+    alignment: usize,
     random: Random,
     plan: FaultPlan,
     /// By the time they end and the order in which they started.
@@ -79,9 +80,9 @@ pub struct FaultyDisk {
 }
 
 impl FaultyDisk {
-    /// `bytes` of zeros.
-    pub fn new(bytes: usize, seed: u64, plan: FaultPlan) -> FaultyDisk {
-        FaultyDisk { bytes: vec![0; bytes], random: Random::new(seed), plan, started: BTreeMap::new(), next: 0 }
+    /// `bytes` of zeros. Transfers that are not aligned fail with EINVAL, as direct I/O does.
+    pub fn new(bytes: usize, alignment: usize, seed: u64, plan: FaultPlan) -> FaultyDisk {
+        FaultyDisk { bytes: vec![0; bytes], alignment, random: Random::new(seed), plan, started: BTreeMap::new(), next: 0 }
     }
 
     /// Starts a transfer.
@@ -114,6 +115,9 @@ impl FaultyDisk {
 
     fn effect(&mut self, op: &Op, fault: Option<Fault>) -> std::result::Result<usize, i32> {
         let Op { direction, offset, address, len, .. } = *op;
+        if !(offset as usize | address | len).is_multiple_of(self.alignment) {
+            return Err(libc::EINVAL);
+        }
         match fault {
             None | Some(Fault::Late(_)) => Ok(copy(&mut self.bytes, direction, offset, address, len)),
             Some(Fault::Errno(errno)) => Err(errno),

@@ -84,7 +84,7 @@ pub fn faulty_store(
 ) -> Store {
     let limits = Limits { queue_depth: depth, block_bytes: BLOCK_BYTES, alignment: ALIGNMENT, blocks };
     Store::with_backend(limits, stall, move || {
-        let disk = FaultyDisk::new(blocks as usize * BLOCK_BYTES, 1, Box::new(plan));
+        let disk = FaultyDisk::new(blocks as usize * BLOCK_BYTES, ALIGNMENT, 1, Box::new(plan));
         Ok(Box::new(Faulty::new(disk, depth)) as Box<dyn Backend>)
     })
     .unwrap()
