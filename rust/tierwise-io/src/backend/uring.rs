@@ -219,6 +219,10 @@ impl Drop for Uring {
     fn drop(&mut self) {
         let mut ended = Vec::new();
         while !self.in_flight.is_empty() && self.reap(None, &mut ended).is_ok() {}
+        // Closing a ring lets go of these later, in the background: the slabs would stay pinned and the file's space taken for a while.
+        // Where there is nothing to unregister, refusing is right.
+        let _ = self.ring.submitter().unregister_buffers();
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 

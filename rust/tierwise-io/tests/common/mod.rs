@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tierwise_io::Key;
@@ -39,6 +40,48 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A file system of its own in a loop-mounted image; unmounted at the end.
+pub struct Mount(Scratch);
+
+impl Mount {
+    /// `None`, with the reason printed, where this user may not mount.
+    pub fn new(name: &str, mkfs: &str, options: &str, bytes: u64) -> Option<Mount> {
+        let scratch = Scratch::new(name);
+        let (image, target) = (scratch.path().join("image"), scratch.path().join("mount"));
+        std::fs::create_dir(&target).unwrap();
+        std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+        let run = |program: &str, args: &[&Path]| match Command::new(program).args(args).output() {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())),
+            Err(error) => Err(format!("{program}: {error}")),
+        };
+        let mounted = run(mkfs, &[Path::new("-q"), Path::new("-F"), &image])
+            .and_then(|()| run("mount", &[Path::new("-o"), Path::new(options), &image, &target]));
+        if let Err(reason) = mounted {
+            println!("SKIPPED: {reason}; runs as root with loop devices and {mkfs}");
+            return None;
+        }
+        Some(Mount(scratch))
+    }
+
+    pub fn path(&self) -> std::path::PathBuf {
+        self.0.path().join("mount")
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // The kernel may still be closing a ring.
+        for _ in 0..100 {
+            if Command::new("umount").arg(self.path()).output().is_ok_and(|output| output.status.success()) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        eprintln!("{} stays mounted", self.path().display());
     }
 }
 
