@@ -85,7 +85,7 @@ pub struct Completion {
 
 /// Carries transfers out. It lives on the driver thread.
 pub trait Backend {
-    /// Transfers it can have in flight.
+    /// Transfers to give it at once: what the disk has, and a few that wait here.
     fn max_in_flight(&self) -> usize;
 
     /// Starts a transfer. An error means that the backend is broken, not that the transfer failed.

@@ -11,6 +11,7 @@ pub mod backend;
 mod blocks;
 pub mod buffer;
 pub mod checksum;
+pub mod doctor;
 mod driver;
 pub mod error;
 pub mod filesystem;

@@ -93,7 +93,7 @@ pub struct Setup {
     pub direct_io_note: Option<String>,
     /// What buffer addresses have to be multiples of.
     pub alignment: usize,
-    /// Transfers in flight at once.
+    /// Transfers that the disk has at once.
     pub queue_depth: usize,
     /// Bytes of memory registered with the ring.
     pub registered_bytes: u64,
@@ -162,8 +162,9 @@ impl Store {
             setup.backend_note = opened.note;
             setup.registered_bytes = opened.registered_bytes;
             setup.registered_note = opened.registered_note;
-            setup.queue_depth = opened.backend.max_in_flight();
-            Ok((opened.backend, Limits { alignment: setup.alignment, queue_depth: setup.queue_depth, ..limits }, setup))
+            setup.queue_depth = if opened.kind == BackendKind::Threads { config.threads } else { config.queue_depth };
+            let queue_depth = opened.backend.max_in_flight();
+            Ok((opened.backend, Limits { alignment: setup.alignment, queue_depth, ..limits }, setup))
         };
         Store::start(open, stall_timeout)
     }

@@ -1,11 +1,11 @@
 //! `io_uring`: one ring, one thread; registered file, registered buffers where the system allows them.
 
-use super::{Backend, Completion, Op, OpId, Wake};
+use super::{Backend, Completion, Op, Wake};
 use crate::Direction;
 use crate::error::{Error, Result, last_errno, os};
 use crate::spill_file::SpillFile;
 use io_uring::{IoUring, opcode, squeue, types};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +17,18 @@ const REGISTERED_BYTES_MAX: usize = 1 << 30;
 
 /// A ring and what it has in flight.
 pub struct Uring {
-    // Dropped first: closing the ring waits for or cancels what refers to the rest.
+    // Dropped first: closing the ring cancels what refers to the rest.
     ring: IoUring,
     /// Keeps the descriptor alive that the ring has registered.
     _file: Arc<SpillFile>,
-    in_flight: BTreeMap<u64, (Op, Option<u64>)>,
+    /// Given to this backend and not yet to the kernel.
+    waiting: VecDeque<Op>,
+    /// The kernel's.
+    moving: BTreeMap<u64, Moving>,
+    /// Writes whose checksum is to be taken while they move.
+    unsummed: VecDeque<u64>,
+    /// Ended, and not yet reported.
+    landed: VecDeque<(Moving, std::result::Result<usize, i32>)>,
     wake: Arc<EventFd>,
     wake_armed: bool,
     depth: usize,
@@ -29,6 +36,11 @@ pub struct Uring {
     /// Registered ranges (address, bytes), in the order of their indices.
     registered: Vec<(usize, usize)>,
     registered_note: Option<String>,
+}
+
+struct Moving {
+    op: Op,
+    checksum: Option<u64>,
 }
 
 struct EventFd(OwnedFd);
@@ -60,6 +72,7 @@ impl Uring {
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .build(entries)
             .or_else(|_| IoUring::new(entries))
             .map_err(|e| refused("io_uring_setup", e.raw_os_error().unwrap_or(0)))?;
@@ -78,7 +91,10 @@ impl Uring {
             ring,
             write_flags: file.write_flags(),
             _file: file,
-            in_flight: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            moving: BTreeMap::new(),
+            unsummed: VecDeque::new(),
+            landed: VecDeque::new(),
             wake,
             wake_armed: false,
             depth,
@@ -152,46 +168,48 @@ impl Uring {
         Ok(())
     }
 
-    /// Takes one completion, so that the caller can start the next transfer before this one's checksum holds up others.
-    fn pop(&mut self, ended: &mut Vec<Completion>) -> bool {
-        let Some(entry) = self.ring.completion().next() else { return false };
-        if entry.user_data() == WAKE {
-            self.wake_armed = false;
-            self.wake.clear();
-        } else if let Some((op, before)) = self.in_flight.remove(&entry.user_data()) {
-            let result = usize::try_from(entry.result()).map_err(|_| -entry.result());
-            let checksum = before.or_else(|| result.ok().and_then(|moved| op.checksum_after(moved)));
-            ended.push(Completion { id: op.id, result, checksum });
-        } else {
-            ended.push(Completion { id: OpId(entry.user_data()), result: Err(libc::EIO), checksum: None });
+    /// Gives the kernel what it may have, and lets it work off what has ended.
+    fn advance(&mut self) -> Result<()> {
+        self.collect()?;
+        while self.moving.len() < self.depth
+            && let Some(op) = self.waiting.pop_front()
+        {
+            let entry = self.entry(&op);
+            self.push(&entry)?;
+            if op.direction == Direction::Write && op.block.done == 0 {
+                self.unsummed.push_back(op.id.0);
+            }
+            self.moving.insert(op.id.0, Moving { op, checksum: None });
         }
-        true
-    }
-}
-
-impl Backend for Uring {
-    fn max_in_flight(&self) -> usize {
-        self.depth
-    }
-
-    fn submit(&mut self, op: Op) -> Result<()> {
-        let checksum = op.checksum_before();
-        let entry = self.entry(&op);
-        self.push(&entry)?;
-        self.in_flight.insert(op.id.0, (op, checksum));
-        // At once: the next operation's checksum should be computed while this one moves. What the kernel does not take now, the next
-        // wait submits.
-        match self.ring.submit() {
-            Ok(_) => Ok(()),
-            Err(error) if transient(&error) => Ok(()),
-            Err(error) => Err(Error::Backend { backend: "io_uring", reason: format!("io_uring_enter: {error}") }),
-        }
+        let outcome = {
+            let submission = self.ring.submission();
+            if submission.is_empty() && !submission.taskrun() {
+                return Ok(());
+            }
+            drop(submission);
+            self.ring.submit()
+        };
+        // What the kernel does not take now, the next call or wait submits.
+        outcome.map(drop).or_else(|error| if transient(&error) { Ok(()) } else { Err(broken(&error)) })?;
+        self.collect()
     }
 
-    fn reap(&mut self, timeout: Option<Duration>, ended: &mut Vec<Completion>) -> Result<()> {
-        if self.pop(ended) {
-            return Ok(());
+    fn collect(&mut self) -> Result<()> {
+        while let Some(entry) = self.ring.completion().next() {
+            if entry.user_data() == WAKE {
+                self.wake_armed = false;
+                self.wake.clear();
+            } else if let Some(moving) = self.moving.remove(&entry.user_data()) {
+                self.landed.push_back((moving, usize::try_from(entry.result()).map_err(|_| -entry.result())));
+            } else {
+                return Err(Error::Stopped(format!("the ring completed transfer {}, which it does not have", entry.user_data())));
+            }
         }
+        Ok(())
+    }
+
+    /// Waits until something has ended or the time is over.
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<()> {
         self.arm_wake()?;
         let outcome = match timeout {
             None => self.ring.submit_and_wait(1),
@@ -201,11 +219,35 @@ impl Backend for Uring {
             }
         };
         match outcome {
-            Ok(_) => {}
-            Err(error) if transient(&error) || error.raw_os_error() == Some(libc::ETIME) => {}
-            Err(error) => return Err(Error::Backend { backend: "io_uring", reason: format!("io_uring_enter: {error}") }),
+            Err(error) if !transient(&error) && error.raw_os_error() != Some(libc::ETIME) => Err(broken(&error)),
+            _ => Ok(()),
         }
-        self.pop(ended);
+    }
+}
+
+impl Backend for Uring {
+    fn max_in_flight(&self) -> usize {
+        self.depth + self.depth / 2
+    }
+
+    fn submit(&mut self, op: Op) -> Result<()> {
+        self.waiting.push_back(op);
+        self.advance()
+    }
+
+    fn reap(&mut self, timeout: Option<Duration>, ended: &mut Vec<Completion>) -> Result<()> {
+        self.advance()?;
+        if let Some((Moving { op, checksum }, result)) = self.landed.pop_front() {
+            // One at a time: what replaces it is submitted before the next one's checksum.
+            let checksum = checksum.or_else(|| op.checksum_before()).or_else(|| result.ok().and_then(|moved| op.checksum_after(moved)));
+            ended.push(Completion { id: op.id, result, checksum });
+        } else if let Some(id) = self.unsummed.pop_front() {
+            if let Some(moving) = self.moving.get_mut(&id) {
+                moving.checksum = moving.op.checksum_before();
+            }
+        } else {
+            self.wait(timeout)?;
+        }
         Ok(())
     }
 
@@ -217,13 +259,17 @@ impl Backend for Uring {
 impl Drop for Uring {
     /// The kernel may still move what is in flight; its buffers' owners are told of the end only after this.
     fn drop(&mut self) {
-        let mut ended = Vec::new();
-        while !self.in_flight.is_empty() && self.reap(None, &mut ended).is_ok() {}
+        self.waiting.clear();
+        while !self.moving.is_empty() && self.wait(None).and_then(|()| self.collect()).is_ok() {}
         // Closing a ring lets go of these later, in the background: the slabs would stay pinned and the file's space taken for a while.
         // Where there is nothing to unregister, refusing is right.
         let _ = self.ring.submitter().unregister_buffers();
         let _ = self.ring.submitter().unregister_files();
     }
+}
+
+fn broken(error: &std::io::Error) -> Error {
+    Error::Backend { backend: "io_uring", reason: format!("io_uring_enter: {error}") }
 }
 
 fn transient(error: &std::io::Error) -> bool {
