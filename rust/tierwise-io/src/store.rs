@@ -46,7 +46,7 @@ pub struct StoreConfig {
     pub block_bytes: usize,
     /// Transfers in flight at once (`io_uring`).
     pub queue_depth: usize,
-    /// Threads, each with one transfer in flight (threads).
+    /// Transfers in flight at once (threads).
     pub threads: usize,
     /// The backend; `None` takes the best that works. [`backend::BACKEND_ENV`] overrides it.
     pub backend: Option<BackendKind>,
