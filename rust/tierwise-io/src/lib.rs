@@ -3,6 +3,26 @@
 //! [`store::Store`] is what an engine uses. Its decisions are made by [`queue::Queue`], which knows no threads, no clock and no
 //! memory; a [`backend::Backend`] carries them out. Tests drive the same queue in virtual time against [`backend::faulty`].
 //!
+//! ```
+//! use tierwise_io::backend::BackendKind;
+//! use tierwise_io::pages::Pages;
+//! use tierwise_io::store::{Store, StoreConfig};
+//! use tierwise_io::{Key, Priority};
+//!
+//! # fn main() -> tierwise_io::error::Result<()> {
+//! let slab = Pages::new(8 << 20, 4096)?;
+//! // `backend: None` takes the best one that works in a directory on an NVMe disk.
+//! let config = StoreConfig { backend: Some(BackendKind::Memory), ..StoreConfig::new("/mnt/nvme", 64 << 20) };
+//! let store = Store::open(config)?;
+//! let exp_avg = Key { chunk: 3, payload: 1 };
+//! // SAFETY: the slab outlives the store, and these ranges are left alone until their tickets have ended.
+//! let (out, mut back) = unsafe { (slab.buffer(0, 4 << 20), slab.buffer(4 << 20, 4 << 20)) };
+//! store.write(exp_avg, 1, &out, Priority::Background)?.wait()?;
+//! store.read(exp_avg, 1, &mut back, Priority::Demand)?.wait()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Linux only: direct I/O, `fallocate`, `O_TMPFILE` and `io_uring` are what this crate is about.
 
 #![cfg(target_os = "linux")]

@@ -27,10 +27,27 @@ fn command(test: &str, directory: &Path) -> Command {
     command
 }
 
+/// A child that does not outlive its test.
+struct Running(Child);
+
+impl Running {
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        assert!(!self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts a child and waits until it says that it is ready.
-fn start(test: &str, directory: &Path) -> Child {
-    let mut child = command(test, directory).stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+fn start(test: &str, directory: &Path) -> Running {
+    let mut child = Running(command(test, directory).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(child.0.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains(READY)), "{test} ended before it was ready");
     child
 }
@@ -75,8 +92,7 @@ fn kill_9_leaves_no_file_and_no_space_taken() {
     }
     // In the middle of its writes.
     std::thread::sleep(Duration::from_millis(100));
-    child.kill().unwrap();
-    assert!(!child.wait().unwrap().success());
+    child.kill();
     let after: Vec<_> = std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(before, after);
     // The kernel closes the dead process's ring in the background.
@@ -107,8 +123,7 @@ fn a_killed_processes_named_file_is_removed_and_not_before() {
     let scratch = Scratch::new("window");
     let mut child = start("child_that_is_killed_before_its_file_loses_its_name", scratch.path());
     assert!(remove_stale(scratch.path()).is_empty());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    child.kill();
     let store = Store::open(config(&scratch, BackendKind::Threads, 4)).unwrap();
     assert_eq!(store.setup().stale_removed, [scratch.path().join(format!("{NAME_PREFIX}child"))]);
 }
