@@ -12,6 +12,8 @@ VENV_OLDEST ?= .venv-oldest
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# A directory on the NVMe disk to measure.
+NVME_DIR ?= .
 
 BIN := $(VENV)/bin
 # The source tree must not shadow the installed wheel.
@@ -99,6 +101,7 @@ format: ## Format Rust and Python sources
 
 bench: $(VENV)/.installed ## Run the benchmarks: each prints a table with its peer, measured in the same run
 	cargo bench -p tierwise-core --bench scheduler
+	cargo run --release -p tierwise-io --example nvme_raw -- $(NVME_DIR) --gib 1
 	$(CLEAN_ENV) $(BIN)/python benchmarks/cpu_adam.py $(BENCH_ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		set -x; $(CLEAN_ENV) $(BIN)/python benchmarks/offload.py; \
