@@ -24,7 +24,7 @@ PRESETS = presets()
 SMALLEST = {preset["config"]["model_type"]: preset for preset in reversed(PRESETS)}
 
 
-def build(preset: dict[str, Any]) -> torch.nn.Module:
+def build(preset: dict[str, Any]) -> Any:
     fields = dict(preset["config"])
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
