@@ -56,7 +56,7 @@ $(VENV)/.installed: $(VENV)/.wheel $(VENV)/.dependencies
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/tierwise-*.whl
 	@touch $@
 
-demo: $(VENV)/.installed ## Continue the training of a real 135M model in 500 MB of device memory (DEMO_ARGS="--help" for options)
+demo: $(VENV)/.installed ## Continue the training of a real 135M model in 600 MB of device memory (DEMO_ARGS="--help" for options)
 	$(CLEAN_ENV) $(BIN)/python examples/continue_pretraining.py $(DEMO_ARGS)
 
 test: test-rust test-python ## Run all tests: Rust, Rust doc-tests, Python against the installed wheel

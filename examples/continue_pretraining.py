@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences per forward")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per optimizer step")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of parameters and activations")
-    parser.add_argument("--device-budget", default="500MB", help="hard limit of device memory, bytes or with a unit (MB, GiB, ...)")
+    parser.add_argument("--device-budget", default="600MB", help="hard limit of device memory, bytes or with a unit (MB, GiB, ...)")
     parser.add_argument("--host-budget", default=None, help="hard limit of pinned host memory; left out: 80%% of the free RAM")
     parser.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto", help="auto takes CUDA where there is one")
     parser.add_argument("--recompute", choices=("auto", "none", "full"), default="auto", help="which layers recompute their forward")

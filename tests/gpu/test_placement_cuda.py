@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("transformers", reason="needs transformers: install tierwise
 import torch
 
 from tests.gpu.llama import boosted, ids_of, small_llama
+from tierwise import BudgetError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -53,13 +55,14 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "streamed": {**STATIC, "offload_param_frac": 1.0},
     "streamed, recomputed": {**STATIC, "offload_param_frac": 1.0, "recompute": "full"},
     "one thread": {**STATIC, "num_threads": 1},
+    "two threads": {**STATIC, "num_threads": 2},
     "speculate": {**STATIC, "clip_mode": "speculate"},
     "auto clip": {**STATIC, "clip_mode": "auto"},
 }
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, 0.5), (1, 100.0)])
+@pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, None), (4, 0.5), (1, 100.0)])
 def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: float | None) -> None:
     losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
     for name, options in PLACEMENTS.items():
@@ -71,6 +74,26 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
             assert stats["fetches"] > 0
         if max_norm == 0.5:
             assert stats["clipped"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_budget_is_kept(precision: str) -> None:
+    # The tightest budget that the planner names, with room for what cuBLAS takes in deterministic mode.
+    losses, weights, _ = train(precision, 1, 0.5, placement_policy="static")
+    with pytest.raises(BudgetError) as caught:
+        boosted(small_llama(), precision=precision, max_norm=0.5, device_budget=1, reserve="96MB")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    budget = caught.value.needed_bytes
+    got, theirs, stats = train(precision, 1, 0.5, device_budget=budget, reserve="96MB")
+    assert torch.cuda.max_memory_reserved() <= budget
+    assert stats["evictions"] > 0
+    assert got == losses
+    assert all(torch.equal(value, theirs[key]) for key, value in weights.items())
+    gc.collect()
+    # The limit goes with the model.
+    torch.empty(2 * budget, dtype=torch.uint8, device="cuda")
 
 
 def test_agrees_with_plain_adamw() -> None:

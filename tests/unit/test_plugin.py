@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tierwise.config import default_speeds, format_bytes, parse_bytes
+from tierwise.config import cpu_threads, default_speeds, format_bytes, parse_bytes, wanted_threads
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,24 @@ def test_speeds_of_known_and_unknown_devices() -> None:
     assert default_speeds("NVIDIA H100 80GB HBM3", 8).host_adam_params == pytest.approx(8 * 3.4e8)
     assert default_speeds("NVIDIA H100 80GB HBM3", 64).host_adam_params == 3.8e9
     assert default_speeds("Some New Device", 1).flops > 0
+
+
+def test_threads_are_counted_as_the_kernels_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERWISE_NUM_THREADS", "3")
+    assert wanted_threads() == 3
+    monkeypatch.delenv("TIERWISE_NUM_THREADS")
+    assert wanted_threads() == cpu_threads()
+    for value, threads in (("3", 3), (None, cpu_threads())):
+        environment = {key: text for key, text in os.environ.items() if key != "TIERWISE_NUM_THREADS"}
+        if value is not None:
+            environment["TIERWISE_NUM_THREADS"] = value
+        script = (
+            "import torch; from tierwise.booster import Booster; from tierwise.booster.plugin import GeminiPlugin\n"
+            "net = torch.nn.Linear(4, 4); booster = Booster(GeminiPlugin(device='emulated', device_budget='64MiB', host_budget='64MiB'))\n"
+            "net, *_ = booster.boost(net, torch.optim.AdamW(net.parameters())); net(torch.zeros(2, 4)); print(booster.stats()['threads'])"
+        )
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True)
+        assert int(done.stdout) == threads
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
@@ -70,12 +89,23 @@ def test_unknown_options_are_refused_with_a_suggestion(plugin: Any) -> None:
         ({"device": "tpu"}, "device="),
         ({"device_budget": "lots"}, "device_budget"),
         ({"host_budget": 0}, "host_budget"),
-        ({"max_norm": 0.0}, "max_norm must be positive"),
-        ({"max_norm": float("nan")}, "max_norm must be positive"),
+        ({"max_norm": 0.0}, "max_norm must be a positive finite number"),
+        ({"max_norm": float("nan")}, "max_norm must be a positive finite number"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps"),
         ({"micro_batch_size": 1.5}, "micro_batch_size"),
         ({"num_threads": 0}, "num_threads"),
+        ({"num_threads": 100_000}, "at most 1024"),
+        ({"max_norm": True}, "max_norm must be a positive finite number or None, got True"),
+        ({"max_norm": float("inf")}, "max_norm"),
+        ({"max_norm": "1"}, "max_norm"),
+        ({"offload_optim_frac": "a"}, "offload_optim_frac must be a finite number, got 'a'"),
+        ({"growth_factor": float("inf")}, "growth_factor"),
+        ({"fused_loss": "no"}, "fused_loss must be True or False, got 'no'"),
+        ({"link_latency_ns": -1}, "link_latency_ns must be an integer of at least 0, got -1"),
+        ({"link_latency_ns": 1.5}, "link_latency_ns"),
+        ({"h2d_bytes_per_second": "25GB"}, "h2d_bytes_per_second"),
+        ({"d2h_bytes_per_second": 0}, "d2h_bytes_per_second"),
         ({"offload_optim_frac": 0.5}, "belongs to placement_policy='static'"),
         ({"placement_policy": "static", "offload_optim_frac": 1.5}, "between 0 and 1"),
         ({"placement_policy": "static", "shard_param_frac": 0.2, "offload_param_frac": 0.5, "offload_optim_frac": 1.0}, "not kept whole"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tierwise._core import Device
-from tierwise.config import Speeds, available_memory_bytes, cpu_threads, default_speeds, parse_bytes
+from tierwise.config import Speeds, available_memory_bytes, default_speeds, parse_bytes, wanted_threads
 
 if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin
@@ -57,11 +57,12 @@ class Target:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.torch_device)
 
-    def limit(self, device_budget: int) -> None:
-        """Makes torch's allocator refuse what exceeds the budget: on CUDA it holds everything but the context."""
+    def limit(self, device_budget: int | None) -> None:
+        """Makes torch's allocator refuse what exceeds the budget: on CUDA it holds everything but the context. None: no limit."""
         if not self.emulated:
             _, total = torch.cuda.mem_get_info(self.torch_device)
-            torch.cuda.set_per_process_memory_fraction(min(device_budget / total, 1.0), self.torch_device)
+            fraction = 1.0 if device_budget is None else min(device_budget / total, 1.0)
+            torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
 
     def device_budget(self, plugin: GeminiPlugin) -> int:
         """The plugin's device budget, or what the device has left (see `GeminiPlugin.device_budget`)."""
@@ -83,7 +84,7 @@ class Target:
     def speeds(self, plugin: GeminiPlugin) -> Speeds:
         """Speeds for the planner: by device name, link speeds as the plugin gives them."""
         name = "emulated" if self.emulated else torch.cuda.get_device_name(self.torch_device)
-        speeds = default_speeds(name, plugin.num_threads or cpu_threads())
+        speeds = default_speeds(name, plugin.num_threads or wanted_threads())
         return dataclasses.replace(
             speeds,
             h2d_bytes=plugin.h2d_bytes_per_second or speeds.h2d_bytes,

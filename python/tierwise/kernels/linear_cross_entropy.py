@@ -13,30 +13,30 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 _CHUNK_LOGITS = 2**24
-"""Logits per chunk: 64 MiB in fp32."""
+"""Most logits per chunk: 64 MiB in fp32."""
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk."""
-    return max(_CHUNK_LOGITS // vocab_size, 64)
+def chunk_tokens(weight_shape: torch.Size) -> int:
+    """Tokens per chunk: so many that the matrix products are efficient, so few that logits stay small beside the weight's gradient."""
+    return max(min(_CHUNK_LOGITS, weight_shape.numel() // 4) // weight_shape[0], 64)
 
 
 def temporary_bytes(weight_shape: torch.Size) -> int:
     """Most bytes that the loss needs for itself: the weight's gradient in fp32 and one chunk's in 16 bit, and one chunk of logits."""
-    return 6 * weight_shape.numel() + 12 * chunk_tokens(weight_shape[0]) * weight_shape[0]
+    return 6 * weight_shape.numel() + 12 * chunk_tokens(weight_shape) * weight_shape[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, divisor: Tensor, ignore_index: int) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        tokens, vocab_size = hidden.shape[0], weight.shape[0]
+        tokens = hidden.shape[0]
         # fp16 gradients of a mean would underflow: there the division waits for backward, where the loss scale is known.
         late = hidden.dtype == torch.float16
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        step = chunk_tokens(vocab_size)
+        step = chunk_tokens(weight.shape)
         for start in range(0, tokens, step):
             rows = hidden[start : start + step]
             labels = target[start : start + step]

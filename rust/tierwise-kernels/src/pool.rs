@@ -74,13 +74,19 @@ impl Pool {
     }
 }
 
+/// More are a mistake, not a machine.
+const MAX_THREADS: usize = 1024;
+
 fn size(argument: Option<usize>, env: Option<&str>) -> Result<usize, String> {
     match (argument, env) {
         (Some(0), _) => Err("a kernel pool needs at least 1 thread, got 0".to_owned()),
+        (Some(threads), _) if threads > MAX_THREADS => Err(format!("a kernel pool has at most {MAX_THREADS} threads, got {threads}")),
         (Some(threads), _) => Ok(threads),
         (None, Some(value)) => match value.trim().parse() {
-            Ok(threads) if threads > 0 => Ok(threads),
-            _ => Err(format!("{NUM_THREADS_ENV}='{value}' is not a number of threads: set a whole number from 1, or unset it")),
+            Ok(threads) if (1..=MAX_THREADS).contains(&threads) => Ok(threads),
+            _ => Err(format!(
+                "{NUM_THREADS_ENV}='{value}' is not a number of threads: set a whole number from 1 to {MAX_THREADS}, or unset it"
+            )),
         },
         (None, None) => {
             std::thread::available_parallelism().map(usize::from).map_err(|error| format!("cannot count this process's CPUs: {error}"))
@@ -173,11 +179,12 @@ mod tests {
 
     #[test]
     fn bad_thread_counts_are_named() {
-        for value in ["", "0", "-1", "2.5", "many", "99999999999999999999999"] {
+        for value in ["", "0", "-1", "2.5", "many", "1025", "99999999999999999999999"] {
             let error = size(None, Some(value)).unwrap_err();
             assert!(error.contains(NUM_THREADS_ENV) && error.contains(&format!("'{value}'")), "{error}");
         }
         assert!(size(Some(0), None).unwrap_err().contains("got 0"));
+        assert!(size(Some(1025), None).unwrap_err().contains("at most 1024 threads, got 1025"));
     }
 
     #[test]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
 
 _DEFAULT_RESERVE = 256 * 10**6
+_MAX_THREADS = 1024
 
 
 class _RefuseUnknown(type(Plugin)):  # type: ignore[misc]
@@ -111,14 +112,21 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse_bytes(value, name, minimum=0 if name == "reserve" else 1))
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm must be positive or None, got {self.max_norm}")
+        self._flags("fused_loss", "enable_flash_attention", "enable_fused_normalization", "enable_jit_fused", "enable_all_optimization")
+        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
+        self._numbers("shard_param_frac", "offload_optim_frac", "offload_param_frac", "growth_factor", "backoff_factor")
+        self._numbers("initial_scale", "min_scale", "max_scale")
+        latency = self.link_latency_ns
+        if isinstance(latency, bool) or not isinstance(latency, int) or latency < 0:
+            raise ValueError(f"link_latency_ns must be an integer of at least 0, got {latency!r}")
         for name in ("gradient_accumulation_steps", "micro_batch_size", "seq_len", "growth_interval", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in ("gradient_accumulation_steps", "growth_interval"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.num_threads is not None and self.num_threads > _MAX_THREADS:
+            raise ValueError(f"num_threads must be at most {_MAX_THREADS}, got {self.num_threads}")
         for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -152,6 +160,25 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         value = getattr(self, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+    def _flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _numbers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be a positive finite number or None, got {value!r}")
 
     def reserve_bytes(self, device_budget: int, temporary_bytes: int = 0) -> int:
         """Device bytes kept free under this budget, for temporaries of about `temporary_bytes` and what the allocator loses."""

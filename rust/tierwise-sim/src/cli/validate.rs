@@ -250,16 +250,17 @@ fn summarise(rows: &[Row]) -> BTreeMap<&'static str, Summary> {
 
 impl Validation {
     fn to_table(&self) -> String {
-        let mut table = format!("{:<44}{:<20}{:>12}{:>12}{:>10}\n", "run", "metric", "recorded", "predicted", "error %");
+        let wide = self.runs.iter().map(|row| row.name.chars().count()).max().unwrap_or(0).max(3) + 2;
+        let mut table = format!("{:<wide$}{:<20}{:>12}{:>12}{:>10}\n", "run", "metric", "recorded", "predicted", "error %");
         for row in &self.runs {
             if !row.fits || !row.recorded_fits {
                 let fit = |fits: bool| if fits { "fits" } else { "does not fit" };
-                let _ = writeln!(table, "{:<44}{:<20}{:>12}  {}", row.name, "fits", fit(row.recorded_fits), fit(row.fits));
+                let _ = writeln!(table, "{:<wide$}{:<20}{:>12}  {}", row.name, "fits", fit(row.recorded_fits), fit(row.fits));
             }
             for (name, m) in &row.metrics {
                 let scale = if name.ends_with("bytes") { 1e9 } else { 1.0 };
                 let (recorded, predicted) = (m.recorded / scale, m.predicted / scale);
-                let _ = writeln!(table, "{:<44}{name:<20}{recorded:>12.3}{predicted:>12.3}{:>+10.1}", row.name, m.error_percent);
+                let _ = writeln!(table, "{:<wide$}{name:<20}{recorded:>12.3}{predicted:>12.3}{:>+10.1}", row.name, m.error_percent);
             }
         }
         for (name, s) in &self.summary {
