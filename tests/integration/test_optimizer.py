@@ -205,6 +205,7 @@ def test_the_dataloader_says_the_shapes(kit: Any) -> None:
 def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -> None:
     booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", **STREAMED)
     text = booster.explain()
+    assert "one GiB more of either memory would save nothing" in text, "fractions place chunks, not budgets"
     for part in ("stepped by the CPU", "parameters streamed", "device:", "host:", "bounded by", "device peak at"):
         assert part in text
     booster.record_timeline()
@@ -212,6 +213,15 @@ def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -
     booster.timeline(tmp_path / "timeline.json")
     events = json.loads((tmp_path / "timeline.json").read_text())
     assert events
+
+
+def test_a_larger_budget_is_worth_what_the_plan_with_it_predicts(kit: Any) -> None:
+    least = kit.tightest(kit.llama)
+    tight, *_ = kit.boosted(kit.llama(), device_budget=least)
+    roomy, *_ = kit.boosted(kit.llama(), device_budget=least + 2**30)
+    now, then = (booster._runtime.planned.plan["predicted_step_s"] for booster in (tight, roomy))
+    assert then < now
+    assert f"one GiB more would save: device memory {(now - then) * 1e3:.3g} ms" in tight.explain()
 
 
 def test_the_measured_peak_corrects_the_plan(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tierwise.config import format_bytes
+from tierwise.gemini.planning import predicted_with
 from tierwise.gemini.runtime import Runtime
 
 _BOUNDS = {
@@ -17,7 +18,7 @@ _BOUNDS = {
 
 
 def explain(runtime: Runtime) -> str:
-    """A report of several lines: classes, bytes per tier, peak operation, what bounds the step."""
+    """A report of several lines: classes, bytes per tier, peak operation, what bounds the step, what a larger budget would buy."""
     if not runtime.ready:
         return "not planned yet: the plan is made at the first forward, for its shapes"
     plan = runtime.memory.plan
@@ -49,7 +50,16 @@ def explain(runtime: Runtime) -> str:
         lines.append("activations are estimated: the model cannot be traced without data")
     bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])
     lines.append(f"predicted step: {plan['predicted_step_s']:.3g} s, bounded by {bound}")
+    lines.append(_next_gib(runtime))
     return "\n".join(lines)
+
+
+def _next_gib(runtime: Runtime) -> str:
+    """What a larger budget would buy, found by planning with it."""
+    now = runtime.planned.plan["predicted_step_s"]
+    gains = {tier: now - predicted_with(runtime.planned, runtime.layout, tier, 2**30) for tier in ("device", "host")}
+    bought = [f"{tier} memory {gain * 1e3:.3g} ms ({gain / now:.1%})" for tier, gain in gains.items() if gain > now * 1e-4]
+    return f"one GiB more would save: {', '.join(bought)}" if bought else "one GiB more of either memory would save nothing"
 
 
 def _some(runtime: Runtime, chunks: list[int]) -> str:

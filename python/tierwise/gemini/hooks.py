@@ -8,6 +8,7 @@ later forwards first; and a node that does come late reads its weights through t
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,9 @@ class UnitHooks:
         if self._packing_owner == index and (not self._stack or self._stack[0] == index):
             runtime.saved.exit()
             self._packing_owner = None
+        error = sys.exception() if output is None else None
+        if isinstance(error, torch.OutOfMemoryError) and not hasattr(error, "__notes__"):
+            error.add_note(runtime.out_of_memory(f"{self._units[index].name} forward"))
         if not self._stack or self._stack[-1] != index:
             return  # Its enter failed: there is nothing to leave.
         self._stack.pop()
@@ -240,6 +244,11 @@ class UnitHooks:
                 state.missing.discard(param)
                 if not state.missing and state.entered and state.leaf:
                     self._leave_backward(index)
+
+    @property
+    def running(self) -> str:
+        """The unit whose backward was entered last."""
+        return f"{self._units[list(self._open)[-1]].name} backward" if self._open else "backward"
 
     def end_backward(self) -> None:
         """Leaves what is still open."""

@@ -27,6 +27,8 @@ class Planned:
     plan: dict[str, Any]
     device_budget: int
     host_budget: int
+    wanted: dict[str, Any]
+    """The core's `PlanRequest` that it answers."""
 
 
 def request(
@@ -58,7 +60,15 @@ def make_plan(
         plan_json = _core.plan(layout, trace_json, json.dumps(wanted))
     except BudgetError as error:
         raise _explained(error, plugin, layout, grouping, trace, wanted, scale) from None
-    return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"])
+    return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"], wanted)
+
+
+def predicted_with(planned: Planned, layout: Layout, tier: str, more_bytes: int) -> float:
+    """Predicted seconds of a step if the budget of a tier ("device", "host") had `more_bytes` more."""
+    key = f"{tier}_budget"
+    wanted = {**planned.wanted, key: planned.wanted[key] + more_bytes}
+    predicted: float = json.loads(_core.plan(layout, planned.trace_json, json.dumps(wanted)))["predicted_step_s"]
+    return predicted
 
 
 def _fits(layout: Layout, trace_json: str, wanted: dict[str, Any]) -> bool:

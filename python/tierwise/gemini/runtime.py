@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tierwise._core import BudgetError, Engine, Layout, TierwiseError
+from tierwise.config import format_bytes
 from tierwise.gemini import correction, tracing
 from tierwise.gemini.chunking import Grouping
 from tierwise.gemini.gradients import Gradients
@@ -259,6 +260,21 @@ class Runtime:
         """Bytes that a recomputed unit saves again, by the trace."""
         return self.trace.units[self.unit_ids[unit]].saved_bytes
 
+    def out_of_memory(self, operation: str) -> str:
+        """What an out-of-memory error of torch does not say: where, what the plan holds there, what to do."""
+        held = {name: size for name, size in self.planned.plan["device"].items() if size}
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(held.items(), key=lambda item: -item[1]))
+        reserve = held.get("reserve", 0)
+        remedies = [f"raise the reserve (now {format_bytes(reserve)}): GeminiPlugin(reserve='{reserve * 3 // 2 // 2**20}MiB')"]
+        if not all(self.recompute[unit] for unit in self.trace.order if self.grouping.units[unit].recomputable):
+            remedies.append("recompute='full'")
+        if self.micro_tokens > self.trace.tokens:
+            remedies.append(f"batches of at most the planned {self.trace.tokens} tokens (this one has {self.micro_tokens})")
+        else:
+            remedies.append("a smaller micro_batch_size")
+        budget = format_bytes(self.planned.device_budget)
+        return f"Tierwise: in {operation}; the plan holds {listed} of a budget of {budget}. What helps: {'; or '.join(remedies)}"
+
     def make_room(self, unit: int) -> None:
         """Waits until a unit's forward fits beside gradients that still wait for their step."""
         # Gradients of a batch that was not committed wait for `optimizer.step()`, not for time.
@@ -312,6 +328,8 @@ class Runtime:
             self.unmap_chunks(list(self.saved.mapped))
             self.engine.backward_end(self.target.stream())
         except BaseException as error:
+            if isinstance(error, torch.OutOfMemoryError) and not hasattr(error, "__notes__"):
+                error.add_note(self.out_of_memory(self.hooks.running))
             if self.micro_done:
                 error.add_note(
                     f"booster.backward failed in micro-batch {self.micro_done + 1} of {accumulation}: the gradients of the "

@@ -110,3 +110,26 @@ def test_an_exception_in_a_later_micro_batch_says_what_went_with_it(kit: Any) ->
         booster.backward(loss_of(model, step), optimizer)
     optimizer.step()
     assert not torch.equal(model.state_dict()["head.weight"], before["head.weight"])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_names_operation_residents_and_remedy(kit: Any, where: str) -> None:
+    booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **STREAMED)
+    loss_of(model, 0)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB")
+
+    def fail_in_backward(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.register_hook(fail)
+
+    block = model.blocks[2]
+    handle = block.up.register_forward_hook(fail if where == "forward" else fail_in_backward)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        booster.backward(loss_of(model, 0), optimizer)
+    handle.remove()
+    (note,) = caught.value.__notes__
+    for part in (f"in blocks.2 {where}", "stream_slab", "of a budget of 256.00 MiB", "reserve='", "a smaller micro_batch_size"):
+        assert part in note, note
+    booster.backward(loss_of(model, 0), optimizer)
+    optimizer.step()
