@@ -114,3 +114,57 @@ impl Slab {
         self.occupants.remove(&offset);
     }
 }
+
+/// Who still reads which bytes of the slab: whoever writes there next waits for them. `T` is what an executor waits for.
+#[derive(Debug, Clone)]
+pub struct Guards<T> {
+    /// First byte, end, last reader.
+    ranges: Vec<(u64, u64, T)>,
+}
+
+impl<T> Default for Guards<T> {
+    fn default() -> Self {
+        Guards { ranges: Vec::new() }
+    }
+}
+
+impl<T: Clone> Guards<T> {
+    /// The bytes have a reader, who is later than all that the same bytes had before.
+    pub fn protect(&mut self, start: u64, end: u64, reader: T) {
+        self.forget_within(start, end);
+        self.ranges.push((start, end, reader));
+    }
+
+    /// The bytes are written next: whom that has to wait for. Writers are in order among each other, so it is said once.
+    pub fn reuse(&mut self, start: u64, end: u64) -> Vec<T> {
+        let readers = self.ranges.iter().filter(|(s, e, _)| *s < end && *e > start).map(|(_, _, reader)| reader.clone()).collect();
+        self.forget_within(start, end);
+        readers
+    }
+
+    /// A range that sticks out still protects its rest.
+    fn forget_within(&mut self, start: u64, end: u64) {
+        self.ranges.retain(|(s, e, _)| *s < start || *e > end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Guards;
+
+    #[test]
+    fn whoever_writes_waits_for_every_reader_of_these_bytes() {
+        let mut guards = Guards::default();
+        guards.protect(0, 100, "a");
+        guards.protect(100, 200, "b");
+        assert_eq!(guards.reuse(50, 150), ["a", "b"]);
+        // Both stick out: their other halves are still read.
+        assert_eq!(guards.reuse(0, 50), ["a"]);
+        assert_eq!(guards.reuse(100, 200), ["b"]);
+        assert_eq!(guards.reuse(150, 200), [""; 0]);
+        guards.protect(0, 100, "c");
+        guards.protect(0, 100, "d");
+        assert_eq!(guards.reuse(0, 100), ["d"]);
+        assert_eq!(guards.reuse(0, 100), [""; 0]);
+    }
+}

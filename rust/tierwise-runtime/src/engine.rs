@@ -27,6 +27,7 @@ use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{Plan, host_region_bytes};
 use tierwise_core::scheduler::Scheduler;
+use tierwise_core::slab::Guards;
 use tierwise_core::trace::Trace;
 use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::{AdamHyper, Pool};
@@ -114,7 +115,7 @@ impl Engine {
             undo_base: host + undo_base,
             undo_records: std::collections::BTreeMap::new(),
             slab_address: 0,
-            guards: Vec::new(),
+            guards: Guards::default(),
             commit_event: None,
             release_event: None,
             gradients,

@@ -22,8 +22,7 @@ impl Shared {
                 Action::Release { chunk, offset } => {
                     if let Some(event) = state.release_event.clone() {
                         let end = offset + state.scheduler.layout().param_bytes(chunk);
-                        state.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
-                        state.guards.push((offset, end, event));
+                        state.guards.protect(offset, end, event);
                     }
                 }
                 Action::Step { chunk, tier: Tier::Device, grad_scale } => self.step_on_device(state, chunk, grad_scale)?,
@@ -78,13 +77,9 @@ impl Shared {
 
     fn fetch(&self, state: &mut State, chunk: ChunkId, offset: u64, demand: bool) -> Result<()> {
         let end = offset + state.scheduler.layout().param_bytes(chunk);
-        for (start, stop, event) in &state.guards {
-            if *start < end && *stop > offset {
-                self.device.queue_wait(Queue::HostToDevice, event)?;
-            }
+        for reader in state.guards.reuse(offset, end) {
+            self.device.queue_wait(Queue::HostToDevice, &reader)?;
         }
-        // A guard that sticks out still protects the rest of its range.
-        state.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
         let dst = state.slab_address + offset;
         self.copy_params(state, chunk, dst, if demand { "demand fetch" } else { "fetch" })
     }

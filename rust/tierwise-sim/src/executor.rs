@@ -25,6 +25,7 @@ use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler};
+use tierwise_core::slab::Guards;
 use tierwise_core::timeline::Span;
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{OpId, Tier};
@@ -120,7 +121,7 @@ struct Run<'a> {
     /// Latest task after which a chunk's device parameters are current, and what kind of work it is.
     written: Vec<Option<(Token, Cause)>>,
     /// Ranges of the slab whose last reader is this task.
-    guards: Vec<(u64, u64, Token)>,
+    guards: Guards<Token>,
     release: Option<Token>,
     commit: Option<Token>,
     in_flight_bytes: u64,
@@ -193,7 +194,7 @@ impl<'a> Run<'a> {
             device,
             host,
             written: vec![None; chunks],
-            guards: Vec::new(),
+            guards: Guards::default(),
             release: None,
             commit: None,
             in_flight_bytes: 0,

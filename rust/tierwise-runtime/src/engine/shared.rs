@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use tierwise_core::ChunkId;
 use tierwise_core::budget::Budget;
 use tierwise_core::scheduler::{Decision, Event, Progress, Scheduler};
+use tierwise_core::slab::Guards;
 use tierwise_kernels::Pool;
 
 /// What several threads share.
@@ -42,7 +43,7 @@ pub struct State {
     /// Latest event after which a chunk's device parameters are the current generation.
     pub(crate) written: Vec<Option<EventRef>>,
     /// Ranges of the slab whose last readers are this event.
-    pub(crate) guards: Vec<(u64, u64, EventRef)>,
+    pub(crate) guards: Guards<EventRef>,
     /// Where the compute stream was at the latest commit: everything that read the old generation is before it.
     pub(crate) commit_event: Option<EventRef>,
     /// Where the compute stream was when the latest unit was left.

@@ -20,8 +20,7 @@ impl Run<'_> {
                 Action::Release { chunk, offset } => {
                     if let Some(token) = self.release {
                         let end = offset + self.setup.layout.param_bytes(chunk);
-                        self.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
-                        self.guards.push((offset, end, token));
+                        self.guards.protect(offset, end, token);
                     }
                 }
                 Action::Step { chunk, tier: Tier::Device, .. } => self.step_on_device(chunk),
@@ -74,9 +73,7 @@ impl Run<'_> {
 
     fn fetch(&mut self, chunk: ChunkId, offset: u64, demand: bool) {
         let end = offset + self.setup.layout.param_bytes(chunk);
-        let waits = self.guards.iter().filter(|(start, stop, _)| *start < end && *stop > offset).map(|(_, _, token)| *token).collect();
-        // A guard that sticks out still protects the rest of its range.
-        self.guards.retain(|(start, stop, _)| *start < offset || *stop > end);
+        let waits = self.guards.reuse(offset, end);
         self.copy_params(chunk, if demand { "demand fetch" } else { "fetch" }, waits, Cause::Fetch);
     }
 
