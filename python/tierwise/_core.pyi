@@ -1,5 +1,6 @@
 """Types of the Rust core. Bytes are `_bytes`, elements are `numel`; addresses are plain integers."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -241,6 +242,11 @@ def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -
 
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""
+
+def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, max_seconds: float = 6.0) -> str:
+    """Measures a directory as the NVMe tier; returns what would be used there, why not better and how fast it is, as JSON.
+
+    Raises ValueError for a file system in memory and for too little room, TierwiseError if the disk refuses."""
 
 def sim_output(args: list[str]) -> tuple[int, str, str]:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code, what it printed and its messages."""

@@ -71,6 +71,15 @@ pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
+/// A storage error as an exception.
+pub fn storage(error: &tierwise_io::error::Error) -> PyErr {
+    use tierwise_io::error::Error;
+    match error {
+        Error::InMemory { .. } | Error::Usage(_) => PyValueError::new_err(error.to_string()),
+        _ => TierwiseError::new_err(error.to_string()),
+    }
+}
+
 /// A planning error as an exception.
 pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
     let message = error.to_string();

@@ -1,6 +1,7 @@
 //! Python bindings: parse, give the GIL back, call, map the error.
 
 mod device;
+mod disk;
 mod engine;
 mod errors;
 mod functions;
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::device::Device;
+    #[pymodule_export]
+    use crate::disk::probe_disk;
     #[pymodule_export]
     use crate::engine::{Engine, HostBuffer};
     #[pymodule_export]
