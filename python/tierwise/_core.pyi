@@ -157,9 +157,6 @@ class Engine:
     def forward_begin(self, stream: int) -> None:
         """The model's outermost forward starts: what an interrupted one left entered is not in use any more."""
 
-    def hold(self, unit: int) -> None:
-        """Keeps the unit's chunks in their slots (recomputation saved raw views of them) until its backward leaves."""
-
     def touch(self, chunk: int, stream: int) -> int:
         """Makes a chunk readable outside the traced operations until the next enter, leave or end of backward; returns its slot offset."""
 

@@ -232,7 +232,6 @@ def test_wrong_arguments_are_named() -> None:
     wrong: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (_core.ScheduleError, "unit 7 is not in the trace of 3 units", lambda: engine.enter(7, False, STREAM)),
         (_core.ScheduleError, "unit 7 is not in the trace", lambda: engine.leave(7, False, STREAM)),
-        (_core.ScheduleError, "unit 7 is not in the trace", lambda: engine.hold(7)),
         (_core.ScheduleError, "left `unit1` without entering it", lambda: engine.leave(1, False, STREAM)),
         (_core.ScheduleError, "left `unit1` without entering it", lambda: engine.leave(1, True, STREAM)),
         (ValueError, "chunk 9 does not exist", lambda: engine.host_offset(9, "param")),

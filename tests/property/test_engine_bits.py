@@ -101,7 +101,7 @@ class EngineMachine(RuleBasedStateMachine):
         if mask:
             self.touched.clear()
 
-    def backward(self, mask: int, seed: int, scale: float, keep: float, grad_scale: float, late: bool, hold: bool, poison: Any) -> None:
+    def backward(self, mask: int, seed: int, scale: float, keep: float, grad_scale: float, late: bool, again: bool, poison: Any) -> None:
         units = self.units(mask, reverse=True)
         grads = self.rig.random_grads(seed, scale, keep)
         reached = {c for u in units for c in self.rig.setup.unit_chunks()[u]}
@@ -110,7 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
             # One element that is not finite, somewhere.
             first = next(iter(next(iter(grads.values())).values()))
             first[first.size // 2] = {"bf16": 0x7F80, "fp16": poison, "fp32": poison}[self.rig.setup.precision]
-        self.rig.backward(grads, units, grad_scale=grad_scale, hold=hold, late=late)
+        self.rig.backward(grads, units, grad_scale=grad_scale, again=again, late=late)
         self.boundary()
 
     @precondition(lambda self: self.rig.micro_step < self.rig.setup.accumulation)
@@ -121,7 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
         keep=st.sampled_from([1.0, 0.6]),
         grad_scale=GRAD_SCALES,
         late=st.booleans(),
-        hold=st.booleans(),
+        again=st.booleans(),
         poison=st.sampled_from([None] * 6 + [np.inf, np.nan]),
     )
     def backward_pass(self, **drawn: Any) -> None:
@@ -139,7 +139,7 @@ class EngineMachine(RuleBasedStateMachine):
         """What is left of a step: the usual order, perhaps with time for speculation before the commit."""
         while self.rig.micro_step < self.rig.setup.accumulation:
             self.rig.forward()
-            self.backward(31, seed + self.rig.micro_step, scale, keep, grad_scale, late=False, hold=False, poison=None)
+            self.backward(31, seed + self.rig.micro_step, scale, keep, grad_scale, late=False, again=False, poison=None)
         time.sleep(pause)
         self.rig.commit(grad_scale)
         self.boundary()

@@ -483,7 +483,7 @@ class Rig:
         grads: Mapping[int, Mapping[int, Array]],
         units: Sequence[int] | None = None,
         grad_scale: float = 1.0,
-        hold: bool = False,
+        again: bool = False,
         late: bool = False,
     ) -> None:
         """A backward pass of some units; a chunk's gradients come in the last of its units, or (`late`) after all of them."""
@@ -494,11 +494,9 @@ class Rig:
         self.engine.backward_begin(grad_scale)
         for unit in order:
             slots = self.enter(unit, backward=True)
-            if hold:
-                # A recomputation: the forward runs again and its chunks stay until the backward leaves.
-                again = self.enter(unit)
-                self.engine.hold(unit)
-                self.leave(unit, again)
+            if again:
+                # A recomputation: the forward runs again, inside its backward.
+                self.leave(unit, self.enter(unit))
             for chunk in dict.fromkeys(chunks[unit]):
                 if not late and chunk in pending and last_unit[chunk] == unit:
                     self.lend(chunk, pending.pop(chunk))

@@ -42,7 +42,7 @@ class _Backward:
     """Its inputs need no gradient."""
     entered: bool = False
     """A gradient of its outputs came; before that only a recomputation opened it."""
-    held: bool = False
+    recomputed: bool = False
     recomputed_bytes: int = 0
 
     @property
@@ -199,7 +199,8 @@ class UnitHooks:
         state.leaf = leaf
 
     def recompute(self, index: int) -> None:
-        """A unit's forward runs inside a backward: its chunks stay until its backward leaves, because what is saved now is not packed."""
+        """A unit's forward runs inside a backward: its backward is entered now, ahead of its turn, because what is saved now is not packed
+        and its chunks have to stay."""
         runtime = self._runtime
         if not runtime.gradients.in_backward:
             raise TierwiseError(BARE_BACKWARD)
@@ -211,9 +212,8 @@ class UnitHooks:
                     if opened.over and not self._related(index, other):
                         self._leave_backward(other)
             state = self._enter(index)
-        if not state.held:
-            state.held = True
-            runtime.engine.hold(runtime.unit_ids[index])
+        if not state.recomputed:
+            state.recomputed = True
             if runtime.counter is not None:
                 state.recomputed_bytes = runtime.saved_bytes(index)
                 runtime.counter.add(state.recomputed_bytes)

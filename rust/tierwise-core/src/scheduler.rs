@@ -31,8 +31,6 @@ pub struct Scheduler {
     plan: Plan,
     max_norm: Option<f64>,
     chunks: Vec<Chunk>,
-    /// Per unit: how often its chunks are held for it.
-    unit_holds: Vec<u32>,
     slab: Slab,
     /// Per chunk: positions at which the trace uses it, ascending.
     uses: Vec<Vec<i64>>,
@@ -88,7 +86,6 @@ impl Scheduler {
                 generation: 0,
                 forward_pins: 0,
                 backward_pins: 0,
-                holds: 0,
                 touched: false,
                 grad: Grad::None,
                 work: Work::Idle,
@@ -98,7 +95,6 @@ impl Scheduler {
         Scheduler {
             slab: Slab::new(plan.stream_slab_bytes),
             chunks,
-            unit_holds: vec![0; trace.units.len()],
             uses,
             positions,
             cursor: -1,
@@ -128,12 +124,6 @@ impl Scheduler {
         match *event {
             Event::Enter { unit, phase } => return self.enter(unit, phase, actions),
             Event::Leave { unit, phase } => self.leave(unit, phase, actions)?,
-            Event::Hold { unit } => {
-                for chunk in self.unit_chunks(unit)? {
-                    self.chunks[chunk.index()].holds += 1;
-                }
-                self.unit_holds[unit as usize] += 1;
-            }
             Event::ForwardBegin => self.forward_begin(actions)?,
             Event::Touch { chunk } => return self.touch(chunk, actions),
             Event::BackwardBegin { grad_scale } => {
@@ -228,8 +218,7 @@ impl Scheduler {
     /// Whether an operation that was entered reads the chunk. One that was only touched is read by name, through its own copy of the slot's
     /// address.
     pub fn is_entered(&self, chunk: ChunkId) -> bool {
-        let state = &self.chunks[chunk.index()];
-        state.forward_pins + state.backward_pins + state.holds > 0
+        self.chunks[chunk.index()].is_entered()
     }
 
     /// Whether something reads the chunk now.

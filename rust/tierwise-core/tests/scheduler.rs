@@ -191,7 +191,7 @@ fn recomputation_does_not_disturb_the_schedule() {
                     }
                     if recompute {
                         let (unit, phase) = (op.unit, Phase::Forward);
-                        events.extend([Event::Enter { unit, phase }, Event::Hold { unit }, Event::Leave { unit, phase }]);
+                        events.extend([Event::Enter { unit, phase }, Event::Leave { unit, phase }]);
                     }
                 }
                 events.extend([Event::Enter { unit: op.unit, phase: op.phase }, Event::Leave { unit: op.unit, phase: op.phase }]);
@@ -208,24 +208,21 @@ fn recomputation_does_not_disturb_the_schedule() {
     assert_eq!(run(true).2, 0);
 }
 
-/// What a recomputation saved views of stays until its backward leaves; whoever has no room then is told by whom.
+/// What a recomputation saved views of stays: it enters the unit's backward ahead of its turn. Whoever has no room then is told by whom.
 #[test]
-fn what_recomputation_holds_stays_until_its_backward_leaves() {
+fn what_was_entered_ahead_stays_until_its_backward_leaves() {
     let (layout, trace, plan) = uniform(3, NUMEL, |_| STREAMED, 2 * BYTES, 1);
     let mut scheduler = Scheduler::new(layout, trace, plan, None);
     let mut step = |event: Event| scheduler.step(&event, &mut Vec::new()).map(|progress| assert_eq!(progress, Progress::Done));
-    let (forward, backward) = (Phase::Forward, Phase::Backward);
+    let backward = Phase::Backward;
     step(Event::BackwardBegin { grad_scale: 1.0 }).unwrap();
-    step(Event::Enter { unit: 0, phase: forward }).unwrap();
-    step(Event::Hold { unit: 0 }).unwrap();
-    step(Event::Leave { unit: 0, phase: forward }).unwrap();
+    step(Event::Enter { unit: 0, phase: backward }).unwrap();
     step(Event::Enter { unit: 1, phase: backward }).unwrap();
     let error = step(Event::Enter { unit: 2, phase: backward }).unwrap_err();
     for part in ["`layers.2`", "512 of the slab's 512 bytes", "`layers.0`", "`layers.1`"] {
         assert!(error.to_string().contains(part), "{error}");
     }
     step(Event::Leave { unit: 1, phase: backward }).unwrap();
-    step(Event::Enter { unit: 0, phase: backward }).unwrap();
     step(Event::Leave { unit: 0, phase: backward }).unwrap();
     step(Event::Enter { unit: 1, phase: backward }).unwrap();
     step(Event::Enter { unit: 2, phase: backward }).unwrap();
@@ -233,11 +230,11 @@ fn what_recomputation_holds_stays_until_its_backward_leaves() {
 
 /// A chunk that two recomputed units read stays until both are over.
 #[test]
-fn each_unit_gives_back_its_own_holds() {
+fn each_unit_lets_go_of_its_own_chunks() {
     let (layout, mut trace, plan) = uniform(2, NUMEL, |_| STREAMED, 2 * BYTES, 1);
     trace.units[1].chunks = vec![ChunkId(0), ChunkId(1)];
     let mut scheduler = Scheduler::new(layout, trace, plan, None);
-    let (forward, backward) = (Phase::Forward, Phase::Backward);
+    let phase = Phase::Backward;
     let mut run = |events: &[Event]| {
         for event in events {
             assert_eq!(scheduler.step(event, &mut Vec::new()), Ok(Progress::Done));
@@ -245,11 +242,9 @@ fn each_unit_gives_back_its_own_holds() {
         [ChunkId(0), ChunkId(1)].map(|chunk| scheduler.in_use(chunk))
     };
     run(&[Event::BackwardBegin { grad_scale: 1.0 }]);
-    for unit in [0, 1] {
-        run(&[Event::Enter { unit, phase: forward }, Event::Hold { unit }, Event::Leave { unit, phase: forward }]);
-    }
-    assert_eq!(run(&[Event::Enter { unit: 1, phase: backward }, Event::Leave { unit: 1, phase: backward }]), [true, false]);
-    assert_eq!(run(&[Event::Enter { unit: 0, phase: backward }, Event::Leave { unit: 0, phase: backward }]), [false, false]);
+    assert_eq!(run(&[Event::Enter { unit: 0, phase }, Event::Enter { unit: 1, phase }]), [true, true]);
+    assert_eq!(run(&[Event::Leave { unit: 1, phase }]), [true, false]);
+    assert_eq!(run(&[Event::Leave { unit: 0, phase }]), [false, false]);
 }
 
 /// Ctrl-C between an enter and what remembers it: the next forward starts with nothing in use, and readers are waited for all the same.
@@ -402,7 +397,6 @@ impl World {
             (!entered, Event::Leave { unit, phase }),
             (true, Event::Leave { unit: u32::MAX, phase }),
             (true, Event::Enter { unit: u32::MAX, phase }),
-            (true, Event::Hold { unit: u32::MAX }),
             (true, Event::Touch { chunk: nobody }),
             (true, Event::StepDone { chunk: nobody }),
         ];
@@ -419,7 +413,7 @@ impl World {
             Event::Leave { unit, .. } if (*unit as usize) < self.scheduler.trace().units.len() => {
                 format!("`{}`", self.scheduler.trace().units[*unit as usize].name)
             }
-            Event::Leave { .. } | Event::Enter { .. } | Event::Hold { .. } => u32::MAX.to_string(),
+            Event::Leave { .. } | Event::Enter { .. } => u32::MAX.to_string(),
             Event::Touch { .. } => nobody.0.to_string(),
             Event::StepDone { chunk } if *chunk == nobody => nobody.0.to_string(),
             _ => format!("`{}`", self.scheduler.layout().chunks[chunk.index()].name),
@@ -713,7 +707,6 @@ impl World {
         for (at, op) in backward.iter().enumerate() {
             if self.choose(4) == 3 {
                 self.enter(op.unit, Phase::Forward)?;
-                self.event(&Event::Hold { unit: op.unit })?;
                 self.leave(op.unit, Phase::Forward)?;
             }
             self.enter(op.unit, op.phase)?;

@@ -162,10 +162,6 @@ impl Engine {
         call(py, || self.inner.forward_begin(ComputeStream(stream)))
     }
 
-    fn hold(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
-        call(py, || self.inner.hold(unit))
-    }
-
     fn touch(&self, py: Python<'_>, chunk: u32, stream: u64) -> PyResult<u64> {
         call_waiting(py, |keep| self.inner.touch(ChunkId(chunk), ComputeStream(stream), keep))
     }

@@ -23,11 +23,6 @@ pub enum Event {
         /// Direction.
         phase: Phase,
     },
-    /// A recomputation saved raw views: the unit's chunks stay until its backward leaves.
-    Hold {
-        /// Unit of the trace.
-        unit: u32,
-    },
     /// The model's outermost forward starts: what an interrupted one left in use is not read any more.
     ForwardBegin,
     /// Compute is about to read one chunk outside the traced operations. May block.
@@ -92,7 +87,6 @@ impl Event {
             | Event::UndoDone { chunk } => Some(chunk),
             Event::Enter { .. }
             | Event::Leave { .. }
-            | Event::Hold { .. }
             | Event::ForwardBegin
             | Event::BackwardBegin { .. }
             | Event::BackwardEnd

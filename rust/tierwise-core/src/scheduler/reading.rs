@@ -59,11 +59,8 @@ impl Scheduler {
             return Err(ScheduleError::NotEntered(self.trace.units[unit as usize].name.clone()));
         }
         self.release_touched(actions);
-        let holds = if phase == Phase::Backward { std::mem::take(&mut self.unit_holds[unit as usize]) } else { 0 };
         for chunk in chunks {
             self.unpin(chunk, phase);
-            // Other units that read the same chunk keep theirs.
-            self.chunks[chunk.index()].holds -= holds;
             if !self.chunks[chunk.index()].in_use() {
                 self.release(chunk, actions);
             }

@@ -45,7 +45,6 @@ pub(super) struct Chunk {
     pub(super) generation: u64,
     pub(super) forward_pins: u32,
     pub(super) backward_pins: u32,
-    pub(super) holds: u32,
     pub(super) touched: bool,
     pub(super) grad: Grad,
     pub(super) work: Work,
@@ -53,7 +52,12 @@ pub(super) struct Chunk {
 
 impl Chunk {
     pub(super) fn in_use(&self) -> bool {
-        self.forward_pins + self.backward_pins + self.holds > 0 || self.touched
+        self.is_entered() || self.touched
+    }
+
+    /// Whether an operation that was entered reads the chunk.
+    pub(super) fn is_entered(&self) -> bool {
+        self.forward_pins + self.backward_pins > 0
     }
 
     pub(super) fn pins(&self, phase: Phase) -> u32 {

@@ -90,12 +90,10 @@ impl Scheduler {
     }
 
     pub(super) fn backward_end(&mut self, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
-        self.unit_holds.fill(0);
         for index in 0..self.chunks.len() {
             let chunk = &mut self.chunks[index];
             let used = chunk.in_use();
             chunk.backward_pins = 0;
-            chunk.holds = 0;
             chunk.touched = false;
             if chunk.grad == Grad::PartialNow {
                 chunk.grad = Grad::Partial;

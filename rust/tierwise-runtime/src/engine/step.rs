@@ -137,13 +137,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Keeps a unit's chunks in their slots until its backward leaves.
-    pub fn hold(&self, unit: u32) -> Result<()> {
-        let mut state = self.lock()?;
-        self.shared.apply(&mut state, &Event::Hold { unit })?;
-        Ok(())
-    }
-
     /// Makes one chunk readable until the next boundary; gives its slot.
     pub fn touch(&self, chunk: ChunkId, stream: ComputeStream, keep_waiting: KeepWaiting<'_>) -> Result<u64> {
         let state = self.lock_started()?;
