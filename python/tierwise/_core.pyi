@@ -240,6 +240,10 @@ def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""
 
+def kernel_threads(threads: int | None = None) -> int:
+    """Threads of the CPU kernels: `threads`, else TIERWISE_NUM_THREADS, else the CPUs of this process. Raises ValueError for less than 1
+    and more than 1024."""
+
 def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, max_seconds: float = 6.0) -> str:
     """Measures a directory as the NVMe tier; returns what would be used there, why not better and how fast it is, as JSON.
 

@@ -100,17 +100,6 @@ def default_speeds(device_name: str, threads: int) -> Speeds:
     return Speeds(5e13, 12e9, 12e9, adam)
 
 
-def cpu_threads() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def wanted_threads() -> int:
-    """Threads of the CPU kernels where no argument says it: TIERWISE_NUM_THREADS, else the CPUs of this process."""
-    text = os.environ.get("TIERWISE_NUM_THREADS", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else cpu_threads()
-
-
 def unknown_option(name: str, known: Iterable[str], owner: str) -> str:
     """The message for an option that `owner` does not have, with a suggestion."""
     options = sorted(known)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tierwise import _core
 from tierwise._core import TierwiseError
-from tierwise.config import available_memory_bytes, format_bytes, wanted_threads
+from tierwise.config import available_memory_bytes, format_bytes
 
 SCHEMA_VERSION = 1
 
@@ -53,7 +53,7 @@ class Report:
 
 def diagnose(nvme_path: str | None, probe_bytes: int = 2**30) -> Report:
     """Checks the machine; `nvme_path` is measured with a spill file of up to `probe_bytes` that is gone afterwards."""
-    findings = [_device(), _host(), Finding("cpu", True, {"kernel threads": wanted_threads()}, [])]
+    findings = [_device(), _host(), _cpu()]
     if nvme_path is not None:
         findings.append(_disk(nvme_path, probe_bytes))
     return Report(findings)
@@ -76,6 +76,13 @@ def _device() -> Finding:
 
 def _host() -> Finding:
     return Finding("host", True, {"available_bytes": available_memory_bytes()}, [])
+
+
+def _cpu() -> Finding:
+    try:
+        return Finding("cpu", True, {"kernel threads": _core.kernel_threads()}, [])
+    except ValueError as error:
+        return Finding("cpu", False, {}, [str(error)])
 
 
 def _disk(path: str, probe_bytes: int) -> Finding:

@@ -47,6 +47,12 @@ def test_without_a_disk(capsys: pytest.CaptureFixture[str]) -> None:
     assert "disk" not in out
 
 
+def test_a_bad_thread_count_is_not_usable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERWISE_NUM_THREADS", "many")
+    assert main(["doctor"]) == 1
+    assert "TIERWISE_NUM_THREADS='many'" in capsys.readouterr().out
+
+
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--bytes", "lots"])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tierwise.config import cpu_threads, default_speeds, format_bytes, parse_bytes, wanted_threads
+from tierwise._core import kernel_threads
+from tierwise.config import default_speeds, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -38,21 +39,21 @@ def test_speeds_of_known_and_unknown_devices() -> None:
 
 
 def test_threads_are_counted_as_the_kernels_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIERWISE_NUM_THREADS", "3")
-    assert wanted_threads() == 3
-    monkeypatch.delenv("TIERWISE_NUM_THREADS")
-    assert wanted_threads() == cpu_threads()
-    for value, threads in (("3", 3), (None, cpu_threads())):
-        environment = {key: text for key, text in os.environ.items() if key != "TIERWISE_NUM_THREADS"}
-        if value is not None:
-            environment["TIERWISE_NUM_THREADS"] = value
+    # One count for the kernels, the planner and `tierwise doctor`.
+    for value in ("3", None):
+        if value is None:
+            monkeypatch.delenv("TIERWISE_NUM_THREADS")
+        else:
+            monkeypatch.setenv("TIERWISE_NUM_THREADS", value)
+        expected = 3 if value else len(os.sched_getaffinity(0))
+        assert kernel_threads() == expected
         script = (
             "import torch; from tierwise.booster import Booster; from tierwise.booster.plugin import GeminiPlugin\n"
             "net = torch.nn.Linear(4, 4); booster = Booster(GeminiPlugin(device='emulated', device_budget='64MiB', host_budget='64MiB'))\n"
             "net, *_ = booster.boost(net, torch.optim.AdamW(net.parameters())); net(torch.zeros(2, 4)); print(booster.stats()['threads'])"
         )
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True)
-        assert int(done.stdout) == threads
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+        assert int(done.stdout) == expected
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tierwise._core import Device
-from tierwise.config import Speeds, available_memory_bytes, default_speeds, parse_bytes, wanted_threads
+from tierwise._core import Device, kernel_threads
+from tierwise.config import Speeds, available_memory_bytes, default_speeds, parse_bytes
 
 if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin
@@ -84,7 +84,7 @@ class Target:
     def speeds(self, plugin: GeminiPlugin) -> Speeds:
         """Speeds for the planner: by device name, link speeds as the plugin gives them."""
         name = "emulated" if self.emulated else torch.cuda.get_device_name(self.torch_device)
-        speeds = default_speeds(name, plugin.num_threads or wanted_threads())
+        speeds = default_speeds(name, kernel_threads(plugin.num_threads))
         return dataclasses.replace(
             speeds,
             h2d_bytes=plugin.h2d_bytes_per_second or speeds.h2d_bytes,

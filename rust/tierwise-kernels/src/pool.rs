@@ -28,18 +28,23 @@ impl Pool {
 
     /// Starts `threads` threads, else as many as `TIERWISE_NUM_THREADS` says, else one per CPU this process may run on.
     pub fn try_new(threads: Option<usize>) -> Result<Self, String> {
-        let env = match std::env::var(NUM_THREADS_ENV) {
-            Ok(value) => Some(value),
-            Err(std::env::VarError::NotPresent) => None,
-            Err(std::env::VarError::NotUnicode(value)) => Some(value.to_string_lossy().into_owned()),
-        };
-        let threads = size(threads, env.as_deref())?;
+        let threads = Self::wanted(threads)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|index| format!("tierwise-{index}"))
             .build()
             .map_err(|error| format!("cannot start {threads} kernel threads: {error}"))?;
         Ok(Self { pool })
+    }
+
+    /// How many threads [`Pool::try_new`] starts.
+    pub fn wanted(threads: Option<usize>) -> Result<usize, String> {
+        let env = match std::env::var(NUM_THREADS_ENV) {
+            Ok(value) => Some(value),
+            Err(std::env::VarError::NotPresent) => None,
+            Err(std::env::VarError::NotUnicode(value)) => Some(value.to_string_lossy().into_owned()),
+        };
+        size(threads, env.as_deref())
     }
 
     /// Number of threads.

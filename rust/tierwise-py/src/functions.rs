@@ -24,6 +24,13 @@ pub fn plan(py: Python<'_>, layout: &Layout, trace: &str, request: &str) -> PyRe
     serde_json::to_string(&plan).map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
+/// How many threads the CPU kernels take.
+#[pyfunction]
+#[pyo3(signature = (threads = None))]
+pub fn kernel_threads(threads: Option<usize>) -> PyResult<usize> {
+    Pool::wanted(threads).map_err(PyValueError::new_err)
+}
+
 /// The pool of the latest call, kept because starting threads costs more than small calls.
 static POOL: Mutex<Option<Kept>> = Mutex::new(None);
 

@@ -20,7 +20,7 @@ mod _core {
     #[pymodule_export]
     use crate::engine::{Engine, HostBuffer};
     #[pymodule_export]
-    use crate::functions::{adam_step, join_master, plan, split_master, sum_squares};
+    use crate::functions::{adam_step, join_master, kernel_threads, plan, split_master, sum_squares};
     #[pymodule_export]
     use crate::layout::Layout;
     #[pymodule_export]

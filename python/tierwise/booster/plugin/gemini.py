@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+from tierwise._core import kernel_threads
 from tierwise.booster.plugin.base import Plugin
 from tierwise.config import parse_bytes, unknown_option
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
 
 _DEFAULT_RESERVE = 256 * 10**6
-_MAX_THREADS = 1024
 
 
 class _RefuseUnknown(type(Plugin)):  # type: ignore[misc]
@@ -125,8 +125,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.num_threads is not None and self.num_threads > _MAX_THREADS:
-            raise ValueError(f"num_threads must be at most {_MAX_THREADS}, got {self.num_threads}")
+        if self.num_threads is not None:
+            kernel_threads(self.num_threads)
         for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
