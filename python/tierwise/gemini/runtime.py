@@ -159,7 +159,9 @@ class Runtime:
             max_norm=self.plugin.max_norm,
             threads=self.plugin.num_threads,
         )
-        self.target.limit(self.planned.device_budget if self.plugin.device_budget is not None else None)
+        # The limit goes with the model; at exit there is nobody left to whom it matters.
+        lift = self.target.limit(self.planned.device_budget if self.plugin.device_budget is not None else None)
+        weakref.finalize(self, lift).atexit = False
         self.memory = ChunkMemory(self.engine, self.layout, self.grouping, plan, self.target)
         if self.target.emulated:
             self.counter = ActivationCounter(self.account)
@@ -171,7 +173,7 @@ class Runtime:
         self._fill()
         self.hooks.watch_parameters()
         # Whatever order the collector frees things in, and at exit: the engine comes to rest before the memory that it copies goes.
-        weakref.finalize(self, _rest, self.engine, self.target)
+        weakref.finalize(self, _rest, self.engine)
         self.engine.start()
         self.memory.started = True
         self.ready = True
@@ -422,12 +424,10 @@ class Runtime:
         raise TierwiseError("a boosted model cannot be pickled; use booster.save_model")
 
 
-def _rest(engine: Engine, target: Target) -> None:
-    """Waits until the engine moves nothing any more, and lifts the allocator's limit. A stopped one, or that of a parent process, has
-    nothing to wait for."""
+def _rest(engine: Engine) -> None:
+    """Waits until the engine moves nothing any more. A stopped one, or that of a parent process, has nothing to wait for."""
     with contextlib.suppress(TierwiseError):
         engine.flush()
-        target.limit(None)
 
 
 def find_runtime(value: object) -> Runtime | None:

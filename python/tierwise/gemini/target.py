@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_LIMITS: dict[torch.device, int] = {}
+"""How many limits every device's allocator was given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +62,25 @@ class Target:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.torch_device)
 
-    def limit(self, device_budget: int | None) -> None:
-        """Makes torch's allocator refuse what exceeds the budget: on CUDA it holds everything but the context. None: no limit."""
-        if not self.emulated:
-            _, total = torch.cuda.mem_get_info(self.torch_device)
-            fraction = 1.0 if device_budget is None else min(device_budget / total, 1.0)
-            torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
+    def limit(self, device_budget: int | None) -> Callable[[], None]:
+        """Makes torch's allocator refuse what exceeds the budget: on CUDA it holds everything but the context. None: no limit.
+
+        The limit is the process's, and the latest one counts: what is returned lifts it, unless another came after it.
+        """
+        if self.emulated:
+            return lambda: None
+        _, total = torch.cuda.mem_get_info(self.torch_device)
+        fraction = 1.0 if device_budget is None else min(device_budget / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
+        device, process = self.torch_device, os.getpid()
+        turn = _LIMITS[device] = _LIMITS.get(device, 0) + 1
+
+        def lift() -> None:
+            # A forked child has the model too, but no device.
+            if _LIMITS[device] == turn and os.getpid() == process:
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+        return lift
 
     def device_budget(self, plugin: GeminiPlugin) -> int:
         """The plugin's device budget, or what the device has left (see `GeminiPlugin.device_budget`)."""

@@ -1,0 +1,55 @@
+"""What the CUDA target asks of torch's allocator; the device itself is replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tierwise._core import Device  # noqa: E402
+from tierwise.gemini.target import Target  # noqa: E402
+
+
+@pytest.fixture
+def fractions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    given: list[float] = []
+
+    def limit(fraction: float, device: Any) -> None:
+        given.append(fraction)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    return given
+
+
+def cuda() -> Target:
+    return Target(torch.device("cuda", 0), Device.emulated(), emulated=False)
+
+
+def test_a_limit_is_lifted_by_its_own_model_only(fractions: list[float]) -> None:
+    first = cuda().limit(20)
+    second = cuda().limit(30)
+    first()  # The earlier model is collected while the later one trains.
+    assert fractions == [0.2, 0.3]
+    second()
+    assert fractions == [0.2, 0.3, 1.0]
+
+
+def test_no_budget_is_no_limit_and_none_is_above_the_device(fractions: list[float]) -> None:
+    cuda().limit(None)
+    cuda().limit(1000)
+    assert fractions == [1.0, 1.0]
+
+
+def test_a_forked_child_leaves_the_device_alone(fractions: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    lift = cuda().limit(20)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    lift()
+    assert fractions == [0.2]
+
+
+def test_only_the_allocator_of_cuda_loses_bytes() -> None:
+    assert cuda().fragmentation_bytes(24 * 10**9) == 10**9
+    assert Target(torch.device("cpu"), Device.emulated(), emulated=True).fragmentation_bytes(24 * 10**9) == 0
