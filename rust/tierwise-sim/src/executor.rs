@@ -8,6 +8,7 @@ mod calls;
 mod collectives;
 pub(crate) mod machine;
 pub(crate) mod stalls;
+pub(crate) mod tally;
 mod thread;
 mod window;
 
@@ -26,7 +27,6 @@ use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler};
 use tierwise_core::slab::Guards;
-use tierwise_core::timeline::Span;
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{OpId, Tier};
 use window::Window;
@@ -299,16 +299,10 @@ impl<'a> Run<'a> {
             let enqueued = began.enqueued_ns.clamp(began.idle_since_ns, now);
             if let Some(window) = &mut self.window {
                 let from = began.idle_since_ns;
-                self.blocks.attribute(from, enqueued, &mut window.stalls);
-                window.stalls.add(cause, now - enqueued);
+                self.blocks.attribute(from, enqueued, &mut window.tally.stalls);
+                window.tally.stalls.add(cause, now - enqueued);
                 if now > from {
-                    window.timeline.spans.push(Span {
-                        track: "compute wait".to_owned(),
-                        name: cause.name().to_owned(),
-                        start_ns: from - window.start_ns,
-                        duration_ns: now - from,
-                        bytes: 0,
-                    });
+                    window.tally.waited(cause, from, now);
                 }
             }
             self.blocks.forget_until(enqueued);
@@ -319,7 +313,7 @@ impl<'a> Run<'a> {
     fn ended(&mut self, ended: Ended<Effect>) -> Result<Option<Outcome>, SimError> {
         let now = self.machine.now_ns();
         if let Some(window) = &mut self.window {
-            window.record(&ended, now);
+            window.tally.ended(&ended, now);
         }
         let is_compute = ended.lane == Lane::Compute;
         self.effects(ended.effects)?;

@@ -103,19 +103,10 @@ fn peak(html: &mut String, report: &Report) {
 }
 
 fn time(html: &mut String, report: &Report) {
-    let (step, stalls) = (&report.step, &report.step.stalls);
-    let rows = [
-        ("compute", step.compute_ns),
-        ("slowed by sharing", step.slowdown_ns),
-        ("stall: parameter fetch", stalls.parameter_fetch_ns),
-        ("stall: optimizer step", stalls.optimizer_step_ns),
-        ("stall: gradients", stalls.gradient_hand_over_ns),
-        ("stall: communication", stalls.communication_ns),
-        ("stall: pipeline", stalls.pipeline_ns),
-        ("stall: device memory", stalls.device_memory_ns),
-        ("stall: launch", stalls.launch_ns),
-    ];
-    bars(html, &rows.map(|(name, ns)| (name, ns, seconds(ns))));
+    let step = &report.step;
+    let mut rows = vec![("compute", step.compute_ns), ("slowed by sharing", step.slowdown_ns)];
+    rows.extend(step.stalls.by_cause());
+    bars(html, &rows.into_iter().map(|(name, ns)| (name, ns, seconds(ns))).collect::<Vec<_>>());
 }
 
 fn bars(html: &mut String, rows: &[(&str, u64, String)]) {

@@ -178,18 +178,7 @@ impl Report {
             ("compute", percent(step.compute_ns)),
             ("slowed by sharing", percent(step.slowdown_ns)),
         ];
-        let stalls = &step.stalls;
-        for (label, ns) in [
-            ("stall: parameter fetch", stalls.parameter_fetch_ns),
-            ("stall: optimizer step", stalls.optimizer_step_ns),
-            ("stall: gradients", stalls.gradient_hand_over_ns),
-            ("stall: communication", stalls.communication_ns),
-            ("stall: pipeline", stalls.pipeline_ns),
-            ("stall: device memory", stalls.device_memory_ns),
-            ("stall: launch", stalls.launch_ns),
-        ] {
-            rows.push((label, percent(ns)));
-        }
+        rows.extend(step.stalls.by_cause().map(|(label, ns)| (label, percent(ns))));
         rows.extend([
             (
                 "device peak",

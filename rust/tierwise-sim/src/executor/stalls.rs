@@ -65,15 +65,22 @@ impl Stalls {
         } += ns;
     }
 
+    /// Every cause for people, with its nanoseconds.
+    pub fn by_cause(&self) -> [(&'static str, u64); 7] {
+        [
+            ("stall: parameter fetch", self.parameter_fetch_ns),
+            ("stall: optimizer step", self.optimizer_step_ns),
+            ("stall: gradients", self.gradient_hand_over_ns),
+            ("stall: communication", self.communication_ns),
+            ("stall: pipeline", self.pipeline_ns),
+            ("stall: device memory", self.device_memory_ns),
+            ("stall: launch", self.launch_ns),
+        ]
+    }
+
     /// Sum over all causes.
     pub fn total_ns(&self) -> u64 {
-        self.parameter_fetch_ns
-            + self.optimizer_step_ns
-            + self.gradient_hand_over_ns
-            + self.communication_ns
-            + self.pipeline_ns
-            + self.device_memory_ns
-            + self.launch_ns
+        self.by_cause().iter().map(|(_, ns)| ns).sum()
     }
 }
 

@@ -1,11 +1,10 @@
 //! A step as a list of tasks on lanes, each after the tasks that it waits for; and its execution.
 
-use crate::executor::Stalls;
-use crate::executor::machine::{Ended, Lane, Machine, Task, Token};
+use crate::executor::machine::{Lane, Machine, Task, Token};
 use crate::executor::stalls::Cause;
+use crate::executor::tally::Tally;
 use crate::hardware::Hardware;
 use std::collections::BTreeMap;
-use tierwise_core::timeline::{Sample, Span, Timeline};
 
 /// Change of the device's bytes: parameters and activations, gathered and saved.
 #[derive(Debug, Clone, Copy)]
@@ -20,17 +19,10 @@ pub struct Program<'a> {
 /// What a program did from one moment on.
 #[derive(Debug, Default)]
 pub struct Record {
+    pub tally: Tally,
     pub end_ns: u64,
-    pub compute_ns: u64,
-    pub busy_compute_ns: u64,
-    pub stalls: Stalls,
-    pub h2d_bytes: u64,
-    pub d2h_bytes: u64,
-    pub communicated_ns: u64,
-    pub busy_ns: BTreeMap<String, u64>,
     pub device_peak_bytes: u64,
     pub device_peak_at: String,
-    pub timeline: Timeline,
 }
 
 impl<'a> Program<'a> {
@@ -67,7 +59,7 @@ impl<'a> Program<'a> {
     pub fn run(mut self, from: Token, base: u64) -> Record {
         let mut record = Record::default();
         let mut device = base as i64;
-        let mut start: Option<u64> = None;
+        let mut started = false;
         loop {
             while let Some(began) = self.machine.begin_one() {
                 let now = self.machine.now_ns();
@@ -78,22 +70,18 @@ impl<'a> Program<'a> {
                     record.device_peak_bytes = device as u64;
                     began.lane.track().clone_into(&mut record.device_peak_at);
                 }
-                let Some(start) = start else { continue };
-                if began.lane == Lane::Compute && now > began.idle_since_ns.max(start) {
+                if !started {
+                    continue;
+                }
+                let since = began.idle_since_ns.max(record.tally.start_ns);
+                if began.lane == Lane::Compute && now > since {
                     let last = began.waits.iter().max_by_key(|token| self.machine.ended_ns(**token));
                     let cause = last.and_then(|token| self.causes.get(&token.index()).copied()).unwrap_or(Cause::Launch);
-                    let since = began.idle_since_ns.max(start);
-                    record.stalls.add(cause, now - since);
-                    record.timeline.spans.push(Span {
-                        track: "compute wait".to_owned(),
-                        name: cause.name().to_owned(),
-                        start_ns: since - start,
-                        duration_ns: now - since,
-                        bytes: 0,
-                    });
+                    record.tally.stalls.add(cause, now - since);
+                    record.tally.waited(cause, since, now);
                 }
                 if !began.effects.is_empty() {
-                    record.sample(now - start, device as u64);
+                    record.tally.sample("device bytes", now, device as u64);
                 }
             }
             let Some((at, lane)) = self.machine.next_end() else { break };
@@ -102,47 +90,19 @@ impl<'a> Program<'a> {
             for Change(bytes) in &ended.effects {
                 device += bytes;
             }
-            if let Some(start) = start {
-                record.ended(&ended, start, at, device as u64);
-                record.end_ns = at - start;
+            if started {
+                record.tally.ended(&ended, at);
+                if !ended.effects.is_empty() {
+                    record.tally.sample("device bytes", at, device as u64);
+                }
+                record.end_ns = at - record.tally.start_ns;
             } else if self.machine.ended_ns(from).is_some() {
-                start = Some(at);
-                record.sample(0, device as u64);
+                started = true;
+                record.tally = Tally::from(at);
+                record.tally.sample("device bytes", at, device as u64);
             }
         }
-        record.timeline.spans.sort_by(|a, b| (a.start_ns, &a.track, &a.name).cmp(&(b.start_ns, &b.track, &b.name)));
+        record.tally.close();
         record
-    }
-}
-
-impl Record {
-    fn sample(&mut self, at_ns: u64, value: u64) {
-        self.timeline.samples.push(Sample { counter: "device bytes".to_owned(), at_ns, value });
-    }
-
-    fn ended(&mut self, ended: &Ended<Change>, start: u64, now: u64, device: u64) {
-        let began = ended.start_ns.max(start);
-        let busy = now - began;
-        match ended.lane {
-            Lane::Compute => {
-                self.compute_ns += ended.work as u64;
-                self.busy_compute_ns += busy;
-            }
-            Lane::HostToDevice => self.h2d_bytes += ended.bytes,
-            Lane::DeviceToHost => self.d2h_bytes += ended.bytes,
-            Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
-            Lane::Optimizer | Lane::HostAdam | Lane::Landing => {}
-        }
-        *self.busy_ns.entry(ended.lane.track().to_owned()).or_default() += busy;
-        self.timeline.spans.push(Span {
-            track: ended.lane.track().to_owned(),
-            name: ended.name.clone(),
-            start_ns: began - start,
-            duration_ns: busy,
-            bytes: ended.bytes,
-        });
-        if !ended.effects.is_empty() {
-            self.sample(now - start, device);
-        }
     }
 }

@@ -262,8 +262,8 @@ impl Step<'_> {
         let trace = &self.rank.built.trace;
         let again: f64 = trace.units.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(u, _)| u.flops).sum();
         // After the last compute the step goes on; no later compute shows what it waited for.
-        let mut stalls = record.stalls;
-        let known = record.busy_compute_ns + stalls.total_ns();
+        let mut stalls = record.tally.stalls;
+        let known = record.tally.busy_compute_ns + stalls.total_ns();
         stalls.optimizer_step_ns += record.end_ns - known;
         let ranks = self.request.parallel.gpus as f64;
         Simulated {
@@ -271,13 +271,13 @@ impl Step<'_> {
             recomputed_flops: again * f64::from(self.accumulation) * ranks,
             outcome: Outcome {
                 step_ns: record.end_ns,
-                compute_ns: record.compute_ns,
-                slowdown_ns: record.busy_compute_ns - record.compute_ns.min(record.busy_compute_ns),
+                compute_ns: record.tally.compute_ns,
+                slowdown_ns: record.tally.busy_compute_ns - record.tally.compute_ns.min(record.tally.busy_compute_ns),
                 stalls,
-                h2d_bytes: record.h2d_bytes,
-                d2h_bytes: record.d2h_bytes,
-                communicated_ns: record.communicated_ns,
-                busy_ns: record.busy_ns,
+                h2d_bytes: record.tally.h2d_bytes,
+                d2h_bytes: record.tally.d2h_bytes,
+                communicated_ns: record.tally.communicated_ns,
+                busy_ns: record.tally.busy_ns,
                 device_peak_bytes: record.device_peak_bytes,
                 device_peak_op: record.device_peak_at,
                 device_peak_activation_bytes: 0,
@@ -286,7 +286,7 @@ impl Step<'_> {
                 counters: Counters::default(),
                 timeline: tierwise_core::timeline::Timeline::default(),
             },
-            timeline: record.timeline,
+            timeline: record.tally.timeline,
         }
     }
 }
