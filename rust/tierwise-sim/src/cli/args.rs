@@ -8,6 +8,7 @@ use crate::peers::Policy;
 use crate::pipeline::Schedule;
 use crate::request::Request;
 use crate::units::parse_bytes;
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use tierwise_core::plan::ClipMode;
 use tierwise_core::planner::Recompute;
@@ -35,33 +36,29 @@ pub enum ScheduleArg {
     ZeroBubble,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PolicyArg {
-    Tierwise,
-    Ddp,
-    Zero1,
-    Zero2,
-    Zero3,
-    Zero2Offload,
-    Zero3Offload,
-    Fsdp,
-    FsdpOffload,
-}
+/// Another system's policy, or none for ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PolicyArg(pub Option<Policy>);
 
 impl PolicyArg {
-    /// Another system's policy, or none for ours.
-    pub fn policy(self) -> Option<Policy> {
-        match self {
-            PolicyArg::Tierwise => None,
-            PolicyArg::Ddp => Some(Policy::Ddp),
-            PolicyArg::Zero1 => Some(Policy::Zero1),
-            PolicyArg::Zero2 => Some(Policy::Zero2),
-            PolicyArg::Zero3 => Some(Policy::Zero3),
-            PolicyArg::Zero2Offload => Some(Policy::Zero2Offload),
-            PolicyArg::Zero3Offload => Some(Policy::Zero3Offload),
-            PolicyArg::Fsdp => Some(Policy::Fsdp),
-            PolicyArg::FsdpOffload => Some(Policy::FsdpOffload),
+    const ALL: [PolicyArg; Policy::ALL.len() + 1] = {
+        let mut all = [PolicyArg(None); Policy::ALL.len() + 1];
+        let mut at = 0;
+        while at < Policy::ALL.len() {
+            all[at + 1] = PolicyArg(Some(Policy::ALL[at]));
+            at += 1;
         }
+        all
+    };
+}
+
+impl ValueEnum for PolicyArg {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.0.map_or("tierwise", Policy::name)))
     }
 }
 
@@ -172,7 +169,7 @@ impl StepArgs {
                 ClipModeArg::Auto => ClipMode::Auto,
             },
             clips: !self.never_clips,
-            policy: self.policy.policy(),
+            policy: self.policy.0,
             parallel,
             model,
             hardware,

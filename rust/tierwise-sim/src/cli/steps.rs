@@ -64,7 +64,7 @@ pub fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<u8, Failure> {
     let mut rows = Vec::new();
     let mut any = false;
     for policy in policies {
-        let request = Request { policy: policy.policy(), ..base.clone() };
+        let request = Request { policy: policy.0, ..base.clone() };
         match answer(&request)? {
             Answer::Fits(report, _) => {
                 any = true;
