@@ -13,6 +13,7 @@ pub use build::{Built, Share, Work};
 pub use families::class_of;
 
 use config::Config;
+pub use families::Architecture;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -25,18 +26,8 @@ pub struct Model {
     pub source: String,
     /// `model_type` of its configuration.
     pub model_type: String,
-    /// Width of the residual stream.
-    pub hidden_size: u64,
-    /// Layers, encoder and decoder together.
-    pub num_layers: u64,
-    /// Query heads of a layer.
-    pub num_heads: u64,
-    /// Key and value heads of a layer.
-    pub num_kv_heads: u64,
-    /// Tokens of the vocabulary.
-    pub vocab_size: u64,
-    /// What a forward pass uses, in order.
-    pub blocks: Vec<Block>,
+    /// Sizes and blocks, as its family reads them from the configuration.
+    pub architecture: Architecture,
     config: Config,
 }
 
@@ -98,12 +89,7 @@ impl Model {
             name: config.text_or("name", "").to_owned(),
             source: "config.json".to_owned(),
             model_type: config.model_type()?.to_owned(),
-            hidden_size: architecture.hidden_size,
-            num_layers: architecture.num_layers,
-            num_heads: architecture.num_heads,
-            num_kv_heads: architecture.num_kv_heads,
-            vocab_size: architecture.vocab_size,
-            blocks: architecture.blocks,
+            architecture,
             config,
         })
     }
@@ -115,13 +101,13 @@ impl Model {
 
     /// Exact number of parameters.
     pub fn num_params(&self) -> u64 {
-        self.blocks.iter().map(Block::numel).sum()
+        self.architecture.blocks.iter().map(Block::numel).sum()
     }
 
     /// Useful FLOPs of forward and backward per token: 6 per parameter, and three times those of attention's forward (`6 layers width seq`
     /// if it is causal). Recomputation is not counted.
     pub fn model_flops_per_token(&self, seq: u64) -> f64 {
-        let attention: u64 = self.blocks.iter().map(|b| b.attention_flops(seq)).sum();
+        let attention: u64 = self.architecture.blocks.iter().map(|b| b.attention_flops(seq)).sum();
         6.0 * self.num_params() as f64 + 3.0 * attention as f64
     }
 

@@ -107,7 +107,7 @@ pub fn step(request: &Request) -> Result<Result<Simulated, Shortfall>, Error> {
     if stages > 1 {
         let group = request.parallel.stage_group(&request.hardware).map_err(Error::Usage)?;
         let tokens = request.seq * request.micro_batch / request.parallel.sequence / request.parallel.tensor;
-        let send_ns = group.send_ns((2 * request.model.hidden_size * tokens) as f64);
+        let send_ns = group.send_ns((2 * request.model.architecture.hidden_size * tokens) as f64);
         let makespan = request.parallel.schedule.makespan_ns(&costs, u64::from(accumulation), send_ns).map_err(Error::Usage)?;
         // What a stage adds to its own compute (copies, optimizer, collectives) is added to the pipeline's time.
         let step_ns = makespan + exposed_ns;

@@ -88,20 +88,20 @@ impl Parallel {
             ));
         }
         for (name, size) in [("tensor-parallel", self.tensor), ("sequence-parallel", self.sequence)] {
-            if !model.num_heads.is_multiple_of(size) {
-                return Err(format!("{name} is {size}; it must divide the {} heads of {}", model.num_heads, model.name));
+            if !model.architecture.num_heads.is_multiple_of(size) {
+                return Err(format!("{name} is {size}; it must divide the {} heads of {}", model.architecture.num_heads, model.name));
             }
         }
         if !seq.is_multiple_of(self.sequence) {
             return Err(format!("sequence-parallel is {}; it must divide seq = {seq}", self.sequence));
         }
-        if self.pipeline * self.schedule.chunks() > model.num_layers {
+        if self.pipeline * self.schedule.chunks() > model.architecture.num_layers {
             return Err(format!(
                 "pipeline is {} with {} chunks per stage; {} has {} layers",
                 self.pipeline,
                 self.schedule.chunks(),
                 model.name,
-                model.num_layers
+                model.architecture.num_layers
             ));
         }
         if self.tensor > u64::from(hardware.gpus_per_node) {
@@ -115,10 +115,11 @@ impl Parallel {
 
     /// Blocks of a stage: layers as equally many as possible, what comes before them in the first stage, what comes after in the last.
     pub fn stage_blocks(&self, model: &Model, stage: u64) -> Range<usize> {
-        let layers: Vec<usize> = (0..model.blocks.len()).filter(|&b| model.blocks[b].kind == Kind::Layer).collect();
+        let layers: Vec<usize> =
+            (0..model.architecture.blocks.len()).filter(|&b| model.architecture.blocks[b].kind == Kind::Layer).collect();
         let bound = |stage: u64| layers[(stage * layers.len() as u64 / self.pipeline) as usize];
         let start = if stage == 0 { 0 } else { bound(stage) };
-        let end = if stage + 1 == self.pipeline { model.blocks.len() } else { bound(stage + 1) };
+        let end = if stage + 1 == self.pipeline { model.architecture.blocks.len() } else { bound(stage + 1) };
         start..end
     }
 

@@ -45,7 +45,7 @@ fn forward_flops_are_a_third_of_the_model_flops_without_norms_and_embedding() {
 /// Parameters and what forward and the first backwards keep, with the last `kept` layers not recomputed.
 fn peak_bytes(model: &Model, micro_batch: u64, kept: u64) -> u64 {
     let built = model.build(4096, micro_batch);
-    let recomputed = |unit: u32| u64::from(unit) <= model.num_layers - kept && built.trace.units[unit as usize].recomputable;
+    let recomputed = |unit: u32| u64::from(unit) <= model.architecture.num_layers - kept && built.trace.units[unit as usize].recomputable;
     let mut alive = 2 * model.num_params();
     let mut peak = 0;
     for op in &built.trace.ops {
@@ -121,9 +121,9 @@ fn tensor_parallel_ranks_have_all_parameters_between_them() {
     for name in ["llama2-70b", "gpt2-xl", "opt-350m", "bloom-560m", "flan-t5-xl", "bert-large", "glm-4-9b"] {
         let model = preset(name).unwrap();
         for ways in [2, 4] {
-            let split: u64 = model.blocks.iter().map(|b| ways * b.split_numel(ways)).sum();
-            let whole: u64 = model.blocks.iter().flat_map(|b| &b.params).filter(|p| !p.split).map(|p| p.numel).sum();
-            let tensors = model.blocks.iter().map(|b| b.params.len() as u64).sum::<u64>();
+            let split: u64 = model.architecture.blocks.iter().map(|b| ways * b.split_numel(ways)).sum();
+            let whole: u64 = model.architecture.blocks.iter().flat_map(|b| &b.params).filter(|p| !p.split).map(|p| p.numel).sum();
+            let tensors = model.architecture.blocks.iter().map(|b| b.params.len() as u64).sum::<u64>();
             // Every split tensor is rounded up, every other one is on all ranks.
             assert!(split - (ways - 1) * whole - model.num_params() < ways * tensors, "{name}");
         }

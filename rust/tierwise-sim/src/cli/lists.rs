@@ -13,7 +13,7 @@ pub fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
         Format::Table => {
             writeln!(out, "{:<15}{:>16}{:>8}{:>8}{:>8}{:>8}  source", "model", "parameters", "layers", "hidden", "heads", "kv")?;
             for m in presets {
-                let sizes = (m.num_layers, m.hidden_size, m.num_heads, m.num_kv_heads);
+                let sizes = (m.architecture.num_layers, m.architecture.hidden_size, m.architecture.num_heads, m.architecture.num_kv_heads);
                 let head = format!("{:<15}{:>16}{:>8}{:>8}", m.name, m.num_params(), sizes.0, sizes.1);
                 writeln!(out, "{head}{:>8}{:>8}  {}", sizes.2, sizes.3, m.source)?;
             }
@@ -23,10 +23,10 @@ pub fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
                 .iter()
                 .map(|m| {
                     serde_json::json!({
-                        "name": m.name, "source": m.source, "num_params": m.num_params(), "num_hidden_layers": m.num_layers,
-                        "hidden_size": m.hidden_size, "num_attention_heads": m.num_heads, "num_key_value_heads": m.num_kv_heads,
-                        "vocab_size": m.vocab_size, "class": models::class_of(&m.model_type), "config": m.config(),
-                        "forward_matmul_flops_per_token": m.blocks.iter().map(|b| b.matmul_flops).sum::<u64>(),
+                        "name": m.name, "source": m.source, "num_params": m.num_params(), "num_hidden_layers": m.architecture.num_layers,
+                        "hidden_size": m.architecture.hidden_size, "num_attention_heads": m.architecture.num_heads, "num_key_value_heads": m.architecture.num_kv_heads,
+                        "vocab_size": m.architecture.vocab_size, "class": models::class_of(&m.model_type), "config": m.config(),
+                        "forward_matmul_flops_per_token": m.architecture.blocks.iter().map(|b| b.matmul_flops).sum::<u64>(),
                     })
                 })
                 .collect();

@@ -50,7 +50,7 @@ pub struct Share {
 impl Share {
     /// All of it.
     pub fn whole(model: &Model) -> Self {
-        Share { blocks: 0..model.blocks.len(), tensor: 1, sequence: 1, in_flight: 1 }
+        Share { blocks: 0..model.architecture.blocks.len(), tensor: 1, sequence: 1, in_flight: 1 }
     }
 }
 
@@ -60,16 +60,16 @@ impl Model {
         // Rounded up: what does not divide makes one rank wait for another.
         let tokens = (seq * sequences).div_ceil(share.sequence);
         let mut chunks = Vec::new();
-        let mut chunk_of: Vec<Option<ChunkId>> = vec![None; self.blocks.len()];
+        let mut chunk_of: Vec<Option<ChunkId>> = vec![None; self.architecture.blocks.len()];
         let mut units = Vec::new();
         let mut work = Vec::new();
         for at in share.blocks.clone() {
-            let block = &self.blocks[at];
+            let block = &self.architecture.blocks[at];
             let mut reads = Vec::new();
             if let Some(source) = block.shares {
                 // A stage that has the head but not the embedding keeps a copy of the shared table.
                 reads.push(*chunk_of[source].get_or_insert_with(|| {
-                    chunks.push((self.blocks[source].name.clone(), self.blocks[source].specs(share.tensor)));
+                    chunks.push((self.architecture.blocks[source].name.clone(), self.architecture.blocks[source].specs(share.tensor)));
                     ChunkId(chunks.len() as u32 - 1)
                 }));
             }
@@ -79,7 +79,7 @@ impl Model {
                 chunk_of[at] = Some(chunk);
                 reads.push(chunk);
             }
-            let of_unit = block_work(block, 2 * self.hidden_size, seq, tokens, share);
+            let of_unit = block_work(block, 2 * self.architecture.hidden_size, seq, tokens, share);
             // Tensor-parallel ranks share the saved tokens of norms and residual sums too.
             let kept = |per_token: u64| (per_token * tokens).div_ceil(share.tensor) * share.in_flight;
             units.push(Unit {

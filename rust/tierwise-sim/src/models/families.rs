@@ -12,6 +12,7 @@ use super::blocks::Block;
 use super::config::Config;
 
 /// What a family reads from its configuration.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Architecture {
     /// Width of the residual stream.
     pub hidden_size: u64,
