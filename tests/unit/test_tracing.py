@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from torch import nn
 
 from tierwise.gemini.chunking import group
 from tierwise.gemini.tracing import count_tokens, trace
@@ -46,6 +47,33 @@ def test_units_and_operations_in_order() -> None:
     assert traced.ops == [(u, "forward") for u in range(6)] + [(u, "backward") for u in reversed(range(6))]
     assert traced.exact
     assert traced.tokens == 32
+
+
+class Attention(nn.Module):
+    """Grouped-query attention by one of CUDA's kernels, named: without a device, torch would choose none of them."""
+
+    def __init__(self, operation: str, key_heads: int) -> None:
+        super().__init__()
+        self.operation = getattr(torch.ops.aten, f"_scaled_dot_product_{operation}_attention")
+        self.query = nn.Parameter(torch.zeros(64, 4 * 16))
+        self.key = nn.Parameter(torch.zeros(64, key_heads * 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = ((x @ weight).unflatten(-1, (-1, 16)).transpose(1, 2) for weight in (self.query, self.key))
+        extra = () if self.operation is torch.ops.aten._scaled_dot_product_flash_attention else (None, True)
+        output: torch.Tensor = self.operation(query, key, key, *extra)[0]
+        return output
+
+
+@pytest.mark.parametrize("operation", ["flash", "efficient", "cudnn"])
+def test_attention_of_fewer_key_heads_is_traced_for_cuda(operation: str) -> None:
+    flops = []
+    for key_heads in (4, 2):
+        model = Attention(operation, key_heads)
+        traced = trace(model, group(model), (torch.zeros(2, 16, 64),), {}, torch.bfloat16, torch.device("cuda"))
+        assert traced.exact, "estimated: torch before 2.15 has no formula for these shapes"
+        flops.append(traced.flops() - sum(2 * 2 * 16 * p.numel() for p in (model.query, model.key)))
+    assert flops == [2 * 2 * 4 * 16 * 16 * (16 + 16)] * 2
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -257,17 +257,18 @@ class _Recorder:
         return [unit for units, _ in reversed(self._leaves) for unit in units]
 
 
-_ATTENTION = [
-    torch.ops.aten._scaled_dot_product_flash_attention,
-    torch.ops.aten._scaled_dot_product_efficient_attention,
-    torch.ops.aten._scaled_dot_product_cudnn_attention,
-]
-
-
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of attention over shapes (batch, heads, tokens, head size). torch's own formula refuses fewer key than query heads."""
+    """FLOPs of attention over shapes (batch, heads, tokens, head size). Before 2.15 torch's own formula refuses fewer key than query
+    heads."""
     batch, heads, tokens, size = query
     return 2 * batch * heads * tokens * key[2] * (size + value[3])
+
+
+_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
+}
 
 
 def _run(
@@ -298,7 +299,7 @@ def _run(
             return torch.empty(tensor.shape, dtype=target, device=device)
 
         args, kwargs = map_tensors(args, to_fake), map_tensors(dict(kwargs), to_fake)
-        flops = stack.enter_context(FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops)))
+        flops = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_FLOPS))
         recorder = _Recorder(grouping, params, flops)
         for index, unit in enumerate(grouping.units):
             stack.enter_context(_recording(recorder, index, unit))
