@@ -13,8 +13,18 @@ _BOUNDS = {
     "h2d": "copying parameters to the device",
     "d2h": "copying gradients to the host",
     "cpu_adam": "the CPU's optimizer step",
+    "nvme": "the disk, which reads and writes what is spilled",
     "host_memory": "adding gradients to accumulators in host memory",
 }
+
+
+_STEPS = {
+    "device": "stepped on the device",
+    "host": "stepped by the CPU",
+    "nvme": "stepped by the CPU with their states on the disk",
+    "frozen": "frozen",
+}
+_HOMES = {"resident": "resident", "streamed": "streamed", "spilled": "resident, with their copy on the disk"}
 
 
 def explain(runtime: Runtime) -> str:
@@ -34,13 +44,22 @@ def explain(runtime: Runtime) -> str:
     ]
     for (cls, home), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
-        step = {"device": "stepped on the device", "host": "stepped by the CPU", "frozen": "frozen"}[cls]
-        lines.append(f"  {len(chunks)} {step}, parameters {home}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+        step = _STEPS[cls]
+        lines.append(f"  {len(chunks)} {step}, parameters {_HOMES[home]}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
         used = sum(parts.values())
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
         lines.append(f"{tier}: {format_bytes(used)} of {format_bytes(budget)} ({listed or 'nothing'})")
+    nvme = plan["nvme"]
+    if nvme is not None:
+        limit = format_bytes(runtime.planned.wanted["nvme"]["budget"])
+        lines.append(
+            f"nvme: {format_bytes(nvme['file_bytes'])} of {limit} in {runtime.plugin.nvme_path} "
+            f"({format_bytes(nvme['payload_bytes'])} of states and room to rewrite them); "
+            f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
+            f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
+        )
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
     if operation is not None:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tierwise._core import BudgetError, Engine, Layout, TierwiseError
+from tierwise._core import BudgetError, Engine, EngineStoppedError, Layout, TierwiseError
 from tierwise.config import format_bytes
 from tierwise.gemini import correction, tracing
 from tierwise.gemini.chunking import Grouping
@@ -160,6 +160,8 @@ class Runtime:
             host_budget=self.planned.host_budget,
             max_norm=self.plugin.max_norm,
             threads=self.plugin.num_threads,
+            nvme_path=self.plugin.nvme_path,
+            nvme_budget=0 if self.planned.wanted["nvme"] is None else self.planned.wanted["nvme"]["budget"],
         )
         # The limit goes with the model; at exit there is nobody left to whom it matters.
         lift = self.target.limit(self.planned.device_budget if self.plugin.device_budget is not None else None)
@@ -293,6 +295,10 @@ class Runtime:
             return
         try:
             self.engine.account(kind, delta_bytes)
+        except EngineStoppedError:
+            # Why it stopped is for the next call that wants something of it; what is freed meanwhile needs no count.
+            if delta_bytes > 0:
+                raise
         except BudgetError:
             # Gradients that the engine has not read yet may be all that is in the way.
             self.engine.flush()

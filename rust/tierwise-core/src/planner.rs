@@ -7,9 +7,10 @@
 mod dry_run;
 mod memory;
 mod placement;
+mod spill;
 
 use crate::layout::Layout;
-use crate::plan::{ClipMode, DeviceBytes, HostBytes, Plan, host_region_bytes};
+use crate::plan::{ClipMode, DeviceBytes, HostBytes, NvmePlan, Plan, host_region_bytes};
 use crate::trace::Trace;
 use memory::Memory;
 use placement::{Group, Row};
@@ -59,6 +60,17 @@ pub enum Recompute {
     Units(Vec<bool>),
 }
 
+/// The disk that may hold what host memory cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NvmeRequest {
+    /// Hard limit of the spill file, in bytes.
+    pub budget: u64,
+    /// Bytes per second that it reads while it does not write.
+    pub read_bytes: f64,
+    /// Bytes per second that it writes while it does not read.
+    pub write_bytes: f64,
+}
+
 /// What to plan for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanRequest {
@@ -78,6 +90,9 @@ pub struct PlanRequest {
     pub clip_mode: ClipMode,
     /// Speeds.
     pub speeds: Speeds,
+    /// The disk, if states may be spilled.
+    #[serde(default)]
+    pub nvme: Option<NvmeRequest>,
 }
 
 /// Why no plan exists.
@@ -108,6 +123,18 @@ pub enum PlanError {
         shortfall: u64,
         /// What the bytes are for.
         breakdown: HostBytes,
+    },
+    /// The disk is too small for what host memory cannot hold.
+    #[error("needs {shortfall} more bytes of NVMe ({needed} needed, {budget} allowed)")]
+    Nvme {
+        /// Bytes needed.
+        needed: u64,
+        /// The budget.
+        budget: u64,
+        /// Bytes missing.
+        shortfall: u64,
+        /// What the spill file is for.
+        breakdown: NvmePlan,
     },
     /// The request contradicts itself or the trace.
     #[error("{0}")]
@@ -155,6 +182,7 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
     let mut best: Option<Candidate> = None;
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
+    let mut least_nvme: Option<NvmePlan> = None;
     placement::for_each_group(&memory, request, |group| {
         for recompute in &levels {
             for &(slab, tight) in &group.variants {
@@ -174,6 +202,13 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                     }
                     continue;
                 }
+                let file_bytes = row.nvme.map_or(0, |nvme| nvme.file_bytes);
+                if file_bytes > request.nvme.map_or(0, |nvme| nvme.budget) {
+                    if least_nvme.is_none_or(|least| file_bytes < least.file_bytes) {
+                        least_nvme = row.nvme;
+                    }
+                    continue;
+                }
                 let step = predict(recompute, row, group, slab, tight, request);
                 if best.as_ref().is_none_or(|best| is_better(recompute, row, step, best)) {
                     best = Some(Candidate { recompute, row: row.clone(), slab, tight, step });
@@ -181,6 +216,10 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
             }
         }
     })?;
+    if let (None, Some(breakdown)) = (&best, least_nvme) {
+        let (needed, budget) = (breakdown.file_bytes, request.nvme.map_or(0, |nvme| nvme.budget));
+        return Err(PlanError::Nvme { needed, budget, shortfall: needed - budget, breakdown });
+    }
     match (best, least_host, least_device) {
         (Some(best), _, _) => finish(layout, trace, request, best),
         (None, Some(breakdown), _) => Err(PlanError::Host {
@@ -207,7 +246,9 @@ pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanReques
         let levels = recompute_levels(&memory, request)?;
         let mut least = u64::MAX;
         placement::for_each_group(&memory, request, |group| {
-            let first = group.rows.partition_point(|row| row.host.total() > request.host_budget);
+            let spilled = |row: &Row| row.nvme.map_or(0, |nvme| nvme.file_bytes);
+            let too_large = |row: &Row| row.host.total() > request.host_budget || spilled(row) > request.nvme.map_or(0, |nvme| nvme.budget);
+            let first = group.rows.partition_point(too_large);
             let Some(row) = group.rows.get(first) else { return };
             for recompute in &levels {
                 for &(slab, tight) in &group.variants {
@@ -282,19 +323,24 @@ fn predict(recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: 
     // A deferred host step hides behind the first forward only.
     let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - recompute.forward_flops / speeds.flops).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
+    // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk.
+    let disk = match (&row.nvme, &request.nvme) {
+        (Some(plan), Some(nvme)) => (spill::seconds(plan, nvme) - recompute.forward_flops / speeds.flops).max(0.0),
+        _ => 0.0,
+    };
     let h2d = stream + row.cost.refresh_bytes as f64 / speeds.h2d_bytes;
     let d2h = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = if tight { d2h } else { 0.0 };
-    let serial = compute.max(accumulate) + adam + stalled_h2d + stalled_d2h;
+    let serial = compute.max(accumulate) + adam.max(disk) + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h);
     let bound_by = if seconds > serial {
         if h2d >= d2h { "h2d" } else { "d2h" }
     } else {
-        [("cpu_adam", adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
+        [("nvme", disk), ("cpu_adam", adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
             .into_iter()
-            .filter(|(name, seconds)| *seconds > 0.0 && (*name == "cpu_adam" || *seconds > compute))
+            .filter(|(name, seconds)| *seconds > 0.0 && (*name == "cpu_adam" || *name == "nvme" || *seconds > compute))
             .max_by(|a, b| a.1.total_cmp(&b.1))
             .map_or("compute", |(name, _)| name)
     };
@@ -330,6 +376,7 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         device,
         device_peak_op,
         host,
+        nvme: row.nvme,
         fetches: Vec::new(),
         predicted_step_s: step.seconds,
         bound_by: step.bound_by.to_owned(),

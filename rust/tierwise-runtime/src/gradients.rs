@@ -131,7 +131,7 @@ impl Shared {
             let missing = if bound.states == 0 { "states" } else { "accumulator" };
             return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
         }
-        if class == OptimizerClass::Host {
+        if class.on_cpu() {
             let limit = state.scheduler.plan().grad_in_flight_bytes;
             state = self.wait_until(state, keep_waiting, |state| {
                 let gradients = &state.gradients;
@@ -147,7 +147,7 @@ impl Shared {
         let produced = self.device.record_compute(stream)?;
         let outcome = match class {
             OptimizerClass::Device => self.to_device(state, chunk, &incoming, ticket, &produced, last),
-            OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Host | OptimizerClass::Nvme => self.to_host(state, chunk, &incoming, ticket, &produced, last),
             OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
         };
         self.or_stop(state, outcome)?;

@@ -146,6 +146,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         accumulation,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
+        nvme: None,
     };
     Ok((rank, sharding, planned))
 }
@@ -172,6 +173,9 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         Ok(plan) => plan,
         Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
         Err(PlanError::Host { needed, shortfall, .. }) => return Ok(Err(Shortfall::host(needed, shortfall))),
+        Err(PlanError::Nvme { needed, shortfall, .. }) => {
+            return Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }));
+        }
         Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
     };
     let streams = plan.chunks.iter().any(|c| c.home == ParamHome::Streamed);

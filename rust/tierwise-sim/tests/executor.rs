@@ -24,6 +24,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         accumulation: 1,
         clip_mode: ClipMode::Defer,
         speeds: Costs::new(&built, hardware).speeds(&built, hardware),
+        nvme: None,
     };
     change(&mut request);
     match plan(&built.layout, &built.trace, &request) {

@@ -10,10 +10,14 @@ pub(super) struct Memory<'a> {
     pub layout: &'a Layout,
     pub trace: &'a Trace,
     pub accumulation: u32,
+    pub host_budget: u64,
+    pub nvme: Option<super::NvmeRequest>,
     /// Per unit: its chunks, each once.
     pub unit_chunks: Vec<Vec<usize>>,
     /// Per chunk: first operation that reads it, `usize::MAX` if none does.
     pub first_use: Vec<usize>,
+    /// Chunks by their first use.
+    pub forward_order: Vec<usize>,
     /// Per chunk: number of operations that read it.
     pub uses: Vec<u64>,
     /// Per chunk: backward operations, if it has any and is trained.
@@ -43,6 +47,11 @@ impl<'a> Memory<'a> {
             if speed.is_nan() || speed <= 0.0 {
                 return invalid(format!("speed {name} is {speed}; it must be positive"));
             }
+        }
+        if let Some(nvme) = request.nvme
+            && !(nvme.read_bytes > 0.0 && nvme.write_bytes > 0.0)
+        {
+            return invalid(format!("the disk's speeds are {} and {} bytes/s; they must be positive", nvme.read_bytes, nvme.write_bytes));
         }
         if trace.ops.is_empty() {
             return invalid("the trace has no operations".to_owned());
@@ -83,7 +92,11 @@ impl<'a> Memory<'a> {
                 }
             }
         }
-        Ok(Memory { layout, trace, accumulation: request.accumulation, unit_chunks, first_use, uses, backward })
+        // Chunks that are used first get the fastest tier: their gradients come last and their parameters are needed first.
+        let mut forward_order: Vec<usize> = (0..chunks).collect();
+        forward_order.sort_by_key(|&c| (first_use[c], c));
+        let PlanRequest { accumulation, host_budget, nvme, .. } = *request;
+        Ok(Memory { layout, trace, accumulation, host_budget, nvme, unit_chunks, first_use, forward_order, uses, backward })
     }
 
     /// Saved activations alive at every operation, and the FLOPs of a micro-batch.
@@ -125,7 +138,7 @@ impl<'a> Memory<'a> {
     pub fn in_flight_bytes(&self, classes: &[OptimizerClass]) -> u64 {
         self.layout
             .ids()
-            .filter(|c| classes[c.index()] == OptimizerClass::Host && self.backward[c.index()].is_some_and(|b| b.count == 1))
+            .filter(|c| classes[c.index()].on_cpu() && self.backward[c.index()].is_some_and(|b| b.count == 1))
             .map(|c| self.layout.grad_bytes(c))
             .max()
             .unwrap_or(0)
@@ -145,7 +158,7 @@ impl<'a> Memory<'a> {
             match classes[chunk.index()] {
                 OptimizerClass::Device if self.accumulation == 1 => {}
                 OptimizerClass::Device => gone[backward.last + 1] += bytes,
-                OptimizerClass::Host => {
+                OptimizerClass::Host | OptimizerClass::Nvme => {
                     gone[backward.last + 1] += bytes;
                     sent[backward.last + 1] += bytes;
                     sent_largest[backward.last + 1] = bytes.max(sent_largest[backward.last + 1]);

@@ -1,9 +1,10 @@
 //! The placements that the search looks at: which chunks are streamed, and whose states are on the device.
 
 use super::memory::Memory;
+use super::spill;
 use super::{Activations, Placement, PlanError, PlanRequest};
 use crate::OpId;
-use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, host_region_bytes};
+use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome};
 use crate::slab::SLOT_ALIGN;
 use std::collections::BTreeMap;
 
@@ -24,6 +25,7 @@ pub(super) struct Group {
 pub(super) struct Row {
     pub chunks: Vec<ChunkPlan>,
     pub host: HostBytes,
+    pub nvme: Option<NvmePlan>,
     pub cost: Cost,
     /// Undo records of all host-class chunks.
     pub undo_bytes: u64,
@@ -77,11 +79,9 @@ impl Row {
 /// Calls `visit` with every group of placements that the request allows.
 pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: impl FnMut(&Group)) -> Result<(), PlanError> {
     let layout = memory.layout;
-    // Chunks that are used first get device states first: their gradients come last and their parameters are needed first.
-    let mut forward_order: Vec<usize> = (0..layout.chunks.len()).collect();
-    forward_order.sort_by_key(|&c| (memory.first_use[c], c));
+    let forward_order = &memory.forward_order;
     if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac } = request.placement {
-        let chunks = fixed(memory, &forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
+        let chunks = fixed(memory, forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
         visit(&group(memory, vec![chunks]));
         return Ok(());
     }
@@ -171,13 +171,13 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>) -> Group {
     Group { rows, variants, prefetch_slab }
 }
 
-fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
+fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
     let layout = memory.layout;
     let mut base = DeviceBytes::default();
     let mut host = HostBytes::default();
     let mut cost = Cost::default();
     let mut undo_bytes = 0;
-    let mut largest_grad = 0;
+    let nvme = spill::spill(memory, &mut chunks);
     for chunk in layout.ids() {
         let placement = chunks[chunk.index()];
         let of_chunk = HostBytes::of_chunk(layout, chunk, placement, memory.accumulation);
@@ -185,7 +185,7 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
         host.states += of_chunk.states;
         host.gradients += of_chunk.gradients;
         match placement.home {
-            ParamHome::Resident => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
+            ParamHome::Resident | ParamHome::Spilled => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
             ParamHome::Streamed => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
         }
         match placement.class {
@@ -195,27 +195,27 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
                     base.accumulators += layout.grad_acc_bytes(chunk);
                 }
             }
-            OptimizerClass::Host => {
+            OptimizerClass::Host | OptimizerClass::Nvme => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
                 cost.grad_bytes += layout.grad_bytes(chunk);
                 // The accumulator is read and written, the landed gradient too.
                 cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
-                undo_bytes += layout.undo_bytes(chunk);
-                largest_grad = layout.grad_bytes(chunk).max(largest_grad);
-                if placement.home == ParamHome::Resident {
+                if placement.class == OptimizerClass::Host {
+                    undo_bytes += layout.undo_bytes(chunk);
+                }
+                if placement.home.is_resident() {
                     cost.refresh_bytes += layout.param_bytes(chunk);
                 }
             }
             OptimizerClass::Frozen => {}
         }
     }
-    if memory.accumulation > 1 {
-        host.staging = 2 * host_region_bytes(largest_grad);
-    }
+    host.staging = spill::landing_bytes(memory, &chunks);
+    host.nvme_staging = nvme.map_or(0, |n| u64::from(n.buffers) * n.buffer_bytes);
     let classes: Vec<OptimizerClass> = chunks.iter().map(|c| c.class).collect();
     let ample = memory.in_flight_bytes(&classes);
     let gradients = [memory.gradients(&classes, ample), memory.gradients(&classes, 0)];
-    Row { chunks, host, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
+    Row { chunks, host, nvme, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
 }
 
 /// The placement that fractions ask for: whole chunks, at least as many elements as asked for, the latest-used first.

@@ -52,6 +52,9 @@ impl Engine {
         value["slab_used_bytes"] = state.scheduler.slab_used().into();
         value["h2d_bytes"] = state.gradients.h2d_bytes.into();
         value["d2h_bytes"] = state.gradients.d2h_bytes.into();
+        if let Some(spill) = &state.spill {
+            spill.describe(&mut value)?;
+        }
         Ok(value)
     }
 

@@ -3,7 +3,6 @@
 use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
-use tierwise_core::plan::OptimizerClass;
 use tierwise_core::scheduler::{Action, Event, Progress};
 use tierwise_core::{ChunkId, Tier};
 
@@ -112,7 +111,7 @@ impl Run<'_> {
         let plan = self.setup.plan;
         let bytes = self.setup.layout.grad_bytes(chunk);
         let accumulates = plan.accumulation > 1;
-        let on_host = plan.chunks[chunk.index()].class == OptimizerClass::Host;
+        let on_host = plan.chunks[chunk.index()].class.on_cpu();
         if on_host {
             let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;
             if !room || (accumulates && self.staging_free == 0) {
