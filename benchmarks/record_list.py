@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from tierwise.config import parse_bytes
+
 SIZES = {  # hidden, intermediate, layers, heads
     "tiny": (64, 160, 3, 4),
     "350m": (1024, 2816, 24, 16),
@@ -81,7 +83,17 @@ class Configuration:
 
     def request(self) -> dict[str, Any]:
         """The same in the schema of `validate`."""
-        return {"recompute": self.recompute, "clip_mode": self.clip_mode, "clips": self.clip == "fires", "has_max_norm": self.clip != "off"}
+        static = PLACEMENTS.get(self.placement)
+        placed: Any = "auto" if static is None else {"static": {"shard_param_frac": 1.0, "offload_param_frac": 0.0, **static}}
+        budgets = {name: parse_bytes(value) for name, value in self.budgets().items()}
+        return {
+            "placement": placed,
+            **budgets,
+            "recompute": self.recompute,
+            "clip_mode": self.clip_mode,
+            "clips": self.clip == "fires",
+            "has_max_norm": self.clip != "off",
+        }
 
 
 def _of(size: str, placement: str, micro_batch: int, thousand_tokens: int, recompute: str = "none", **more: Any) -> Configuration:
