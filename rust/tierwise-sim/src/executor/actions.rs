@@ -132,25 +132,27 @@ impl Run<'_> {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(accumulates);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut on_end: Vec<Effect> = landed.into_iter().collect();
+            let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates {
-                traffic += added;
-                on_end.insert(0, Effect::FreeStaging);
+                let freed = vec![Effect::FreeStaging];
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
             }
-            let on_start = vec![Effect::Landed { bytes }];
-            self.enqueue(Lane::Landing, "norm", chunk, traffic, traffic as f64, vec![copied], on_start, on_end);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![landed]);
+            }
         } else {
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut on_end: Vec<Effect> = landed.into_iter().collect();
             if accumulates {
-                traffic += added;
                 self.leaving_bytes += bytes;
-                on_end.push(Effect::FreeGradients(bytes));
+                let freed = vec![Effect::FreeGradients(bytes)];
+                self.enqueue(Lane::Optimizer, "accumulate", chunk, added, added as f64, produced.clone(), Vec::new(), freed);
             } else {
                 self.held[chunk.index()] += bytes;
             }
-            self.enqueue(Lane::Optimizer, "reduce", chunk, traffic, traffic as f64, produced, Vec::new(), on_end);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), vec![landed]);
+            }
         }
         Ok(None)
     }
