@@ -308,6 +308,7 @@ impl Shared {
                 state.gradients.finish([ticket]);
             }
             shared.notify();
+            shared.host_work(|| additions.iter().map(|&(_, src, overwrite)| added_bytes(src, overwrite)).sum());
             for &(dst, src, overwrite) in &additions {
                 // SAFETY: both ends are in the slab that `shared` keeps alive; the staging buffer is taken until below.
                 unsafe { accumulate::accumulate(&shared.pool, dst as *mut f32, src, overwrite) };
@@ -340,7 +341,13 @@ fn host_spans(state: &State, host: u64, chunk: ChunkId) -> Result<Vec<(u32, Grad
     Ok(state.gradients.touched(layout, chunk).map(|(param, _)| (param.index, span(host + grad, param, dtype))).collect())
 }
 
+/// Bytes of memory that adding a gradient to an fp32 accumulator reads and writes.
+fn added_bytes(src: GradSpan, overwrite: bool) -> u64 {
+    src.numel as u64 * (src.dtype.bytes() as u64 + if overwrite { 4 } else { 8 })
+}
+
 fn reduce_on_host(shared: &Arc<Shared>, chunk: ChunkId, spans: &[(u32, GradSpan)]) -> Result<()> {
+    shared.host_work(|| spans.iter().map(|(_, span)| span.numel as u64 * span.dtype.bytes() as u64).sum());
     let start = shared.device.now_ns();
     let only: Vec<GradSpan> = spans.iter().map(|(_, span)| *span).collect();
     // SAFETY: the gradients have landed in the slab that `shared` keeps alive, and nothing writes them before their step.

@@ -134,33 +134,32 @@ impl Run<'_> {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(accumulates);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut on_end: Vec<Effect> = landed.into_iter().collect();
+            let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates {
-                traffic += added;
-                on_end.insert(0, Effect::FreeStaging);
+                let freed = vec![Effect::FreeStaging];
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
             }
-            let on_start = vec![Effect::Landed { bytes }];
-            self.enqueue(Lane::Landing, "norm", chunk, traffic, traffic as f64, vec![copied], on_start, on_end);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![landed]);
+            }
         } else {
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut freed = Vec::new();
-            let landed = landed.into_iter().collect::<Vec<Effect>>();
             if accumulates {
-                traffic += added;
                 self.leaving_bytes += bytes;
-                freed.push(Effect::FreeGradients(bytes));
+                let freed = vec![Effect::FreeGradients(bytes)];
+                self.enqueue(Lane::Optimizer, "accumulate", chunk, added, added as f64, produced.clone(), Vec::new(), freed);
             } else {
                 self.held[chunk.index()] += bytes;
             }
-            if on_host && last {
-                // Sums that were taken on the device leave once; their norm was taken there too.
-                let reduced = self.enqueue(Lane::Optimizer, "reduce", chunk, traffic, traffic as f64, produced, Vec::new(), freed);
-                let sums = self.final_grad_bytes(chunk);
-                self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, sums, sums as f64, vec![reduced], Vec::new(), landed);
-            } else {
-                freed.extend(landed);
-                self.enqueue(Lane::Optimizer, "reduce", chunk, traffic, traffic as f64, produced, Vec::new(), freed);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                if on_host {
+                    // Sums that were taken on the device leave once; their norm was taken there too.
+                    let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), Vec::new());
+                    self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), vec![landed]);
+                } else {
+                    self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), vec![landed]);
+                }
             }
         }
         Ok(None)
