@@ -12,7 +12,7 @@ pub use shared::{Shared, State};
 
 use memory::take_places;
 
-use crate::device::{Device, EventRef};
+use crate::device::{Device, EventRef, WorkerId};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
@@ -51,7 +51,7 @@ pub struct Hyper {
 }
 
 /// Limits and sizes of an engine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct EngineConfig {
     /// Hard limit of device bytes.
     pub device_budget: u64,
@@ -175,15 +175,16 @@ impl Engine {
             started: false,
             open: std::collections::BTreeMap::new(),
         };
-        let (adam_jobs, start_adam) = worker("adam");
-        let (landing_jobs, start_landing) = worker("landing");
-        let (optimizer_jobs, start_optimizer) = worker("optimizer");
-        let (spill_jobs, start_spill) = worker("spill");
-        let (read_jobs, start_reads) = worker("nvme-reads");
-        let (write_jobs, start_writes) = worker("nvme-writes");
+        let (adam_jobs, start_adam) = worker(WorkerId::Adam, device.clock());
+        let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
+        let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
+        let (spill_jobs, start_spill) = worker(WorkerId::Spill, None);
+        let (read_jobs, start_reads) = worker(WorkerId::Reads, None);
+        let (write_jobs, start_writes) = worker(WorkerId::Writes, None);
         let spills = state.spill.is_some();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
+            clock: device.clock(),
             device,
             pool,
             host,

@@ -13,17 +13,42 @@ fn json(output: &Output) -> serde_json::Value {
 const GOLDEN: [(&str, u64); 4] = [
     (
         "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
-        0x1e33_7023_2456_a1f7,
+        0x98ba_d2cd_73eb_981a,
     ),
-    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x2795_474f_683d_8b2b),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x39d1_432b_4a2f_62e2),
     (
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
-        0xca0f_aae9_c0ef_d094,
+        0x3fe2_96e2_d534_7f0c,
     ),
     ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x4b1a_286e_3baa_c8e6),
 ];
 
 const RUN: &str = "run --model llama2-7b --hardware h100 --seq 4096 --micro-batch 4 --tokens-per-step 16384";
+
+#[test]
+fn a_calibrated_file_is_a_machine_that_runs() {
+    let folder = std::env::temp_dir().join(format!("tierwise-sim-calibrate-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("host.json");
+    let output = sim(&format!("calibrate --out {} --name here --base a100-80 --host-numel 200000 --seconds 1", file.display()));
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(log.contains("not measured: the device") && log.contains("`a100-80`"), "{log}");
+    let written: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let rows = written["measured"]["host"].as_array().unwrap();
+    assert_eq!(rows[0]["threads"], 1);
+    assert_eq!(rows[rows.len() - 1]["adam_params_per_s"], written["host_adam_params_per_s"]);
+    let report = json(&sim(&format!("run --model llama2-7b --hardware {} --format json", file.display())));
+    assert_eq!(report["asked"]["hardware"], "here");
+    // A figure that cannot be is refused by name.
+    let mut wrong = written;
+    wrong["measured"]["host"][0]["adam_params_per_s"] = serde_json::json!(0.0);
+    std::fs::write(&file, wrong.to_string()).unwrap();
+    let refused = sim(&format!("run --model llama2-7b --hardware {}", file.display()));
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("measured.host.adam_params_per_s is 0"));
+}
 
 #[test]
 fn a_run_that_fits_exits_with_0() {

@@ -56,8 +56,8 @@ pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
     if memory.accumulation < 2 {
         return 0;
     }
-    let on_cpu = memory.layout.ids().filter(|c| chunks[c.index()].class.on_cpu());
-    2 * host_region_bytes(on_cpu.map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
+    let sent = memory.layout.ids().filter(|c| memory.sends(chunks[c.index()]));
+    2 * host_region_bytes(sent.map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
 }
 
 fn sizes(memory: &Memory) -> NvmePlan {

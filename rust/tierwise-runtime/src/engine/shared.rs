@@ -1,7 +1,7 @@
 //! What the engine's callers and workers share, and how they wait for each other.
 
 use super::{Hyper, KeepWaiting, POLL};
-use crate::device::{Device, EventRef};
+use crate::device::{Clock, Device, EventRef};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
@@ -21,6 +21,7 @@ use tierwise_kernels::Pool;
 pub struct Shared {
     pub(crate) state: Mutex<State>,
     pub(crate) device: Arc<dyn Device>,
+    pub(super) clock: Option<Arc<dyn Clock>>,
     pub(crate) pool: Pool,
     /// Address of the host slab.
     pub(crate) host: u64,
@@ -100,6 +101,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// A worker is about to move so many bytes through host memory.
+    pub(crate) fn host_work(&self, bytes: impl FnOnce() -> u64) {
+        if let Some(clock) = &self.clock {
+            clock.host_work(bytes());
+        }
+    }
+
     pub(crate) fn notify(&self) {
         self.changed.notify_all();
     }
@@ -141,6 +149,12 @@ impl Shared {
             Self::healthy(&state)?;
             if let Some(value) = ready(self, &mut state)? {
                 return Ok((state, value));
+            }
+            if let Some(clock) = &self.clock {
+                drop(state);
+                clock.pass()?;
+                state = self.lock();
+                continue;
             }
             let (guard, timeout) = self.changed.wait_timeout(state, POLL).unwrap_or_else(std::sync::PoisonError::into_inner);
             state = guard;
