@@ -69,6 +69,8 @@ def explain(runtime: Runtime) -> str:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")
     counts = Counter(runtime.recompute[unit] for unit in runtime.trace.order if runtime.grouping.units[unit].recomputable)
     lines.append(f"recomputed in backward: {counts[True]} of {counts[True] + counts[False]} layers")
+    if runtime.saved.rematerialize:
+        lines.append("of the other layers, outputs of normalizations and gated products are made again in backward")
     if not runtime.trace.exact:
         lines.append("activations are estimated: the model cannot be traced without data")
     bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])

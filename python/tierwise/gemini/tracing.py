@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Grouping, Unit
+from tierwise.kernels.rematerialize import recipe_of
 
 _log = logging.getLogger("tierwise")
 
@@ -31,6 +32,12 @@ class UnitTrace:
     saved_bytes: int = 0
     input_bytes: int = 0
     flops: float = 0.0
+    cheap_bytes: int = 0
+    """Part of `saved_bytes` that cheap kernels can make again."""
+    cheap_traffic_bytes: int = 0
+    """Bytes of device memory that making it again moves."""
+    extra_flops: float = 0.0
+    """FLOPs whose time the making takes, where it is planned."""
 
 
 @dataclasses.dataclass
@@ -66,11 +73,29 @@ class ModelTrace:
                     "saved_bytes": int(traced.saved_bytes * scale),
                     "input_bytes": int(traced.input_bytes * scale),
                     "recomputable": unit.recomputable,
-                    "flops": traced.flops,
+                    "flops": traced.flops + traced.extra_flops,
                 }
             )
         ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
         return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": int(self.outer_saved_bytes * scale)})
+
+    def rematerialized(self, flops_per_byte: float) -> ModelTrace:
+        """The same where outputs of cheap kernels are made again; `flops_per_byte` is how long moving a byte takes, in FLOPs."""
+        units = [
+            # The core's backward is twice the forward; all of the making is in backward.
+            dataclasses.replace(
+                unit,
+                saved_bytes=unit.saved_bytes - unit.cheap_bytes,
+                extra_flops=unit.cheap_traffic_bytes * flops_per_byte / 3,
+            )
+            for unit in self.units
+        ]
+        return dataclasses.replace(self, units=units)
+
+    @property
+    def cheap_bytes(self) -> int:
+        """Bytes of one forward that cheap kernels can make again."""
+        return sum(unit.cheap_bytes for unit in self.units)
 
     def activation_peak_bytes(self, recompute: list[bool]) -> int:
         """Most bytes of saved activations at once, if the units of the trace recompute like this."""
@@ -209,7 +234,12 @@ class _Recorder:
             self._seen.add(key)
             self.alive.append(tensor.detach())
             if self._stack:
-                self.units[self._stack[-1]].saved_bytes += storage.nbytes()
+                unit = self.units[self._stack[-1]]
+                unit.saved_bytes += storage.nbytes()
+                recipe = recipe_of(tensor)
+                if recipe is not None:
+                    unit.cheap_bytes += storage.nbytes()
+                    unit.cheap_traffic_bytes += recipe.traffic_bytes
             else:
                 self.outer += storage.nbytes()
         return tensor.detach()
