@@ -34,13 +34,13 @@ impl Engine {
             _ => 0,
         };
         let total = state.scheduler.layout().chunks.get(chunk.index()).map_or(0, |c| c.state_numel);
-        let pieces: Vec<PieceId> = state.spill.iter().flat_map(|s| s.pieces.overlapping(chunk, first, numel).collect::<Vec<_>>()).collect();
+        if element == 0 || first.checked_add(numel).is_none_or(|end| end > total) {
+            return Err(Error::Usage(format!("chunk {} has no {numel} elements from {first} of a spilled `{payload}`", chunk.0)));
+        }
         if numel == 0 {
             return Ok(());
         }
-        if element == 0 || pieces.is_empty() || first.checked_add(numel).is_none_or(|end| end > total) {
-            return Err(Error::Usage(format!("chunk {} has no elements {first} to {} of a spilled `{payload}`", chunk.0, first + numel)));
-        }
+        let pieces: Vec<PieceId> = state.spill.iter().flat_map(|s| s.pieces.overlapping(chunk, first, numel).collect::<Vec<_>>()).collect();
         let mut state = self.shared.wait_until(state, keep_waiting, |state| !state.spill.as_ref().is_some_and(super::Spill::is_busy))?;
         spill(&mut state)?.accessing = true;
         let outcome = self.access(state, pieces, index.unwrap_or(0), (first, numel), access, keep_waiting);
