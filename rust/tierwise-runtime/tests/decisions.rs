@@ -55,6 +55,7 @@ impl Case {
             sharding: None,
             device_budget: PLENTY,
             host_budget: PLENTY,
+            nvme_budget: u64::MAX,
             clips: self.clips,
         })
         .unwrap()

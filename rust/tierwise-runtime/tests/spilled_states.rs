@@ -326,9 +326,9 @@ fn states_are_read_and_written_by_name_in_any_part() {
     access("exp_avg", (100, 9000), Access::Write(values[100..].as_ptr() as u64)).unwrap();
     let mut back = vec![1.0_f32; NUMEL as usize];
     access("exp_avg", (0, NUMEL), Access::Read(back.as_mut_ptr() as u64)).unwrap();
-    assert!(back.iter().enumerate().all(|(i, v)| *v == if (100..9100).contains(&i) { i as f32 } else { 0.0 }));
+    assert!(back.iter().enumerate().all(|(i, v)| v.to_bits() == if (100..9100).contains(&i) { i as f32 } else { 0.0 }.to_bits()));
     access("exp_avg_sq", (4000, 200), Access::Read(back.as_mut_ptr() as u64)).unwrap();
-    assert!(back[..200].iter().all(|v| *v == 0.0), "the other payload of the same pieces was not touched");
+    assert!(back[..200].iter().all(|v| v.to_bits() == 0), "the other payload of the same pieces was not touched");
     access("exp_avg", (0, 0), Access::Read(0)).unwrap();
     for (payload, range) in [("param", (0, 1)), ("grad", (0, 1)), ("exp_avg", (2 * NUMEL, 1)), ("exp_avg", (u64::MAX, 2))] {
         let message = access(payload, range, Access::Read(0)).expect_err(payload).to_string();

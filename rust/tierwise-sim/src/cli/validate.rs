@@ -72,6 +72,8 @@ struct Run {
     device_budget: Option<u64>,
     #[serde(default)]
     host_budget: Option<u64>,
+    #[serde(default)]
+    nvme_budget: u64,
     #[serde(default = "reserve")]
     reserve_bytes: u64,
     #[serde(default = "yes")]
@@ -202,6 +204,7 @@ fn predict(run: &Run) -> Result<Row, Failure> {
         tokens_per_step: run.tokens_per_step,
         device_budget: run.device_budget.unwrap_or(hardware.device_memory_bytes),
         host_budget: run.host_budget.unwrap_or(share.host_memory_bytes),
+        nvme_budget: run.nvme_budget,
         reserve_bytes: run.reserve_bytes,
         recompute: match run.recompute {
             Recomputes::None => Recompute::None,

@@ -23,11 +23,25 @@ pub enum Lane {
     Reduce,
     /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
     Landing,
+    /// The disk's reads; work is bytes.
+    DiskRead,
+    /// The disk's writes; work is bytes.
+    DiskWrite,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 8] =
-    [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Gather, Lane::Reduce, Lane::Landing];
+pub const LANES: [Lane; 10] = [
+    Lane::Compute,
+    Lane::HostToDevice,
+    Lane::DeviceToHost,
+    Lane::Optimizer,
+    Lane::HostAdam,
+    Lane::Gather,
+    Lane::Reduce,
+    Lane::Landing,
+    Lane::DiskRead,
+    Lane::DiskWrite,
+];
 
 impl Lane {
     /// Its track of the timeline, named as the runtime names it.
@@ -41,6 +55,8 @@ impl Lane {
             Lane::Gather => "all-gather",
             Lane::Reduce => "reduce",
             Lane::Landing => "host norm",
+            Lane::DiskRead => "nvme read",
+            Lane::DiskWrite => "nvme write",
         }
     }
 }
@@ -128,7 +144,7 @@ struct State<E> {
 pub struct Machine<'a, E> {
     hardware: &'a Hardware,
     now_ns: u64,
-    lanes: [State<E>; 8],
+    lanes: [State<E>; 10],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
 }
@@ -225,7 +241,7 @@ impl<'a, E> Machine<'a, E> {
     }
 
     /// Work per nanosecond of every lane, given who is busy.
-    fn rates(&self) -> [f64; 8] {
+    fn rates(&self) -> [f64; 10] {
         let busy = |lane: Lane| self.lanes[lane as usize].running.is_some();
         let h = self.hardware;
         let mut compute = 1.0;
@@ -251,7 +267,11 @@ impl<'a, E> Machine<'a, E> {
         let share = if total > left { left / total } else { 1.0 };
         // Two collectives at once share the links.
         let collective = if busy(Lane::Gather) && busy(Lane::Reduce) { 0.5 } else { 1.0 };
+        // A disk does one or the other at any moment.
+        let turn = if busy(Lane::DiskRead) && busy(Lane::DiskWrite) { 0.5 } else { 1.0 };
+        let disk_read = h.nvme.map_or(0.0, |disk| disk.read_bytes_per_s * turn / 1e9);
+        let disk_write = h.nvme.map_or(0.0, |disk| disk.write_bytes_per_s * turn / 1e9);
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, collective, collective, landing]
+        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, collective, collective, landing, disk_read, disk_write]
     }
 }
