@@ -253,6 +253,17 @@ def adam_step(
 def sum_squares(grad: int, dtype: str, numel: int, threads: int | None = None) -> float:
     """Sum of squares in the reduction tree that every device shares; dtype "bf16", "fp16" or "fp32"."""
 
+@final
+class HostBench:
+    """Memory of 14 bytes per parameter on which the host's kernels are measured. Raises ValueError for more than can be allocated."""
+
+    def __new__(cls, numel: int) -> HostBench: ...
+    @property
+    def numel(self) -> int: ...
+    def rate(self, kernel: str, seconds: float, threads: int | None = None) -> float:
+        """Elements per second of the median pass: parameters of "adam" (26 bytes of traffic each), of "accumulate" (bf16 into fp32) and of
+        "norm" (bf16), bytes of "copy". Raises ValueError for another kernel."""
+
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""
 

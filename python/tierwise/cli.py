@@ -21,7 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--nvme-path", default=None, help="directory to check as the NVMe tier; it is measured with up to --bytes for 6 s")
     doctor.add_argument("--bytes", default="1GiB", help="size of the measurement")
     doctor.add_argument("--format", choices=("table", "json"), default="table")
+    calibrate = commands.add_parser("calibrate", help="measure this machine in under a minute and write a hardware file for tierwise-sim")
+    calibrate.add_argument("--out", required=True, help="file to write, for `tierwise-sim run --hardware FILE`")
+    calibrate.add_argument("--name", default="this-machine", help="name of the machine in reports")
+    calibrate.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto", help="emulated: the CPU stands for the device")
+    calibrate.add_argument("--disk", default=None, help="directory to measure as the NVMe tier")
+    calibrate.add_argument("--host-numel", type=int, default=200_000_000, help="parameters to measure the host on, 14 bytes each")
+    calibrate.add_argument("--seconds", type=float, default=45.0, help="all measurements together, about")
     args = parser.parse_args(argv)
+    return _doctor(parser, args) if args.command == "doctor" else _calibrate(parser, args)
+
+
+def _doctor(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         size = parse_bytes(args.bytes, "--bytes")
     except ValueError as error:
@@ -32,6 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(report.to_text())
     return 0 if report.usable else 1
+
+
+def _calibrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from tierwise.calibration import Options, calibrate
+    from tierwise.calibration.measure import write
+
+    try:
+        options = Options(name=args.name, device=args.device, disk=args.disk, host_numel=args.host_numel, seconds=args.seconds)
+        found = calibrate(options, lambda text: print(text, file=sys.stderr, flush=True))
+        write(args.out, found)
+    except ValueError as error:
+        parser.error(str(error))
+    except (ImportError, OSError) as error:
+        print(f"error: {error}; `tierwise-sim calibrate` measures the host without torch", file=sys.stderr)
+        return 1
+    print(args.out)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@
 
 mod event;
 mod reading;
+mod record;
 mod state;
 mod stepping;
 
 pub use event::{Action, Counters, Decision, Event, Progress, ScheduleError};
+pub use record::Turn;
 
 use crate::layout::Layout;
 use crate::plan::{ChunkPlan, OptimizerClass, ParamHome, Plan};
@@ -50,6 +52,7 @@ pub struct Scheduler {
     undo_top: u64,
     recent_clips: u32,
     counters: Counters,
+    record: record::Record,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -108,6 +111,7 @@ impl Scheduler {
             undo_top: 0,
             recent_clips: 0,
             counters: Counters::default(),
+            record: record::Record::default(),
             layout,
             trace,
             plan,
@@ -118,6 +122,13 @@ impl Scheduler {
     /// Applies an event and appends what has to be done. A blocked event changed nothing that matters to its repetition; the actions
     /// that it appended (an undo that unblocks it) are to be done all the same.
     pub fn step(&mut self, event: &Event, actions: &mut Vec<Action>) -> Result<Progress, ScheduleError> {
+        let before = actions.len();
+        let progress = self.react(event, actions);
+        self.record.add(event, &actions[before..], &progress);
+        progress
+    }
+
+    fn react(&mut self, event: &Event, actions: &mut Vec<Action>) -> Result<Progress, ScheduleError> {
         if let Some(chunk) = event.chunk().filter(|c| c.index() >= self.chunks.len()) {
             return Err(ScheduleError::UnknownChunk(chunk.0, self.chunks.len()));
         }
@@ -188,6 +199,16 @@ impl Scheduler {
     /// Changes the limit of the gradient norm for steps that are not decided yet.
     pub fn set_max_norm(&mut self, max_norm: Option<f64>) {
         self.max_norm = max_norm;
+    }
+
+    /// Starts recording turns afresh, or stops.
+    pub fn record(&mut self, enabled: bool) {
+        self.record.enable(enabled);
+    }
+
+    /// Turns recorded since this was asked last.
+    pub fn take_record(&mut self) -> Vec<Turn> {
+        self.record.take()
     }
 
     /// Counters so far.
@@ -277,7 +298,7 @@ impl Scheduler {
         if streamed && state.slot.is_some() {
             self.drop_cache(chunk)?;
         }
-        self.plan.chunks[chunk.index()] = ChunkPlan { class, home: ParamHome::Resident };
+        self.plan.chunks[chunk.index()] = ChunkPlan::new(class, ParamHome::Resident);
         self.chunks[chunk.index()].param = match class {
             OptimizerClass::Host => Residency::Cached { home: Tier::Host, cache: Tier::Device },
             OptimizerClass::Device | OptimizerClass::Frozen => Residency::At(Tier::Device),

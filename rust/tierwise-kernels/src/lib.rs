@@ -9,6 +9,7 @@ pub mod convert;
 pub mod cuda;
 pub mod dispatch;
 mod element;
+pub mod measure;
 pub mod norm;
 pub mod pool;
 

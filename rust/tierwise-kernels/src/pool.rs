@@ -152,6 +152,11 @@ impl<T> Shared<T> {
         Self(ptr.cast_mut())
     }
 
+    /// The address of an element.
+    pub(crate) fn at(self, element: usize) -> *mut T {
+        self.0.wrapping_add(element)
+    }
+
     /// # Safety
     /// `numel` elements from `start` are valid, aligned for `T`, and not written while the slice lives.
     pub(crate) unsafe fn slice<'a>(self, start: usize, numel: usize) -> &'a [T] {

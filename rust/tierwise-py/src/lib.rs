@@ -6,6 +6,7 @@ mod engine;
 mod errors;
 mod functions;
 mod layout;
+mod measure;
 mod sim;
 
 use pyo3::prelude::*;
@@ -23,6 +24,8 @@ mod _core {
     use crate::functions::{adam_step, join_master, kernel_threads, plan, split_master, sum_squares};
     #[pymodule_export]
     use crate::layout::Layout;
+    #[pymodule_export]
+    use crate::measure::HostBench;
     #[pymodule_export]
     use crate::sim::{sim_main, sim_output};
     use pyo3::prelude::*;

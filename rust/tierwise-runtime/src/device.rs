@@ -63,6 +63,33 @@ pub trait Event: Send + Sync {
 /// A shared event.
 pub type EventRef = Arc<dyn Event>;
 
+/// A worker of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WorkerId {
+    /// Runs host steps.
+    Adam,
+    /// Adds landed gradients and takes their norm.
+    Landing,
+    /// Passes on what the device's optimizer queue finished.
+    Optimizer,
+}
+
+/// Time that is not the machine's: how the engine's threads wait where a test decides how long everything takes.
+///
+/// The engine's caller drives it: whenever it waits, [`Clock::pass`] lets the next thing happen.
+pub trait Clock: Send + Sync {
+    /// A worker's thread began; called on it.
+    fn worker_started(&self, worker: WorkerId);
+    /// A job was given to a worker.
+    fn job_sent(&self, worker: WorkerId);
+    /// A worker's job ended.
+    fn job_done(&self, worker: WorkerId);
+    /// A worker is about to move so many bytes through host memory; blocks while that would take.
+    fn host_work(&self, bytes: u64);
+    /// The caller waits for something: lets the next thing happen.
+    fn pass(&self) -> Result<()>;
+}
+
 /// What the engine asks of a device. Every method only enqueues, unless it says that it blocks.
 ///
 /// # Safety of pointers
@@ -97,4 +124,8 @@ pub trait Device: Send + Sync {
     fn unregister_host(&self, ptr: *mut u8);
     /// Blocks until everything enqueued on every queue is done.
     fn synchronize(&self) -> Result<()>;
+    /// The clock that the engine's threads wait by; `None` for the machine's own time.
+    fn clock(&self) -> Option<Arc<dyn Clock>> {
+        None
+    }
 }

@@ -14,7 +14,7 @@ pub use shared::{Shared, State};
 use memory::take_places;
 
 use crate::activations::Activations;
-use crate::device::{Device, EventRef};
+use crate::device::{Device, EventRef, WorkerId};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
@@ -140,10 +140,11 @@ impl Engine {
             started: false,
             open: std::collections::BTreeMap::new(),
         };
-        let (adam_jobs, start_adam) = worker("adam");
-        let (landing_jobs, start_landing) = worker("landing");
-        let (optimizer_jobs, start_optimizer) = worker("optimizer");
+        let (adam_jobs, start_adam) = worker(WorkerId::Adam, device.clock());
+        let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
+        let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
         let shared = Arc::new(Shared {
+            clock: device.clock(),
             device,
             pool,
             host,

@@ -119,6 +119,7 @@ impl Shared {
         let reader = state.written[chunk.index()].clone();
         let _ = state.gradients.clear(chunk);
         self.adam_jobs.send(Job::new(reader, move |shared| {
+            shared.host_work(|| step_bytes(shared, &segments));
             run_adam(shared, &segments, &format!("step {name}"));
             shared.post(&Event::StepDone { chunk })
         }))
@@ -131,6 +132,8 @@ impl Shared {
         state.undo_records.insert(chunk, record);
         let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(reader, move |shared| {
+            // Everything that the step overwrites is read and written once more.
+            shared.host_work(|| step_bytes(shared, &segments) + copied_bytes(&saved));
             for &(home, record, bytes) in &saved {
                 // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
                 unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
@@ -144,6 +147,7 @@ impl Shared {
         let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Internal(format!("chunk {} has no undo record", chunk.0)))?;
         let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(None, move |shared| {
+            shared.host_work(|| copied_bytes(&saved));
             for &(home, record, bytes) in &saved {
                 // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
                 unsafe { convert::copy(&shared.pool, record as *const u8, home as *mut u8, bytes) };
@@ -233,6 +237,18 @@ fn count_steps(state: &mut State, chunk: ChunkId) {
 /// Bytes that a step of one element moves.
 fn traffic(precision: Precision) -> u64 {
     precision.grad_bytes() + 2 * (precision.param_bytes() + precision.state_bytes())
+}
+
+/// Bytes of host memory that steps read and write.
+fn step_bytes(shared: &Shared, segments: &[AdamSegment]) -> u64 {
+    let precision = shared.lock().scheduler.layout().precision;
+    let states = 2 * (precision.param_bytes() + precision.state_bytes());
+    segments.iter().map(|s| s.numel as u64 * (s.grad_dtype.bytes() as u64 + states)).sum()
+}
+
+/// Bytes of host memory that copies of undo records read and write.
+fn copied_bytes(pieces: &[(u64, u64, usize)]) -> u64 {
+    pieces.iter().map(|&(_, _, bytes)| 2 * bytes as u64).sum()
 }
 
 fn run_adam(shared: &Arc<Shared>, segments: &[AdamSegment], name: &str) {

@@ -1,6 +1,6 @@
 //! The engine's threads: one runs host steps, two wait for device events and pass on what they mean.
 
-use crate::device::EventRef;
+use crate::device::{Clock, EventRef, WorkerId};
 use crate::engine::Shared;
 use crate::error::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,25 +35,39 @@ impl Job {
 
 /// Takes jobs for one worker.
 #[derive(Clone)]
-pub struct Worker(Sender<Job>);
+pub struct Worker {
+    jobs: Sender<Job>,
+    id: WorkerId,
+    clock: Option<Arc<dyn Clock>>,
+}
 
 impl Worker {
     /// Appends a job.
     pub fn send(&self, job: Job) -> Result<()> {
-        self.0.send(job).map_err(|_| Error::Stopped("a worker thread ended".to_owned()))
+        if let Some(clock) = self.clock.as_ref().filter(|_| !job.last) {
+            clock.job_sent(self.id);
+        }
+        self.jobs.send(job).map_err(|_| Error::Stopped("a worker thread ended".to_owned()))
     }
 }
 
 /// A worker whose thread is not running yet.
 pub struct Unstarted {
-    name: String,
+    name: &'static str,
     jobs: Receiver<Job>,
+    id: WorkerId,
+    clock: Option<Arc<dyn Clock>>,
 }
 
-/// A named worker that runs its jobs in order.
-pub fn worker(name: &str) -> (Worker, Unstarted) {
+/// A worker that runs its jobs in order.
+pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted) {
     let (sender, jobs) = channel();
-    (Worker(sender), Unstarted { name: format!("tierwise-{name}"), jobs })
+    let name = match id {
+        WorkerId::Adam => "tierwise-adam",
+        WorkerId::Landing => "tierwise-landing",
+        WorkerId::Optimizer => "tierwise-optimizer",
+    };
+    (Worker { jobs: sender, id, clock: clock.clone() }, Unstarted { name, jobs, id, clock })
 }
 
 impl Unstarted {
@@ -61,6 +75,9 @@ impl Unstarted {
     /// from what failed.
     pub fn start(self, shared: Arc<Shared>) -> Result<JoinHandle<()>> {
         let run = move || {
+            if let Some(clock) = &self.clock {
+                clock.worker_started(self.id);
+            }
             for job in self.jobs {
                 if job.last {
                     break;
@@ -79,9 +96,15 @@ impl Unstarted {
                     Ok(Err(error)) => shared.fail(&error),
                     Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
                 }
+                if let Some(clock) = &self.clock {
+                    clock.job_done(self.id);
+                }
             }
         };
-        std::thread::Builder::new().name(self.name).spawn(run).map_err(|e| Error::Internal(format!("cannot start a worker thread: {e}")))
+        std::thread::Builder::new()
+            .name(self.name.to_owned())
+            .spawn(run)
+            .map_err(|e| Error::Internal(format!("cannot start a worker thread: {e}")))
     }
 }
 

@@ -41,6 +41,8 @@ enum Command {
     Compare(Box<CompareArgs>),
     /// Compare recorded runs with their prediction.
     Validate(ValidateArgs),
+    /// Measure this machine's host and write a hardware file. `tierwise calibrate` measures the device too.
+    Calibrate(CalibrateArgs),
     /// List the known models.
     Models(ListArgs),
     /// List the known machines and networks.
@@ -112,6 +114,28 @@ struct ValidateArgs {
     format: Format,
 }
 
+#[derive(Debug, Args)]
+struct CalibrateArgs {
+    /// File to write, for `--hardware`.
+    #[arg(long)]
+    out: PathBuf,
+    /// Name of the machine in reports.
+    #[arg(long, default_value = "this-machine")]
+    name: String,
+    /// Machine, or file, whose figures stand for what is not measured.
+    #[arg(long, default_value = "h100")]
+    base: String,
+    /// Directory to measure as the NVMe tier.
+    #[arg(long)]
+    disk: Option<PathBuf>,
+    /// Parameters to measure on, 14 bytes each.
+    #[arg(long, default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1..=1 << 36))]
+    host_numel: u64,
+    /// Seconds of the host's measurements, about.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+}
+
 /// Runs the command; `args` starts with the program's name. Gives the exit code.
 pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: &mut dyn Write) -> u8 {
     let cli = match Cli::try_parse_from(args) {
@@ -127,6 +151,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: 
         Command::Search(args) => steps::search(&args, out),
         Command::Compare(args) => steps::compare(&args, out),
         Command::Validate(args) => validate::validate(&args.file, args.format, out),
+        Command::Calibrate(args) => calibrate(&args, out, log),
         Command::Models(args) => lists::models(args.format, out),
         Command::Hardware(args) => lists::hardware(args.format, out),
         Command::Completions { shell } => completions(shell, out),
@@ -136,6 +161,21 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: 
         let _ = writeln!(log, "error: {}", failure.message);
         failure.code
     })
+}
+
+fn calibrate(args: &CalibrateArgs, out: &mut dyn Write, log: &mut dyn Write) -> Result<u8, Failure> {
+    let options = crate::calibrate::Options {
+        name: &args.name,
+        base: args::find_hardware(&args.base, None)?,
+        host_numel: args.host_numel as usize,
+        time: std::time::Duration::from_secs(args.seconds),
+        disk: args.disk.as_deref(),
+    };
+    let mut say = |text: &str| drop(writeln!(log, "{text}"));
+    let measured = crate::calibrate::calibrate(&options, &mut say).map_err(output::usage)?;
+    output::write_file(&args.out, &(serde_json::to_string_pretty(&measured)? + "\n"))?;
+    writeln!(out, "{}", args.out.display())?;
+    Ok(OK)
 }
 
 fn completions(shell: clap_complete::Shell, out: &mut dyn Write) -> Result<u8, Failure> {

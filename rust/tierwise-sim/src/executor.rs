@@ -4,9 +4,9 @@
 //! stream and blocks where `enter`, `grads` and `commit` block, and workers that post completions. Only durations are modelled.
 
 mod actions;
-mod calls;
+pub mod calls;
 mod collectives;
-pub(crate) mod machine;
+pub mod machine;
 pub(crate) mod stalls;
 pub(crate) mod tally;
 mod thread;
@@ -25,14 +25,14 @@ use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
-use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler};
+use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{OpId, Tier};
 use window::Window;
 
 /// Steps before the one that is measured: the first has no pending optimizer work, the second is the first of the cycle.
-const WARM_UP_STEPS: u64 = 2;
+pub const WARM_UP_STEPS: u64 = 2;
 
 /// What to execute.
 #[derive(Debug, Clone, Copy)]
@@ -143,7 +143,19 @@ struct Run<'a> {
 /// Executes a plan until its steps repeat, and measures one.
 pub fn simulate(setup: &Setup) -> Result<Outcome, SimError> {
     let mut run = Run::new(*setup)?;
-    run.drive()
+    match run.drive()? {
+        Some(outcome) => Ok(outcome),
+        None => Err(run.deadlock()),
+    }
+}
+
+/// What the scheduler decides in the steps that [`simulate`] executes, until everything has come to rest.
+pub fn decisions(setup: &Setup) -> Result<Vec<Turn>, SimError> {
+    let mut run = Run::new(*setup)?;
+    run.scheduler.record(true);
+    while run.drive()?.is_some() {}
+    // Not all calls made, and nothing that could end: they wait for each other.
+    if run.thread.step <= WARM_UP_STEPS { Err(run.deadlock()) } else { Ok(run.scheduler.take_record()) }
 }
 
 impl<'a> Run<'a> {
@@ -211,7 +223,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn drive(&mut self) -> Result<Outcome, SimError> {
+    /// Goes on until a step was measured, or nothing happens any more.
+    fn drive(&mut self) -> Result<Option<Outcome>, SimError> {
         loop {
             loop {
                 let mut progress = self.advance_thread()?;
@@ -232,18 +245,20 @@ impl<'a> Run<'a> {
                     if let Some(ended) = self.machine.end(lane)
                         && let Some(outcome) = self.ended(ended)?
                     {
-                        return Ok(outcome);
+                        return Ok(Some(outcome));
                     }
                 }
                 _ if waits_for_clock => self.machine.advance(ready),
-                _ => {
-                    let call = self.calls.get(self.thread.at);
-                    return Err(SimError::Deadlock {
-                        at: format!("{call:?} of step {}", self.thread.step),
-                        cause: self.thread.blocked.map_or("the end of the step", |(_, cause)| cause.name()),
-                    });
-                }
+                _ => return Ok(None),
             }
+        }
+    }
+
+    fn deadlock(&self) -> SimError {
+        let call = self.calls.get(self.thread.at);
+        SimError::Deadlock {
+            at: format!("{call:?} of step {}", self.thread.step),
+            cause: self.thread.blocked.map_or("the end of the step", |(_, cause)| cause.name()),
         }
     }
 

@@ -3,11 +3,15 @@
 //! Rates are what long-running training sustains, not data-sheet peaks; `peak_flops` alone is the data sheet's (it divides MFU and HFU).
 //! Figures of the GPU, its host link and `network` are per GPU, those of the host are the whole node's.
 
+mod measured;
+
+pub use measured::{AttentionRow, Disk, HostRow, Launch, LayerRow, LossRow, Measured, Product, Sharing};
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Version of the file format.
-pub const HARDWARE_VERSION: u32 = 1;
+/// Version of the file format. Version 1 had no `measured`.
+pub const HARDWARE_VERSION: u32 = 2;
 
 /// Share of host memory that copies of one direction may take: on nodes of many fast links the CPU and the other direction keep the rest.
 const COPY_SHARE: f64 = 0.6;
@@ -78,6 +82,9 @@ pub struct Hardware {
     pub intra_node: Option<Link>,
     /// Between nodes, per GPU of a node, if there is a network.
     pub network: Option<Link>,
+    /// Measurements by size, in files that `calibrate` wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
 }
 
 /// A network that replaces a node's own.
@@ -149,8 +156,9 @@ impl Hardware {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.schema_version != HARDWARE_VERSION {
-            return Err(format!("schema_version is {}; this program reads {HARDWARE_VERSION}", self.schema_version));
+        let least = if self.measured.is_some() { 2 } else { 1 };
+        if !(least..=HARDWARE_VERSION).contains(&self.schema_version) {
+            return Err(format!("schema_version is {}; this program reads {least} to {HARDWARE_VERSION}", self.schema_version));
         }
         let mut rates = vec![
             ("peak_flops", self.peak_flops),
@@ -185,6 +193,9 @@ impl Hardware {
             if !(1..=1024).contains(&count) {
                 return Err(format!("{name} is {count}; it must be between 1 and 1024"));
             }
+        }
+        if let Some(measured) = &self.measured {
+            measured.check()?;
         }
         if self.gpus_per_node > 1 && self.intra_node.is_none() {
             return Err(format!("intra_node is missing: gpus_per_node is {}", self.gpus_per_node));

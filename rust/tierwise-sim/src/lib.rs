@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::doc_markdown, reason = "LLaMA, RMSNorm and GeForce are names, not code")]
 
+pub mod calibrate;
 pub mod cli;
 pub mod collectives;
 pub mod costs;

@@ -145,6 +145,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         recompute: request.recompute.clone(),
         offload: Offload::None,
         accumulation,
+        accumulate: None,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
     };

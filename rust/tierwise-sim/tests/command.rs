@@ -13,17 +13,42 @@ fn json(output: &Output) -> serde_json::Value {
 const GOLDEN: [(&str, u64); 4] = [
     (
         "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
-        0xf47e_d469_da0f_06e6,
+        0xd89c_1ba9_6174_d727,
     ),
-    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x50ef_bd2a_87e1_a174),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0xd95d_2e3b_a906_f0f1),
     (
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
-        0xd026_ccf5_dfb2_ef55,
+        0x0f32_e215_e918_65f9,
     ),
     ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x4b1a_286e_3baa_c8e6),
 ];
 
 const RUN: &str = "run --model llama2-7b --hardware h100 --seq 4096 --micro-batch 4 --tokens-per-step 16384";
+
+#[test]
+fn a_calibrated_file_is_a_machine_that_runs() {
+    let folder = std::env::temp_dir().join(format!("tierwise-sim-calibrate-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("host.json");
+    let output = sim(&format!("calibrate --out {} --name here --base a100-80 --host-numel 200000 --seconds 1", file.display()));
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(log.contains("not measured: the device") && log.contains("`a100-80`"), "{log}");
+    let written: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let rows = written["measured"]["host"].as_array().unwrap();
+    assert_eq!(rows[0]["threads"], 1);
+    assert_eq!(rows[rows.len() - 1]["adam_params_per_s"], written["host_adam_params_per_s"]);
+    let report = json(&sim(&format!("run --model llama2-7b --hardware {} --format json", file.display())));
+    assert_eq!(report["asked"]["hardware"], "here");
+    // A figure that cannot be is refused by name.
+    let mut wrong = written;
+    wrong["measured"]["host"][0]["adam_params_per_s"] = serde_json::json!(0.0);
+    std::fs::write(&file, wrong.to_string()).unwrap();
+    let refused = sim(&format!("run --model llama2-7b --hardware {}", file.display()));
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("measured.host.adam_params_per_s is 0"));
+}
 
 #[test]
 fn a_run_that_fits_exits_with_0() {

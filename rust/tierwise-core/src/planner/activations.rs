@@ -80,7 +80,8 @@ pub(super) fn levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activ
             continue;
         }
         let order = recompute_order(memory.trace, &base);
-        let counts = if count == 0 { placement::levels(order.len()) } else { thinned(order.len(), RECOMPUTED_SHARES) };
+        let counts =
+            if count == 0 { placement::levels(order.len(), request.accumulation) } else { thinned(order.len(), RECOMPUTED_SHARES) };
         for recomputed in counts {
             let mut choice = base.clone();
             for &unit in &order[..recomputed] {

@@ -38,9 +38,10 @@ impl Engine {
         let mut state = self.lock_started()?;
         let away = state.activations.get(ticket)?;
         let (left, unit) = (away.left.clone(), away.unit);
-        let done = left.is_done();
-        if self.shared.or_stop(&mut state, done)? || !wait {
-            return Ok(left.is_done()?);
+        let outcome = left.is_done();
+        let done = self.shared.or_stop(&mut state, outcome)?;
+        if done || !wait {
+            return Ok(done);
         }
         drop(state);
         let before = self.shared.device.record_compute(stream)?;

@@ -2,6 +2,7 @@
 
 use super::Engine;
 use crate::error::{Error, Result};
+use tierwise_core::scheduler::Turn;
 
 impl Engine {
     /// The limit of the gradient norm.
@@ -63,6 +64,17 @@ impl Engine {
     /// Every chunk's residency, for tests and messages.
     pub fn residency(&self) -> Result<serde_json::Value> {
         Ok(self.lock()?.scheduler.snapshot())
+    }
+
+    /// Starts recording the scheduler's decisions afresh, or stops.
+    pub fn record_decisions(&self, enabled: bool) -> Result<()> {
+        self.lock()?.scheduler.record(enabled);
+        Ok(())
+    }
+
+    /// Decisions recorded since this was asked last.
+    pub fn decisions(&self) -> Result<Vec<Turn>> {
+        Ok(self.lock()?.scheduler.take_record())
     }
 
     /// Starts recording afresh, or stops it.

@@ -2,7 +2,7 @@
 
 use super::{Hyper, KeepWaiting, POLL};
 use crate::activations::Activations;
-use crate::device::{Device, EventRef};
+use crate::device::{Clock, Device, EventRef};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
@@ -20,6 +20,7 @@ use tierwise_kernels::Pool;
 /// What several threads share.
 pub struct Shared {
     pub(crate) device: Arc<dyn Device>,
+    pub(super) clock: Option<Arc<dyn Clock>>,
     pub(crate) pool: Pool,
     /// Address of the host slab.
     pub(crate) host: u64,
@@ -96,6 +97,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// A worker is about to move so many bytes through host memory.
+    pub(crate) fn host_work(&self, bytes: impl FnOnce() -> u64) {
+        if let Some(clock) = &self.clock {
+            clock.host_work(bytes());
+        }
+    }
+
     pub(crate) fn notify(&self) {
         self.changed.notify_all();
     }
@@ -137,6 +145,12 @@ impl Shared {
             Self::healthy(&state)?;
             if let Some(value) = ready(self, &mut state)? {
                 return Ok((state, value));
+            }
+            if let Some(clock) = &self.clock {
+                drop(state);
+                clock.pass()?;
+                state = self.lock();
+                continue;
             }
             let (guard, timeout) = self.changed.wait_timeout(state, POLL).unwrap_or_else(std::sync::PoisonError::into_inner);
             state = guard;

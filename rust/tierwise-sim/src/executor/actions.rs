@@ -112,8 +112,10 @@ impl Run<'_> {
         let plan = self.setup.plan;
         let bytes = self.setup.layout.grad_bytes(chunk);
         let accumulates = plan.accumulation > 1;
+        let sums_on_device = plan.sums_on_device(chunk);
         let on_host = plan.chunks[chunk.index()].class == OptimizerClass::Host;
-        if on_host {
+        let leaves = on_host && !sums_on_device;
+        if leaves {
             let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;
             if !room || (accumulates && self.staging_free == 0) {
                 return Ok(Some(Cause::Gradients));
@@ -128,29 +130,37 @@ impl Run<'_> {
         let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
         // The first micro-batch overwrites its accumulator, later ones read it.
         let added = if self.is_first_micro_batch() { bytes + 2 * bytes } else { bytes + 4 * bytes };
-        if on_host {
+        if leaves {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(accumulates);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut on_end: Vec<Effect> = landed.into_iter().collect();
+            let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates {
-                traffic += added;
-                on_end.insert(0, Effect::FreeStaging);
+                let freed = vec![Effect::FreeStaging];
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
             }
-            let on_start = vec![Effect::Landed { bytes }];
-            self.enqueue(Lane::Landing, "norm", chunk, traffic, traffic as f64, vec![copied], on_start, on_end);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![landed]);
+            }
         } else {
-            let mut traffic = if last { self.final_grad_bytes(chunk) } else { 0 };
-            let mut on_end: Vec<Effect> = landed.into_iter().collect();
             if accumulates {
-                traffic += added;
                 self.leaving_bytes += bytes;
-                on_end.push(Effect::FreeGradients(bytes));
+                let freed = vec![Effect::FreeGradients(bytes)];
+                self.enqueue(Lane::Optimizer, "accumulate", chunk, added, added as f64, produced.clone(), Vec::new(), freed);
             } else {
                 self.held[chunk.index()] += bytes;
             }
-            self.enqueue(Lane::Optimizer, "reduce", chunk, traffic, traffic as f64, produced, Vec::new(), on_end);
+            if let Some(landed) = landed {
+                let read = self.final_grad_bytes(chunk);
+                if on_host {
+                    // Sums that were taken on the device leave once; their norm was taken there too.
+                    let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), Vec::new());
+                    self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), vec![landed]);
+                } else {
+                    self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), vec![landed]);
+                }
+            }
         }
         Ok(None)
     }

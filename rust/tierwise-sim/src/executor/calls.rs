@@ -7,11 +7,17 @@ use tierwise_core::{ChunkId, OpId};
 /// One call of the training thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
+    /// An operation begins.
     Enter(OpId),
+    /// An operation's work is enqueued.
     Leave(OpId),
+    /// The micro-batch's backward begins.
     BackwardBegin,
+    /// A chunk's gradients are complete.
     Hand(ChunkId),
+    /// The micro-batch's backward ended.
     BackwardEnd,
+    /// `optimizer.step()`.
     Commit,
 }
 

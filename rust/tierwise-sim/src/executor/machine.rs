@@ -25,7 +25,7 @@ pub enum Lane {
     Landing,
 }
 
-/// All lanes, in the order in which ties are broken between tasks that began together.
+/// All lanes, in the order in which tasks begin and end that do so at the same moment.
 pub const LANES: [Lane; 8] =
     [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Gather, Lane::Reduce, Lane::Landing];
 
@@ -76,22 +76,32 @@ pub struct Task<E> {
 /// A task that began.
 #[derive(Debug)]
 pub struct Began<E> {
+    /// Its lane.
     pub lane: Lane,
+    /// When it was enqueued.
     pub enqueued_ns: u64,
     /// When the lane could have begun it, had it been enqueued and ready.
     pub idle_since_ns: u64,
+    /// What it had to wait for.
     pub waits: Vec<Token>,
+    /// What happens now.
     pub effects: Vec<E>,
 }
 
 /// A task that ended.
 #[derive(Debug)]
 pub struct Ended<E> {
+    /// Its lane.
     pub lane: Lane,
+    /// What it was.
     pub name: String,
+    /// Bytes moved.
     pub bytes: u64,
+    /// Amount of work in the lane's unit.
     pub work: f64,
+    /// When it began.
     pub start_ns: u64,
+    /// What happens now.
     pub effects: Vec<E>,
 }
 
@@ -105,7 +115,6 @@ struct Running<E> {
     queued: Queued<E>,
     start_ns: u64,
     remaining: f64,
-    sequence: u64,
 }
 
 struct State<E> {
@@ -119,7 +128,6 @@ struct State<E> {
 pub struct Machine<'a, E> {
     hardware: &'a Hardware,
     now_ns: u64,
-    sequence: u64,
     lanes: [State<E>; 8],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
@@ -129,7 +137,7 @@ impl<'a, E> Machine<'a, E> {
     /// Idle at time 0.
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, last: None, idle_since_ns: 0 });
-        Machine { hardware, now_ns: 0, sequence: 0, lanes, ended_ns: Vec::new() }
+        Machine { hardware, now_ns: 0, lanes, ended_ns: Vec::new() }
     }
 
     /// Nanoseconds since the start.
@@ -175,8 +183,7 @@ impl<'a, E> Machine<'a, E> {
                 effects: std::mem::take(&mut queued.task.on_start),
             };
             let remaining = queued.task.work;
-            state.running = Some(Running { queued, start_ns: self.now_ns, remaining, sequence: self.sequence });
-            self.sequence += 1;
+            state.running = Some(Running { queued, start_ns: self.now_ns, remaining });
             return Some(began);
         }
         None
@@ -190,10 +197,9 @@ impl<'a, E> Machine<'a, E> {
             .filter_map(|lane| {
                 let running = self.lanes[lane as usize].running.as_ref()?;
                 let left = (running.remaining / rates[lane as usize]).ceil() as u64;
-                Some((self.now_ns + left, running.sequence, lane))
+                Some((self.now_ns + left, lane))
             })
-            .min_by_key(|&(at, sequence, _)| (at, sequence))
-            .map(|(at, _, lane)| (at, lane))
+            .min_by_key(|&(at, lane)| (at, lane as usize))
     }
 
     /// Lets time pass; nothing may end before `to_ns`.

@@ -1,0 +1,156 @@
+"""The device's kernels by size: matrix products, attention, whole layers with what lies between, and the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tierwise.calibration.timing import Timer
+from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
+from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured; every LLaMA layer is interpolated between these."""
+
+    layers: tuple[tuple[int, int, int], ...]
+    """(hidden, inner, heads)."""
+    tokens: tuple[int, ...]
+    """Rows of matrix products."""
+    attention: tuple[tuple[int, int], ...]
+    """(heads, head size)."""
+    sequences: tuple[tuple[int, int], ...]
+    """(sequences, tokens per sequence) of attention."""
+    whole: tuple[tuple[int, int], ...]
+    """(sequences, tokens per sequence) of whole layers."""
+    vocab: int
+
+
+DEVICE_SIZES = Sizes(
+    layers=((1024, 2816, 16), (2048, 5504, 16), (4096, 11008, 32), (5120, 13824, 40)),
+    tokens=(2048, 4096, 8192, 16384, 32768),
+    attention=((16, 64), (16, 128), (32, 128)),
+    sequences=((16, 1024), (8, 2048), (4, 4096), (1, 4096)),
+    whole=((1, 4096), (4, 4096)),
+    vocab=32000,
+)
+CPU_SIZES = Sizes(layers=((64, 160, 4),), tokens=(64, 256), attention=((4, 16),), sequences=((2, 64),), whole=((1, 64), (4, 64)), vocab=512)
+
+
+def products(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """bf16 products of a LLaMA layer's matrices by tokens: forward, gradient of the input, gradient of the weight."""
+    rows = []
+    most = max(sizes.tokens)
+    for hidden, inner, _ in sizes.layers:
+        for inputs, outputs in ((hidden, hidden), (hidden, inner), (inner, hidden)):
+            weight = _normal(timer, outputs, inputs)
+            x, y = _normal(timer, most, inputs), _normal(timer, most, outputs)
+            for tokens in sizes.tokens:
+                a, b = x[:tokens], y[:tokens]
+                pairs = {"forward_s": (a, weight.t()), "input_grad_s": (b, weight), "weight_grad_s": (b.t(), a)}
+                times = {name: timer.seconds_of(functools.partial(torch.mm, *pair)) for name, pair in pairs.items()}
+                rows.append({"tokens": tokens, "inputs": inputs, "outputs": outputs, **times})
+            flops, seconds = 6 * most * inputs * outputs, sum(times.values())
+            log(f"product {most} x {inputs} x {outputs}: {flops / seconds / 1e12:.1f} TFLOP/s forward and backward")
+    return rows
+
+
+def attention(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Causal attention, forward and backward, with the kernels that training uses."""
+    rows = []
+    for heads, head_dim in sizes.attention:
+        for sequences, seq in sizes.sequences:
+            # As a model's projections leave them: heads inside tokens.
+            q, k, v = (_normal(timer, sequences, seq, heads, head_dim).transpose(1, 2).requires_grad_() for _ in range(3))
+            with attention_backends():
+
+                def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+                    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+                row = {"sequences": sequences, "seq": seq, "heads": heads, "head_dim": head_dim, **_both(timer, forward, [q, k, v], 4)}
+            rows.append(row)
+            flops = 2 * sequences * seq * seq * heads * head_dim
+            log(f"attention {sequences} x {seq}, {heads} heads of {head_dim}: {_rates(flops, row)}")
+    return rows
+
+
+def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whole decoder layers of transformers with our fused kernels. Raises ImportError without transformers."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    rows = []
+    for hidden, inner, heads in sizes.layers:
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=heads)
+        config._attn_implementation = "sdpa"
+        layer = LlamaDecoderLayer(config, 0).to(timer.device, torch.bfloat16)
+        fuse_normalization(layer)
+        fuse_activations(layer)
+        rotary = LlamaRotaryEmbedding(config).to(timer.device)
+        for sequences, seq in sizes.whole:
+            x = _normal(timer, sequences, seq, hidden).requires_grad_()
+            places = torch.arange(seq, device=timer.device)[None]
+            angles = rotary(x, places)
+
+            def forward(layer: Any = layer, x: Tensor = x, places: Tensor = places, angles: Any = angles) -> Tensor:
+                out = layer(x, position_ids=places, position_embeddings=angles)
+                return out if isinstance(out, Tensor) else out[0]
+
+            with attention_backends():
+                both = _both(timer, forward, [x, *layer.parameters()], 25)
+            row = {"sequences": sequences, "seq": seq, "hidden": hidden, "inner": inner, "heads": heads, **both}
+            rows.append(row)
+            tokens = sequences * seq
+            flops = 2 * tokens * (4 * hidden * hidden + 3 * hidden * inner) + 2 * tokens * seq * hidden
+            log(f"layer {hidden} with {tokens} tokens: {_rates(flops, row)}")
+    return rows
+
+
+def losses(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The chunked head and loss; its gradients are computed in forward."""
+    rows = []
+    for hidden, _, _ in sizes.layers:
+        for sequences, seq in sizes.whole:
+            tokens = sequences * seq
+            x = _normal(timer, tokens, hidden).requires_grad_()
+            weight = (_normal(timer, sizes.vocab, hidden) * 0.02).requires_grad_()
+            target = torch.randint(0, sizes.vocab, (tokens,), device=timer.device)
+
+            def forward(x: Tensor = x, weight: Tensor = weight, target: Tensor = target) -> Tensor:
+                return linear_cross_entropy(x, weight, target)
+
+            row = {
+                "tokens": tokens,
+                "hidden": hidden,
+                "vocab": sizes.vocab,
+                **_both(timer, forward, [x, weight], 15 * tokens // chunk_tokens(weight.shape, weight.device) + 15),
+            }
+            rows.append(row)
+        log(f"loss {hidden} with {tokens} tokens: {row['forward_s'] * 1e3:.2f} ms forward, {row['backward_s'] * 1e3:.2f} ms backward")
+    return rows
+
+
+def _both(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], kernels: int) -> dict[str, float]:
+    """Seconds of forward alone, and of backward alone over one kept graph."""
+    with torch.enable_grad():
+        out = forward()
+        grad = torch.ones_like(out)
+
+        def backward() -> None:
+            torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+        return {"forward_s": timer.seconds_of(forward, kernels), "backward_s": timer.seconds_of(backward, 2 * kernels)}
+
+
+def _normal(timer: Timer, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device=timer.device)
+
+
+def _rates(flops: float, row: dict[str, Any]) -> str:
+    return f"{flops / row['forward_s'] / 1e12:.1f} TFLOP/s forward, {2 * flops / row['backward_s'] / 1e12:.1f} backward"

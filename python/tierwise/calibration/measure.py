@@ -1,0 +1,145 @@
+"""Runs the measurements that this machine allows and puts them into a hardware file."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from tierwise import _core
+from tierwise._core import HostBench
+from tierwise.calibration import host
+from tierwise.calibration.summary import hardware
+from tierwise.config import available_memory_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure. Raises ValueError for values that cannot work."""
+
+    name: str = "this-machine"
+    """Name of the machine in reports."""
+    device: Literal["auto", "cuda", "emulated"] = "auto"
+    """"emulated" measures the CPU as the device; "auto" takes CUDA where there is one."""
+    disk: str | None = None
+    """Directory to measure as the NVMe tier."""
+    host_numel: int = 200_000_000
+    """Parameters on which the host's kernels are measured, 14 bytes each."""
+    seconds: float = 45.0
+    """All measurements together, about; those of single kernels are shortened for it."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cuda", "emulated"):
+            raise ValueError(f"device={self.device!r} is not one of 'auto', 'cuda', 'emulated'")
+        if not 1.0 <= self.seconds <= 3600.0:
+            raise ValueError(f"seconds must be between 1 and 3600, got {self.seconds}")
+        if self.host_numel < 1:
+            raise ValueError(f"host_numel must be at least 1, got {self.host_numel}")
+        most = available_memory_bytes() // 2
+        if 14 * self.host_numel > most:
+            raise ValueError(
+                f"host_numel={self.host_numel} takes {14 * self.host_numel} bytes; at most {most}, half of what is free, may be"
+            )
+
+
+def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measures and returns the contents of a hardware file (`schema_version` 2).
+
+    Raises ValueError if CUDA is asked for where there is none, or the disk cannot be measured; ImportError without torch: then
+    `tierwise-sim calibrate` measures what needs no torch.
+    """
+    import torch
+
+    device = _device(options)
+    cuda = device.type == "cuda"
+    free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else available_memory_bytes()
+    begun = time.perf_counter()
+    measured: dict[str, Any] = {}
+    scale = options.seconds / 45.0
+    bench = HostBench(options.host_numel)
+    measured["host"] = host.by_threads(bench, 5.0 * scale, log)
+    from tierwise.calibration.sharing import beside
+
+    measured["sharing"] = beside(device, bench, 0.3 * scale, log)
+    del bench
+    _free(cuda)
+    measured |= _kernels(device, scale, log)
+    _free(cuda)
+    from tierwise.calibration import engine
+
+    measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
+    measured["device_adam_params_per_s"] = _if_possible("device Adam", lambda: engine.device_adam_params_per_s(device), log)
+    _free(cuda)
+    measured["disk"] = _disk(options.disk)
+    took = time.perf_counter() - begun
+    log(f"measured in {took:.0f} s")
+    about = {
+        "machine": f"{torch.cuda.get_device_name(device) if cuda else 'emulated device'}, {os.cpu_count()} CPUs, {platform.machine()}",
+        "software": f"torch {torch.__version__}, Python {platform.python_version()}, tierwise {_core.__version__}",
+        "measured": f"tierwise calibrate, {time.strftime('%Y-%m-%d')}",
+    }
+    device_name = torch.cuda.get_device_name(device) if cuda else None
+    return hardware(options.name, about, measured, device_name, free_device_bytes, available_memory_bytes())
+
+
+def write(path: str, contents: dict[str, Any]) -> None:
+    """Writes a hardware file under its final name only when it is complete."""
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    partial.replace(target)
+
+
+def _device(options: Options) -> Any:
+    import torch
+
+    usable = torch.cuda.is_available() and _core.Device.cuda_is_available()
+    if options.device == "cuda" and not usable:
+        raise ValueError("device='cuda' but no CUDA device can be used; device='emulated' measures the CPU")
+    if options.device != "emulated" and usable:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _kernels(device: Any, scale: float, log: Callable[[str], None]) -> dict[str, Any]:
+    from tierwise.calibration import compute
+    from tierwise.calibration.timing import Timer
+
+    sizes = compute.DEVICE_SIZES if device.type == "cuda" else compute.CPU_SIZES
+    timer = Timer(device, 0.012 * scale)
+    return {
+        "products": compute.products(sizes, timer, log),
+        "attention": compute.attention(sizes, timer, log),
+        "layers": _if_possible("layers", lambda: compute.layers(sizes, timer, log), log) or [],
+        "losses": compute.losses(sizes, timer, log),
+    }
+
+
+def _if_possible(what: str, measure: Callable[[], Any], log: Callable[[str], None]) -> Any:
+    """What needs transformers, and goes through more of it and of torch than a file of figures should fail for."""
+    try:
+        return measure()
+    except (ImportError, TypeError, RuntimeError) as error:
+        log(f"{what} not measured: {type(error).__name__}: {error}")
+        return None
+
+
+def _disk(directory: str | None) -> Any:
+    if directory is None:
+        return None
+    found = json.loads(_core.probe_disk(directory))
+    return {"write_bytes_per_s": 1e6 * found["write_mb_per_s"], "read_bytes_per_s": 1e6 * found["read_mb_per_s"]}
+
+
+def _free(cuda: bool) -> None:
+    import torch
+
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()

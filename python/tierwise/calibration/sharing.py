@@ -1,0 +1,127 @@
+"""Links, host Adam and compute, alone and beside each other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tierwise._core import HostBench
+
+_ACTORS = ("h2d", "d2h", "adam", "compute")
+_PIECE_BYTES = 128 * 2**20
+
+
+def beside(device: torch.device, bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every set of actors running together, `seconds` each: bytes per second of each copy direction, parameters per second of Adam,
+    and compute's speed as a share of its speed alone."""
+    machine = _Machine(device, bench)
+    rows = []
+    alone = 0.0
+    for count in range(1, len(_ACTORS) + 1):
+        for actors in itertools.combinations(_ACTORS, count):
+            found = machine.run(actors, seconds)
+            if actors == ("compute",):
+                alone = found["compute"]
+            row = {
+                "actors": list(actors),
+                "h2d_bytes_per_s": found.get("h2d"),
+                "d2h_bytes_per_s": found.get("d2h"),
+                "adam_params_per_s": found.get("adam"),
+                "compute_share": found["compute"] / alone if "compute" in found else None,
+            }
+            rows.append(row)
+            shown = [f"{name} {value / 1e9:.2f}e9/s" for name, value in found.items() if name != "compute"]
+            shown += [f"compute {row['compute_share']:.3f} of its speed"] if "compute" in found else []
+            log(f"together: {', '.join(shown)}")
+    return rows
+
+
+class _Machine:
+    """Buffers and streams of the actors."""
+
+    def __init__(self, device: torch.device, bench: HostBench) -> None:
+        self.device, self.bench = device, bench
+        self.cuda = device.type == "cuda"
+        size = _PIECE_BYTES if self.cuda else _PIECE_BYTES // 64
+        width = 8192 if self.cuda else 128
+        self.host = {name: torch.ones(size, dtype=torch.uint8, pin_memory=self.cuda) for name in ("h2d", "d2h")}
+        self.remote = {name: torch.ones(size, dtype=torch.uint8, device=device) for name in ("h2d", "d2h")}
+        self.factors = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(3)]
+        for actor in ("h2d", "d2h", "compute"):
+            self.work(actor)  # The first of each also loads what it needs.
+        self.piece = {"h2d": float(size), "d2h": float(size), "compute": 1.0}
+
+    def work(self, actor: str) -> None:
+        if actor == "compute":
+            torch.mm(self.factors[0], self.factors[1], out=self.factors[2])
+        elif actor == "h2d":
+            self.remote[actor].copy_(self.host[actor], non_blocking=True)
+        else:
+            self.host[actor].copy_(self.remote[actor], non_blocking=True)
+
+    def run(self, actors: tuple[str, ...], seconds: float) -> dict[str, float]:
+        queued = [actor for actor in actors if actor != "adam"]
+        return self._on_streams(queued, "adam" in actors, seconds) if self.cuda else self._on_threads(queued, "adam" in actors, seconds)
+
+    def _adam(self, wanted: bool, seconds: float) -> dict[str, float]:
+        if wanted:
+            return {"adam": self.bench.rate("adam", seconds)}
+        time.sleep(seconds)
+        return {}
+
+    def _on_streams(self, actors: list[str], adam: bool, seconds: float) -> dict[str, float]:
+        once = {actor: self._once(actor) for actor in actors}
+        torch.cuda.synchronize(self.device)
+        marks: dict[str, list[torch.cuda.Event]] = {}
+        for actor in actors:
+            # More than the time holds: nobody has the machine to himself at the end of it.
+            count = int(1.5 * seconds / once[actor]) + 2
+            stream = torch.cuda.Stream(self.device)
+            marks[actor] = []
+            with torch.cuda.stream(stream):
+                for _ in range(count):
+                    self.work(actor)
+                    event = torch.cuda.Event(enable_timing=True)
+                    event.record(stream)
+                    marks[actor].append(event)
+        found = self._adam(adam, seconds)
+        torch.cuda.synchronize(self.device)
+        for actor, events in marks.items():
+            first = events[0]
+            inside = [e for e in events[1:] if first.elapsed_time(e) / 1e3 <= seconds] or events[1:2]
+            found[actor] = self.piece[actor] * len(inside) / (first.elapsed_time(inside[-1]) / 1e3)
+        return found
+
+    def _once(self, actor: str) -> float:
+        self.work(actor)
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(4):
+            self.work(actor)
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / 4
+
+    def _on_threads(self, actors: list[str], adam: bool, seconds: float) -> dict[str, float]:
+        """The emulated device: copies and products are the CPU's."""
+        found: dict[str, float] = {}
+        until = time.perf_counter() + seconds
+
+        def loop(actor: str) -> None:
+            start, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() < until:
+                self.work(actor)
+                count += 1
+            found[actor] = self.piece[actor] * count / (time.perf_counter() - start)
+
+        threads = [threading.Thread(target=loop, args=(actor,)) for actor in actors]
+        for thread in threads:
+            thread.start()
+        found |= self._adam(adam, seconds)
+        for thread in threads:
+            thread.join()
+        return found

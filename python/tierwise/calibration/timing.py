@@ -1,0 +1,47 @@
+"""How long work takes on a device: by its own events, with the queue filled first, so that launching is not measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LEAST, _MOST = 3, 64
+_QUEUED_KERNELS = 700
+"""So many fit the device's queue; more, and Python would wait for the device after all."""
+_SLEEP_CYCLES_PER_S = 1.5e9
+
+
+class Timer:
+    """Times work on one device."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device = device
+        self.seconds = seconds
+        """Of one measurement, about."""
+
+    def seconds_of(self, work: Callable[[], Any], kernels: int = 1) -> float:
+        """Seconds of one call of `work`, which launches about so many kernels: the mean over as many calls as fit the time, at least three,
+        after two that are not counted."""
+        work()
+        once = max(self._run(work, 1, kernels), 1e-7)
+        return self._run(work, min(max(int(self.seconds / once), _LEAST), _MOST, max(_QUEUED_KERNELS // kernels, _LEAST)), kernels)
+
+    def _run(self, work: Callable[[], Any], times: int, kernels: int) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(times):
+                work()
+            return (time.perf_counter() - start) / times
+        torch.cuda.synchronize(self.device)
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The device waits until Python has enqueued the calls: kernels shorter than their launch are then measured too.
+        torch.cuda._sleep(int((3e-4 + 4e-5 * times * kernels) * _SLEEP_CYCLES_PER_S))
+        start_event.record()
+        for _ in range(times):
+            work()
+        end_event.record()
+        torch.cuda.synchronize(self.device)
+        return float(start_event.elapsed_time(end_event)) / 1e3 / times

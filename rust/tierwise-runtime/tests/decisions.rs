@@ -1,0 +1,320 @@
+//! What the simulator predicts is what happens: the runtime, on the emulated device driven by a virtual clock, hands the scheduler the same
+//! events in the same order as the simulator, and gets the same actions.
+
+mod virtual_device;
+
+use proptest::prelude::*;
+use std::sync::Arc;
+use tierwise_core::ChunkId;
+use tierwise_core::layout::{Layout, ParamSpec, Precision};
+use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::scheduler::{Action, Event, Turn};
+use tierwise_core::trace::{Op, Phase, Trace, Unit};
+use tierwise_kernels::AdamHyper;
+use tierwise_runtime::device::ComputeStream;
+use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
+use tierwise_sim::costs::Costs;
+use tierwise_sim::executor::calls::{Call, calls};
+use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
+use tierwise_sim::hardware::{Hardware, preset};
+use virtual_device::VirtualDevice;
+
+const STREAM: ComputeStream = ComputeStream(0);
+/// No budget of these tests is what limits them.
+const PLENTY: u64 = 1 << 40;
+
+#[derive(Debug, Clone)]
+struct Case {
+    layout: Layout,
+    trace: Trace,
+    plan: Plan,
+    costs: Costs,
+    hardware: Hardware,
+    clips: bool,
+}
+
+impl Case {
+    fn backward(&self) -> Vec<Option<(tierwise_core::OpId, tierwise_core::OpId)>> {
+        let mut found: Vec<Option<(tierwise_core::OpId, tierwise_core::OpId)>> = vec![None; self.layout.chunks.len()];
+        for op in self.trace.ids().filter(|op| self.trace.ops[op.index()].phase == Phase::Backward) {
+            for chunk in self.trace.chunks(op).iter().filter(|c| self.plan.chunks[c.index()].class != OptimizerClass::Frozen) {
+                found[chunk.index()].get_or_insert((op, op)).1 = op;
+            }
+        }
+        found
+    }
+
+    fn simulated(&self) -> Vec<Turn> {
+        decisions(&Setup {
+            layout: &self.layout,
+            trace: &self.trace,
+            plan: &self.plan,
+            costs: &self.costs,
+            hardware: &self.hardware,
+            sharding: None,
+            device_budget: PLENTY,
+            host_budget: PLENTY,
+            clips: self.clips,
+        })
+        .unwrap()
+    }
+
+    /// The same steps by the engine. Gradients are such that every parameter's sum of squares is the simulator's: 4 or 0.
+    fn executed(&self) -> Vec<Turn> {
+        let device = VirtualDevice::new(&self.hardware);
+        let mut memory = Vec::new();
+        let mut take = |bytes: u64| {
+            memory.push(vec![0_u64; bytes.div_ceil(8).max(1) as usize]);
+            memory.last().map_or(0, |m| m.as_ptr() as u64)
+        };
+        let config =
+            EngineConfig { device_budget: PLENTY, host_budget: PLENTY, max_norm: Some(1.0), threads: Some(1), host_spare_bytes: 0 };
+        let engine = Engine::new(self.layout.clone(), self.trace.clone(), self.plan.clone(), Arc::clone(&device) as _, config).unwrap();
+        for chunk in self.layout.ids() {
+            let placed = self.plan.chunks[chunk.index()];
+            let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
+            let on_device = placed.class == OptimizerClass::Device;
+            let states = on_device.then(|| take(self.layout.state_bytes(chunk)));
+            let accumulator = (on_device && self.plan.accumulation > 1).then(|| take(self.layout.grad_acc_bytes(chunk)));
+            engine.bind(chunk, resident, states, accumulator).unwrap();
+        }
+        if self.plan.stream_slab_bytes > 0 {
+            engine.bind_slab(take(self.plan.stream_slab_bytes)).unwrap();
+        }
+        let params: usize = self.layout.chunks.iter().map(|c| c.params.len()).sum();
+        let group = AdamHyper { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+        engine.set_hyper(Hyper { groups: vec![group], group_of_param: vec![Some(0); params] }).unwrap();
+        let gradients = |first: u16| -> Vec<Vec<Vec<u16>>> {
+            let of = |numel: u64| std::iter::once(first).chain(std::iter::repeat_n(0, numel as usize - 1)).collect();
+            self.layout.chunks.iter().map(|c| c.params.iter().map(|p| of(p.numel)).collect()).collect()
+        };
+        let (two, zero) = (gradients(if self.clips { 0x4000 } else { 0 }), gradients(0));
+        engine.record_decisions(true).unwrap();
+        engine.start().unwrap();
+        let mut patience = || true;
+        let step = calls(&self.trace, &self.plan, &self.backward());
+        let first_micro_batch = (step.len() - 1) / self.plan.accumulation as usize;
+        for _ in 0..=WARM_UP_STEPS {
+            for (at, call) in step.iter().enumerate() {
+                match *call {
+                    Call::Enter(op) => {
+                        let Op { unit, phase } = self.trace.ops[op.index()];
+                        engine.enter(unit, phase, STREAM, &mut patience).unwrap();
+                        let again = if self.plan.activations[unit as usize] == ActivationPlan::Recompute {
+                            self.costs.forward_ns[unit as usize]
+                        } else {
+                            0
+                        };
+                        device.compute(match phase {
+                            Phase::Forward => self.costs.forward_ns[unit as usize],
+                            Phase::Backward => self.costs.backward_ns[unit as usize] + again,
+                        });
+                        device.spend(self.hardware.launch_ns);
+                    }
+                    Call::Leave(op) => {
+                        let Op { unit, phase } = self.trace.ops[op.index()];
+                        engine.leave(unit, phase, STREAM).unwrap();
+                    }
+                    Call::BackwardBegin => engine.backward_begin(1.0, &mut patience).unwrap(),
+                    Call::Hand(chunk) => {
+                        let of = if at < first_micro_batch { &two } else { &zero };
+                        let grads: Vec<_> = of[chunk.index()].iter().enumerate().map(|(i, g)| (i, g.as_ptr() as u64)).collect();
+                        engine.grads(chunk, &grads, STREAM, &mut patience).unwrap();
+                    }
+                    Call::BackwardEnd => engine.backward_end(STREAM).unwrap(),
+                    Call::Commit => engine.commit(1.0, STREAM, &mut patience).unwrap(),
+                }
+            }
+        }
+        device.drain();
+        let turns = engine.decisions().unwrap();
+        drop(engine);
+        turns
+    }
+
+    /// Compares turn by turn, and gives them.
+    fn check(&self) -> Vec<Turn> {
+        let (simulated, executed) = (self.simulated(), self.executed());
+        for (at, (predicted, happened)) in simulated.iter().zip(&executed).enumerate() {
+            let before: Vec<_> = simulated[at.saturating_sub(3)..at].iter().map(|turn| &turn.event).collect();
+            assert_eq!(predicted, happened, "turn {at} of {}, after {before:?}", simulated.len());
+        }
+        assert_eq!(
+            simulated.len(),
+            executed.len(),
+            "the longer one goes on with {:?}",
+            simulated.get(executed.len()).or(executed.get(simulated.len()))
+        );
+        simulated
+    }
+}
+
+/// Units of one chunk each, unless one shares its predecessor's.
+fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
+    let mut chunks = Vec::new();
+    let mut units = Vec::new();
+    for (number, &(numel, saved_bytes, shares)) in sizes.iter().enumerate() {
+        let name = format!("layers.{number}");
+        let mut reads = Vec::new();
+        if shares && number > 0 {
+            reads.push(ChunkId(chunks.len() as u32 - 1));
+        }
+        if !shares || number == 0 || numel.is_multiple_of(128) {
+            let params =
+                [("weight", numel), ("bias", 64)].map(|(p, numel)| ParamSpec { name: format!("{name}.{p}"), numel, trainable: true });
+            chunks.push((name.clone(), params.to_vec()));
+            reads.push(ChunkId(chunks.len() as u32 - 1));
+        }
+        units.push(Unit {
+            name,
+            chunks: reads,
+            saved_bytes,
+            input_bytes: saved_bytes / 4,
+            offload_bytes: 0,
+            offload_host_bytes: 0,
+            recomputable: number > 0,
+            flops: numel as f64 * 1e3,
+        });
+    }
+    let count = units.len() as u32;
+    let forward = (0..count).map(|unit| Op { unit, phase: Phase::Forward });
+    let ops = forward.chain((0..count).rev().map(|unit| Op { unit, phase: Phase::Backward })).collect();
+    (Layout::new(Precision::Bf16, chunks), Trace { units, ops, outer_saved_bytes: 0 })
+}
+
+/// Speeds at which copies, host steps and computing of such small models take about equally long.
+fn slow(scale: [f64; 4]) -> Hardware {
+    let h100 = preset("h100").unwrap();
+    Hardware {
+        h2d_bytes_per_s: 2e9 * scale[0],
+        d2h_bytes_per_s: 2e9 * scale[1],
+        h2d_duplex_bytes_per_s: 1.5e9 * scale[0],
+        d2h_duplex_bytes_per_s: 1.4e9 * scale[1],
+        host_memory_bytes_per_s: 9e9 * scale[2],
+        host_stream_bytes_per_s: 6e9 * scale[2],
+        host_adam_params_per_s: 2e8 * scale[2],
+        device_memory_bytes_per_s: 4e10 * scale[3],
+        launch_ns: (700.0 * scale[3]) as u64,
+        ..h100
+    }
+}
+
+fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_budget: u64) -> PlanRequest {
+    PlanRequest {
+        device_budget,
+        host_budget: PLENTY,
+        reserve_bytes: 0,
+        placement,
+        recompute: Recompute::Auto,
+        offload: Offload::None,
+        accumulation,
+        accumulate: None,
+        clip_mode,
+        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 2e10 },
+    }
+}
+
+fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, clips: bool) -> Case {
+    let (layout, trace) = model(sizes);
+    let plan = plan(&layout, &trace, wanted).unwrap();
+    let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
+    let backward_ns = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
+    Case { layout, trace, plan, costs: Costs { forward_ns, backward_ns }, hardware, clips }
+}
+
+const SIZES: [(u64, u64, bool); 6] =
+    [(4096, 9000, false), (8192, 20_000, false), (8192, 20_000, false), (8192, 20_000, false), (8192, 20_000, false), (2048, 5000, false)];
+
+fn fixed(offload_optim_frac: f64, offload_param_frac: f64) -> Placement {
+    Placement::Static { shard_param_frac: 1.0, offload_optim_frac, offload_param_frac }
+}
+
+fn count(turns: &[Turn], wanted: impl Fn(&Action) -> bool) -> usize {
+    turns.iter().flat_map(|turn| &turn.actions).filter(|action| wanted(action)).count()
+}
+
+#[test]
+fn everything_on_the_device() {
+    for accumulation in [1, 3] {
+        let turns = case(&SIZES, &request(fixed(0.0, 0.0), accumulation, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+        assert_eq!(count(&turns, |a| matches!(a, Action::Step { .. })), 18);
+        assert_eq!(count(&turns, |a| matches!(a, Action::Refresh { .. })), 0);
+    }
+}
+
+#[test]
+fn steps_on_the_host() {
+    for accumulation in [1, 2, 3] {
+        let turns = case(&SIZES, &request(fixed(1.0, 0.0), accumulation, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+        assert_eq!(count(&turns, |a| matches!(a, Action::Refresh { .. })), 18);
+    }
+    case(&SIZES, &request(fixed(0.5, 0.0), 1, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+}
+
+#[test]
+fn parameters_are_streamed() {
+    let (layout, trace) = model(&SIZES);
+    let wanted = request(Placement::Auto, 1, ClipMode::Defer, PLENTY);
+    let least = minimum_device_bytes(&layout, &trace, &wanted);
+    for accumulation in [1, 2] {
+        for budget in [least, least + least / 8, least + least / 3] {
+            let wanted = request(
+                Placement::Auto,
+                accumulation,
+                ClipMode::Defer,
+                budget.max(minimum_device_bytes(&layout, &trace, &request(Placement::Auto, accumulation, ClipMode::Defer, PLENTY))),
+            );
+            let turns = case(&SIZES, &wanted, slow([1.0; 4]), true).check();
+            assert!(count(&turns, |a| matches!(a, Action::Fetch { .. })) > 12);
+        }
+    }
+}
+
+#[test]
+fn speculation_that_is_accepted_and_undone() {
+    for (clips, accumulation) in [(false, 1), (true, 1), (false, 2), (true, 2)] {
+        for clip_mode in [ClipMode::Speculate, ClipMode::Auto] {
+            let turns = case(&SIZES, &request(fixed(1.0, 0.5), accumulation, clip_mode, PLENTY), slow([1.0, 1.0, 4.0, 1.0]), clips).check();
+            assert!(count(&turns, |a| matches!(a, Action::Accept { .. })) > 0 || clips);
+            assert!(clips || count(&turns, |a| matches!(a, Action::Speculate { .. })) > 6);
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_takes_other_times_decides_otherwise() {
+    // Else the comparison would say nothing about time.
+    let wanted = request(fixed(1.0, 0.5), 1, ClipMode::Defer, PLENTY);
+    let order = |hardware| case(&SIZES, &wanted, hardware, true).check().into_iter().map(|turn| turn.event).collect::<Vec<Event>>();
+    assert!(order(slow([1.0; 4])) != order(slow([40.0, 40.0, 40.0, 1.0])), "as if time did not matter");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_models_plans_and_machines(
+        sizes in prop::collection::vec((1_u64..80, 100_u64..40_000, prop::bool::weighted(0.2)), 2..7),
+        optim in 0.0..=1.0_f64,
+        param in 0.0..=1.0_f64,
+        room in prop::option::of(0.0..1.5_f64),
+        accumulation in 1_u32..4,
+        mode in 0_usize..3,
+        recompute in 0_usize..3,
+        scale in prop::array::uniform4(0.1..8.0_f64),
+        clips: bool,
+    ) {
+        let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
+        let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
+        let placement = if room.is_some() { Placement::Auto } else { fixed(optim.max(param), param) };
+        let mut wanted = request(placement, accumulation, clip_mode, PLENTY);
+        wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
+        if let Some(room) = room {
+            let (layout, trace) = model(&sizes);
+            let least = minimum_device_bytes(&layout, &trace, &wanted);
+            wanted.device_budget = least + (room * least as f64) as u64;
+        }
+        case(&sizes, &wanted, slow(scale), clips).check();
+    }
+}

@@ -1,0 +1,233 @@
+//! What `calibrate` measured of a machine, by size: the tables behind a hardware file's single figures.
+
+use serde::{Deserialize, Serialize};
+
+/// Measurements. Lists are empty and fields null where something could not be measured.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measured {
+    /// The host's kernels by number of threads, fewest first.
+    pub host: Vec<HostRow>,
+    /// Links, host Adam and compute, alone and beside each other.
+    #[serde(default)]
+    pub sharing: Vec<Sharing>,
+    /// bf16 matrix products.
+    #[serde(default)]
+    pub products: Vec<Product>,
+    /// Causal attention.
+    #[serde(default)]
+    pub attention: Vec<AttentionRow>,
+    /// Whole decoder layers of the LLaMA kind.
+    #[serde(default)]
+    pub layers: Vec<LayerRow>,
+    /// Head and loss.
+    #[serde(default)]
+    pub losses: Vec<LossRow>,
+    /// What the training thread takes to enqueue work.
+    #[serde(default)]
+    pub launch: Option<Launch>,
+    /// Parameters per second of the device's optimizer step.
+    #[serde(default)]
+    pub device_adam_params_per_s: Option<f64>,
+    /// The NVMe tier.
+    #[serde(default)]
+    pub disk: Option<Disk>,
+}
+
+/// The host's kernels with so many threads; elements per second.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostRow {
+    /// Threads.
+    pub threads: u32,
+    /// Split-master Adam.
+    pub adam_params_per_s: f64,
+    /// bf16 gradients into fp32 accumulators.
+    pub accumulate_numel_per_s: f64,
+    /// Sums of squares of bf16 gradients.
+    pub norm_numel_per_s: f64,
+    /// Bytes copied.
+    pub copy_bytes_per_s: f64,
+}
+
+/// Who ran together, and how fast each was.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sharing {
+    /// Of `h2d`, `d2h`, `adam` and `compute`, in this order.
+    pub actors: Vec<String>,
+    /// Host-to-device copies.
+    pub h2d_bytes_per_s: Option<f64>,
+    /// Device-to-host copies.
+    pub d2h_bytes_per_s: Option<f64>,
+    /// Host Adam with all threads.
+    pub adam_params_per_s: Option<f64>,
+    /// Compute's speed as a share of its speed alone.
+    pub compute_share: Option<f64>,
+}
+
+/// Seconds of a product and of its two gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Product {
+    /// Rows.
+    pub tokens: u64,
+    /// Input features.
+    pub inputs: u64,
+    /// Output features.
+    pub outputs: u64,
+    /// Forward.
+    pub forward_s: f64,
+    /// Gradient of the input.
+    pub input_grad_s: f64,
+    /// Gradient of the weight.
+    pub weight_grad_s: f64,
+}
+
+/// Seconds of causal attention.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionRow {
+    /// Sequences of the batch.
+    pub sequences: u64,
+    /// Tokens of a sequence.
+    pub seq: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Width of a head.
+    pub head_dim: u64,
+    /// Forward.
+    pub forward_s: f64,
+    /// Backward.
+    pub backward_s: f64,
+}
+
+/// Seconds of a decoder layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRow {
+    /// Sequences of the batch.
+    pub sequences: u64,
+    /// Tokens of a sequence.
+    pub seq: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Width inside the MLP.
+    pub inner: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Forward.
+    pub forward_s: f64,
+    /// Backward.
+    pub backward_s: f64,
+}
+
+/// Seconds of the head with its loss; the gradients are computed in forward.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossRow {
+    /// Tokens.
+    pub tokens: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Rows of the head.
+    pub vocab: u64,
+    /// Forward.
+    pub forward_s: f64,
+    /// Backward.
+    pub backward_s: f64,
+}
+
+/// Nanoseconds of the training thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// A layer's forward.
+    pub forward_ns: u64,
+    /// A layer's backward.
+    pub backward_ns: u64,
+    /// A layer's forward that will be recomputed.
+    pub checkpointed_forward_ns: u64,
+    /// A layer's backward with its recomputation.
+    pub checkpointed_backward_ns: u64,
+    /// A micro-batch's forward beside its layers.
+    pub outside_forward_ns: u64,
+    /// A micro-batch's backward beside its layers.
+    pub outside_backward_ns: u64,
+    /// The call of `optimizer.step()` and `zero_grad()`.
+    pub step_ns: u64,
+}
+
+/// A directory as the NVMe tier.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Sequential writes.
+    pub write_bytes_per_s: f64,
+    /// Sequential reads.
+    pub read_bytes_per_s: f64,
+}
+
+impl Measured {
+    /// Whether every figure can be divided by.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut figures: Vec<(&str, f64)> = Vec::new();
+        for row in &self.host {
+            figures.extend([
+                ("measured.host.adam_params_per_s", row.adam_params_per_s),
+                ("measured.host.accumulate_numel_per_s", row.accumulate_numel_per_s),
+                ("measured.host.norm_numel_per_s", row.norm_numel_per_s),
+                ("measured.host.copy_bytes_per_s", row.copy_bytes_per_s),
+            ]);
+        }
+        for row in &self.sharing {
+            let known = ["h2d", "d2h", "adam", "compute"];
+            if let Some(actor) = row.actors.iter().find(|actor| !known.contains(&actor.as_str())) {
+                return Err(format!("measured.sharing names the actor `{actor}`; known are {}", known.join(", ")));
+            }
+            let rates = [
+                ("measured.sharing.h2d_bytes_per_s", row.h2d_bytes_per_s),
+                ("measured.sharing.d2h_bytes_per_s", row.d2h_bytes_per_s),
+                ("measured.sharing.adam_params_per_s", row.adam_params_per_s),
+                ("measured.sharing.compute_share", row.compute_share),
+            ];
+            figures.extend(rates.into_iter().filter_map(|(name, rate)| rate.map(|rate| (name, rate))));
+        }
+        let seconds = |name, of: &[f64]| of.iter().map(move |s| (name, *s)).collect::<Vec<_>>();
+        for row in &self.products {
+            figures.extend(seconds("measured.products seconds", &[row.forward_s, row.input_grad_s, row.weight_grad_s]));
+            check_sizes("products", &[row.tokens, row.inputs, row.outputs])?;
+        }
+        for row in &self.attention {
+            figures.extend(seconds("measured.attention seconds", &[row.forward_s, row.backward_s]));
+            check_sizes("attention", &[row.sequences, row.seq, row.heads, row.head_dim])?;
+        }
+        for row in &self.layers {
+            figures.extend(seconds("measured.layers seconds", &[row.forward_s, row.backward_s]));
+            check_sizes("layers", &[row.sequences, row.seq, row.hidden, row.inner, row.heads])?;
+        }
+        for row in &self.losses {
+            figures.extend(seconds("measured.losses seconds", &[row.forward_s, row.backward_s]));
+            check_sizes("losses", &[row.tokens, row.hidden, row.vocab])?;
+        }
+        figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
+        if let Some(disk) = self.disk {
+            figures.extend([
+                ("measured.disk.write_bytes_per_s", disk.write_bytes_per_s),
+                ("measured.disk.read_bytes_per_s", disk.read_bytes_per_s),
+            ]);
+        }
+        match figures.into_iter().find(|(_, figure)| !(figure.is_finite() && *figure > 0.0)) {
+            Some((name, figure)) => Err(format!("{name} is {figure}; it must be positive")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_sizes(table: &str, sizes: &[u64]) -> Result<(), String> {
+    if sizes.iter().all(|size| (1..1 << 32).contains(size)) {
+        Ok(())
+    } else {
+        Err(format!("measured.{table} has the sizes {sizes:?}; each must be at least 1"))
+    }
+}
