@@ -101,7 +101,7 @@ def test_fewer_bytes_and_the_same_bits(
     assert cheap > 0.2 * more
     assert fewer <= more - 0.9 * cheap
     runtime = again.booster._runtime
-    assert fewer == runtime.trace.activation_peak_bytes([runtime.recompute[unit] for unit in runtime.trace.order])
+    assert fewer == runtime.trace.activation_peak_bytes(runtime.planned.plan["activations"])
     assert "are made again in backward" in again.booster.explain()
     assert "are made again in backward" not in kept.booster.explain()
 
@@ -158,6 +158,8 @@ def test_what_shares_a_recipe_makes_it_once_per_backward() -> None:
 def test_a_trace_knows_both_variants() -> None:
     from tierwise.gemini.tracing import UnitTrace
 
-    trace = ModelTrace([0], [UnitTrace(100, 10, 30.0, 40, 90)], [(0, "forward")], 0, 8, True)
+    trace = ModelTrace(
+        [0], [UnitTrace(saved_bytes=100, input_bytes=10, flops=30.0, cheap_bytes=40, cheap_traffic_bytes=90)], [(0, "forward")], 0, 8, True
+    )
     again = trace.rematerialized(2.0)
     assert (again.units[0].saved_bytes, again.units[0].extra_flops, again.flops()) == (60, 60.0, 30.0)

@@ -6,8 +6,8 @@ use crate::request::{Error, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -143,6 +143,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         reserve_bytes: request.reserve_bytes + buffers,
         placement: Placement::Auto,
         recompute: request.recompute.clone(),
+        offload: Offload::None,
         accumulation,
         accumulate: None,
         clip_mode: request.clip_mode,
@@ -205,7 +206,7 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
 }
 
 fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
-    stage.plan.recompute.iter().enumerate().filter(|(_, recomputed)| **recomputed).map(|(unit, _)| unit)
+    stage.plan.activations.iter().enumerate().filter(|(_, kept)| **kept == ActivationPlan::Recompute).map(|(unit, _)| unit)
 }
 
 /// FLOPs of a micro-batch's recomputation.

@@ -87,6 +87,8 @@ impl Model {
                 chunks: reads,
                 saved_bytes: kept(block.saved_bytes),
                 input_bytes: kept(block.input_bytes),
+                offload_bytes: 0,
+                offload_host_bytes: 0,
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
             });
