@@ -66,22 +66,24 @@ def available_memory_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Sustained speeds that the planner weighs against each other: FLOP/s, bytes/s, bytes/s, parameters/s."""
+    """Sustained speeds that the planner weighs against each other: FLOP/s, bytes/s, bytes/s, parameters/s, bytes/s."""
 
     flops: float
     h2d_bytes: float
     d2h_bytes: float
     host_adam_params: float
+    device_memory_bytes: float
 
 
 _DEVICES = (
-    # (part of the device's name, dense 16-bit FLOP/s sustained in training, H2D and D2H bytes/s with both directions busy)
-    ("H200", 4.5e14, 42e9, 50e9),
-    ("H100", 4.5e14, 42e9, 50e9),
-    ("A100", 2.0e14, 20e9, 22e9),
-    ("L40", 1.2e14, 20e9, 22e9),
-    ("4090", 1.2e14, 20e9, 22e9),
-    ("3090", 5.0e13, 20e9, 22e9),
+    # (part of the device's name, dense 16-bit FLOP/s sustained in training with whole attention counted, H2D and D2H bytes/s with both
+    # directions busy, bytes/s of its memory)
+    ("H200", 6.5e14, 42e9, 50e9, 3.8e12),
+    ("H100", 6.5e14, 42e9, 50e9, 2.6e12),
+    ("A100", 2.0e14, 20e9, 22e9, 1.5e12),
+    ("L40", 1.2e14, 20e9, 22e9, 6.5e11),
+    ("4090", 1.2e14, 20e9, 22e9, 8e11),
+    ("3090", 5.0e13, 20e9, 22e9, 7.5e11),
 )
 _HOST_ADAM_PER_CORE = 3.4e8
 _HOST_ADAM_MAX = 3.8e9
@@ -91,13 +93,13 @@ def default_speeds(device_name: str, threads: int) -> Speeds:
     """Speeds of a known GPU, else cautious ones; CPU Adam does 3.4e8 parameters/s per core, up to 3.8e9 where DRAM
     is the limit. All of them hold while both directions of the link are busy, which is when a step needs them."""
     adam = min(_HOST_ADAM_PER_CORE * max(threads, 1), _HOST_ADAM_MAX)
-    for part, flops, h2d, d2h in _DEVICES:
+    for part, flops, h2d, d2h, memory in _DEVICES:
         if part in device_name:
-            return Speeds(flops, h2d, d2h, adam)
+            return Speeds(flops, h2d, d2h, adam, memory)
     if "emulated" in device_name.lower():
         # A CPU core sustains some 5e10 FLOP/s in bf16 or fp32; the "links" are memory copies.
-        return Speeds(5e10 * max(threads, 1), 8e9, 8e9, adam)
-    return Speeds(5e13, 12e9, 12e9, adam)
+        return Speeds(5e10 * max(threads, 1), 8e9, 8e9, adam, 8e9)
+    return Speeds(5e13, 12e9, 12e9, adam, 5e11)
 
 
 def unknown_option(name: str, known: Iterable[str], owner: str) -> str:

@@ -28,7 +28,7 @@ def make_trace() -> str:
     return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": 0})
 
 
-def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation: int, clip_mode: str) -> str:
+def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation: int, clip_mode: str, sums: str) -> str:
     streamed = [layout.param_bytes(i) for i, (_, home) in enumerate(classes) if home == "streamed"]
     slab = -(-max(streamed, default=0) // 256) * 256 * (2 if streamed else 0)
     staging = 2 * max(layout.grad_bytes(i) for i in range(3)) if accumulation > 1 else 0
@@ -36,7 +36,7 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
     return json.dumps(
         {
             "version": 1,
-            "chunks": [{"class": c, "home": h} for c, h in classes],
+            "chunks": [{"class": c, "home": h, "accumulate": "device" if c == "device" else sums} for c, h in classes],
             "recompute": [False] * 3,
             "stream_slab_bytes": slab,
             "grad_in_flight_bytes": 1_000_000,
@@ -54,7 +54,13 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
 
 
 def train(
-    device: str, precision: str, classes: list[tuple[str, str]], accumulation: int, clip_mode: str, max_norm: float | None
+    device: str,
+    precision: str,
+    classes: list[tuple[str, str]],
+    accumulation: int,
+    clip_mode: str,
+    max_norm: float | None,
+    sums: str = "host",
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Trains synthetic gradients that depend on the weights read; gives the final weights and the norms."""
     dtype, layout = DTYPES[precision], _core.Layout(precision, [(n, s) for n, s in zip("abc", SIZES, strict=True)])
@@ -62,7 +68,7 @@ def train(
     engine = _core.Engine(
         layout,
         make_trace(),
-        make_plan(layout, classes, accumulation, clip_mode),
+        make_plan(layout, classes, accumulation, clip_mode, sums),
         _core.Device.cuda(0) if device == "cuda" else _core.Device.emulated(),
         device_budget=10**9,
         host_budget=10**9,
@@ -98,10 +104,13 @@ def train(
             resident.append(None)
         if cls == "device":
             state = torch.cat([halves, torch.zeros(states * 8, dtype=torch.uint8)]).to(where)
+            alive.append(state)
+            engine.bind(c, states=state.data_ptr())
+        if accumulation > 1 and "device" in (cls, sums):
             accumulator = torch.empty(states, device=where)
-            alive += [state, accumulator]
-            engine.bind(c, states=state.data_ptr(), accumulator=accumulator.data_ptr() if accumulation > 1 else None)
-    slab_bytes = json.loads(make_plan(layout, classes, accumulation, clip_mode))["stream_slab_bytes"]
+            alive.append(accumulator)
+            engine.bind(c, accumulator=accumulator.data_ptr())
+    slab_bytes = json.loads(make_plan(layout, classes, accumulation, clip_mode, sums))["stream_slab_bytes"]
     slab = torch.zeros(max(slab_bytes, 1), dtype=torch.uint8, device=where)
     if slab_bytes:
         engine.bind_slab(slab.data_ptr())
@@ -174,8 +183,9 @@ def test_cuda_equals_emulated_bit_for_bit(precision: str, accumulation: int, max
         ([("device", "resident"), ("host", "resident"), ("host", "streamed")], "defer"),
         ([("host", "resident"), ("host", "streamed"), ("device", "resident")], "speculate"),
     ]
-    for classes, clip_mode in placements:
-        weights, got = train("cuda", precision, classes, accumulation, clip_mode, max_norm)
-        assert got == norms, (classes, clip_mode)
-        for a, b in zip(weights, expected, strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (classes, clip_mode)
+    for sums in ["host", "device"] if accumulation > 1 else ["host"]:
+        for classes, clip_mode in placements:
+            weights, got = train("cuda", precision, classes, accumulation, clip_mode, max_norm, sums)
+            assert got == norms, (classes, clip_mode, sums)
+            for a, b in zip(weights, expected, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (classes, clip_mode, sums)

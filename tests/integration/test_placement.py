@@ -17,6 +17,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {**STATIC_HOST, "offload_param_frac": 1.0, "recompute": "full"},
     "speculating": {**STATIC_HOST, "clip_mode": "speculate"},
     "speculating, streamed": {**STATIC_HOST, "offload_param_frac": 1.0, "clip_mode": "speculate"},
+    "sums on the host": {**STATIC_HOST, "accumulate_on": "host", "offload_param_frac": 0.5},
+    "sums on the device": {**STATIC_HOST, "accumulate_on": "device", "offload_param_frac": 0.5},
+    "sums on the device, speculating": {**STATIC_HOST, "accumulate_on": "device", "clip_mode": "speculate"},
     "slow links": {**STATIC_HOST, "offload_param_frac": 1.0, "h2d_bytes_per_second": 2e8, "d2h_bytes_per_second": 2e8},
 }
 
@@ -34,11 +37,12 @@ def test_every_placement_gives_the_same_bits(kit: Any, precision: str, accumulat
     reference = kit.train(kit.llama(), synchronous=True, **options)
     reference.norms = []
     plan = reference.booster._runtime.memory.plan
-    assert all(chunk == {"class": "device", "home": "resident"} for chunk in plan["chunks"])
+    assert all(chunk == {"class": "device", "home": "resident", "accumulate": "device"} for chunk in plan["chunks"])
     if max_norm is not None:
         assert reference.booster.stats()["clipped"] == 20
-    # Four times as long with accumulation: what others cover is left out.
-    variants = {name: variant for name, variant in VARIANTS.items() if accumulation == 1 or name not in ("half and half", "slow links")}
+    # Four times as long with accumulation: what others cover is left out. Without, nothing is added up.
+    left_out = {"half and half", "slow links"} if accumulation > 1 else {name for name in VARIANTS if name.startswith("sums")}
+    variants = {name: variant for name, variant in VARIANTS.items() if name not in left_out}
     least = kit.tightest(kit.llama, **options)
     variants["tightest"] = {"device_budget": least}
     variants["tightest, speculating, two threads"] = {"device_budget": least, "clip_mode": "speculate", "num_threads": 2}

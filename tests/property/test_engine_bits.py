@@ -29,7 +29,7 @@ def chunk_specs(draw: st.DrawFn) -> ChunkSpec:
     if not any(trainable for _, trainable in params):
         return ChunkSpec(params, "frozen", draw(st.sampled_from(["streamed", "resident"])))
     cls, home = draw(st.sampled_from([("host", "streamed"), ("host", "streamed"), ("host", "resident"), ("device", "resident")]))
-    return ChunkSpec(params, cls, home)
+    return ChunkSpec(params, cls, home, draw(st.sampled_from(["host", "device"])))
 
 
 @st.composite

@@ -75,6 +75,13 @@ class ChunkSpec:
     params: tuple[tuple[int, bool], ...]
     cls: str = "host"
     home: str = "streamed"
+    sums: str = "host"
+    """Where its gradients are added up; a device-class chunk's always on the device."""
+
+    @property
+    def sums_on_device(self) -> bool:
+        """Whether accumulation needs an accumulator on the device."""
+        return self.cls == "device" or (self.cls == "host" and self.sums == "device")
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,10 @@ class Setup:
         return json.dumps(
             {
                 "version": 1,
-                "chunks": [{"class": spec.cls, "home": spec.home} for spec in self.chunks],
+                "chunks": [
+                    {"class": spec.cls, "home": spec.home, "accumulate": "device" if spec.sums_on_device else "host"}
+                    for spec in self.chunks
+                ],
                 "recompute": [False] * len(self.unit_chunks()),
                 "stream_slab_bytes": self.slab_bytes(),
                 "grad_in_flight_bytes": self.grad_in_flight_bytes,
@@ -373,14 +383,20 @@ class Rig:
                 self.engine.bind(chunk, param=address(memory.param))
             if spec.cls == "device":
                 self.bind_states(chunk)
+            if spec.sums_on_device:
+                self.bind_accumulator(chunk)
             self.write_payloads(chunk)
 
     def bind_states(self, chunk: int) -> None:
-        """Binds states (and an accumulator) to a device-class chunk."""
+        """Binds states to a device-class chunk."""
         memory = self.memory[chunk]
         memory.states = np.zeros(max(self.layout.state_bytes(chunk), 1), np.uint8)
         self.engine.bind(chunk, states=address(memory.states))
-        if self.setup.accumulation > 1:
+
+    def bind_accumulator(self, chunk: int) -> None:
+        """Binds an accumulator to a chunk whose gradients are added up on the device."""
+        memory = self.memory[chunk]
+        if self.setup.accumulation > 1 and memory.accumulator is None:
             memory.accumulator = np.full(max(self.layout.state_numel(chunk), 1), np.nan, np.float32)
             self.engine.bind(chunk, accumulator=address(memory.accumulator))
 
@@ -410,6 +426,7 @@ class Rig:
             param[:] = memory.param
         else:
             self.bind_states(chunk)
+            self.bind_accumulator(chunk)
             views = dict(self.device_views(chunk))
         for name, values in before.items():
             view = views[name]

@@ -47,7 +47,7 @@ def test_it_equals_the_definition(
     target[torch.rand(tokens, generator=generator) < ignored] = -100
     target[0] = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "chunk_tokens", lambda weight_shape: chunk)
+        patch.setattr(module, "chunk_tokens", lambda weight_shape, device: chunk)
         ours = linear_cross_entropy(hidden, weight, target, num_items)
     assert ours.dtype == torch.float32
     expected = reference(hidden, weight, target, num_items)
@@ -63,7 +63,7 @@ def test_sixteen_bit_gradients_accumulate_in_fp32(dtype: Any, monkeypatch: pytes
     weight = (torch.randn(50, 32, generator=generator) / 6).to(dtype).requires_grad_()
     target = torch.randint(0, 50, (512,), generator=generator)
     expected = gradients(reference(hidden, weight, target, None), hidden, weight, 1.0)
-    monkeypatch.setattr(module, "chunk_tokens", lambda weight_shape: 8)
+    monkeypatch.setattr(module, "chunk_tokens", lambda weight_shape, device: 8)
     scale = 2.0**12 if dtype is torch.float16 else 1.0
     ours = gradients(linear_cross_entropy(hidden, weight, target), hidden, weight, scale)
     for mine, theirs in zip(ours, expected, strict=True):

@@ -23,19 +23,21 @@ def explain(runtime: Runtime) -> str:
         return "not planned yet: the plan is made at the first forward, for its shapes"
     plan = runtime.memory.plan
     layout = runtime.layout
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for chunk, placed in enumerate(plan["chunks"]):
-        groups.setdefault((placed["class"], placed["home"]), []).append(chunk)
+        sums = placed["accumulate"] if plan["accumulation"] > 1 and placed["class"] != "frozen" else ""
+        groups.setdefault((placed["class"], placed["home"], sums), []).append(chunk)
     total = sum(param.numel() for chunk in runtime.grouping.chunks for param in chunk.params)
     lines = [
         f"{type(runtime.model).__name__}: {total / 1e6:.1f}M parameters, {runtime.plugin.precision}, "
         f"{runtime.trace.tokens} tokens per micro-batch, {plan['accumulation']} micro-batches per step, clip_mode {plan['clip_mode']}",
         "chunks:",
     ]
-    for (cls, home), chunks in sorted(groups.items()):
+    for (cls, home, sums), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
         step = {"device": "stepped on the device", "host": "stepped by the CPU", "frozen": "frozen"}[cls]
-        lines.append(f"  {len(chunks)} {step}, parameters {home}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+        where = f"{home}, gradients added up on the {sums}" if sums else home
+        lines.append(f"  {len(chunks)} {step}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
         used = sum(parts.values())

@@ -66,8 +66,8 @@ def correct(runtime: Runtime) -> None:
         need = runtime.layout.state_bytes(chunk)
         if chunk not in runtime.memory.resident:
             need += runtime.layout.param_bytes(chunk)
-        if runtime.plugin.gradient_accumulation_steps > 1:
-            need += runtime.layout.grad_acc_bytes(chunk)
+        if runtime.memory.plan["accumulation"] > 1:
+            need += 0 if chunk in runtime.memory.accumulators else runtime.layout.grad_acc_bytes(chunk)
         else:
             need += runtime.layout.grad_bytes(chunk)
         if need > room:

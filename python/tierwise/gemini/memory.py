@@ -48,8 +48,8 @@ class ChunkMemory:
                 param = self.resident[chunk] = zeros(self.layout.param_bytes(chunk))
             if placed["class"] == "device":
                 states = self.states[chunk] = zeros(self.layout.state_bytes(chunk))
-                if self.plan["accumulation"] > 1:
-                    accumulator = self.accumulators[chunk] = zeros(self.layout.grad_acc_bytes(chunk))
+            if placed["class"] != "frozen" and placed["accumulate"] == "device" and self.plan["accumulation"] > 1:
+                accumulator = self.accumulators[chunk] = zeros(self.layout.grad_acc_bytes(chunk))
             self.engine.bind(
                 chunk,
                 param=None if param is None else param.data_ptr(),
@@ -76,7 +76,7 @@ class ChunkMemory:
                 offset += source.numel()
         self.target.synchronize()
         accumulator = None
-        if self.plan["accumulation"] > 1:
+        if self.plan["accumulation"] > 1 and chunk not in self.accumulators:
             accumulator = torch.zeros(self.layout.grad_acc_bytes(chunk), dtype=torch.uint8, device=self.target.torch_device)
         self.engine.bind(
             chunk,
@@ -90,7 +90,7 @@ class ChunkMemory:
             self.resident[chunk] = param
         if accumulator is not None:
             self.accumulators[chunk] = accumulator
-        self.plan["chunks"][chunk].update({"class": "device", "home": "resident"})
+        self.plan["chunks"][chunk].update({"class": "device", "home": "resident", "accumulate": "device"})
 
     def _state_bytes(self, payload: str) -> int:
         if payload == "master":

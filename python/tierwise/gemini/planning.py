@@ -46,6 +46,7 @@ def request(
         "placement": placement,
         "recompute": recompute,
         "accumulation": plugin.gradient_accumulation_steps,
+        "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,
         "speeds": dataclasses.asdict(speeds),
     }

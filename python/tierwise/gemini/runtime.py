@@ -140,7 +140,9 @@ class Runtime:
         """Device bytes beside everything traced; the emulated device counts only what is traced."""
         if self.target.emulated:
             return 0
-        loss = 0 if self.fused is None or not self.fused.enabled else linear_cross_entropy.temporary_bytes(self.fused.weight.shape)
+        loss = 0
+        if self.fused is not None and self.fused.enabled:
+            loss = linear_cross_entropy.temporary_bytes(self.fused.weight.shape, self.target.torch_device)
         return max(self.trace.temporary_bytes(), loss)
 
     def _build(self) -> None:

@@ -59,7 +59,7 @@ class _SavesLike(torch.autograd.Function):
         raise AssertionError("a trace has no backward")
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
+def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no memory: a trace runs the model with such tensors, which claim to be on the device."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
@@ -74,7 +74,7 @@ def fuse_normalization(model: nn.Module) -> int:
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _is_fake(hidden_states):
+        if is_fake(hidden_states):
             row = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
             return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return]
         if not hidden_states.is_cuda:
@@ -93,7 +93,7 @@ def fuse_activations(model: nn.Module) -> int:
     silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if _is_fake(x):
+        if is_fake(x):
             return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
         if not x.is_cuda:
             return type(self).forward(self, x)  # type: ignore[no-any-return]
@@ -114,7 +114,7 @@ def _rotary(plain: Any) -> Any:
     function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
 
     def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not q.is_cuda or unsqueeze_dim != 1 or _is_fake(q):
+        if not q.is_cuda or unsqueeze_dim != 1 or is_fake(q):
             return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return function.apply(q, k, cos, sin, None, unsqueeze_dim)
 

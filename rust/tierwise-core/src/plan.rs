@@ -1,7 +1,7 @@
 //! The plan: where every payload of every chunk lives, what is recomputed, and what each tier will hold.
 
 use crate::layout::Layout;
-use crate::{ChunkId, OpId};
+use crate::{ChunkId, OpId, Tier};
 use serde::{Deserialize, Serialize};
 
 /// Where the optimizer step of a chunk runs.
@@ -33,6 +33,34 @@ pub struct ChunkPlan {
     pub class: OptimizerClass,
     /// How its parameters reach the compute stream.
     pub home: ParamHome,
+    /// Where the gradients of several micro-batches are added up: a device-class chunk's always on the device, a host-class chunk's there
+    /// too where its fp32 accumulator fits; it is then sent to the host once per step instead of once per micro-batch.
+    pub accumulate: Tier,
+}
+
+impl Plan {
+    /// Whether the gradients of a chunk are added up on the device, micro-batch by micro-batch.
+    pub fn sums_on_device(&self, chunk: ChunkId) -> bool {
+        let placement = self.chunks[chunk.index()];
+        self.accumulation > 1 && placement.class != OptimizerClass::Frozen && placement.accumulate == Tier::Device
+    }
+}
+
+impl ChunkPlan {
+    /// A placement that adds up gradients where the optimizer step runs.
+    pub const fn new(class: OptimizerClass, home: ParamHome) -> Self {
+        let accumulate = match class {
+            OptimizerClass::Device => Tier::Device,
+            OptimizerClass::Host | OptimizerClass::Frozen => Tier::Host,
+        };
+        ChunkPlan { class, home, accumulate }
+    }
+
+    /// The same with another place for the sum of gradients.
+    #[must_use]
+    pub const fn accumulating(self, accumulate: Tier) -> Self {
+        ChunkPlan { accumulate, ..self }
+    }
 }
 
 /// How gradient clipping and the host optimizer step overlap.
@@ -56,7 +84,7 @@ pub struct DeviceBytes {
     pub states: u64,
     /// The slab that streamed chunks pass through.
     pub stream_slab: u64,
-    /// fp32 accumulators of device-class chunks (only with gradient accumulation).
+    /// fp32 accumulators on the device (only with gradient accumulation).
     pub accumulators: u64,
     /// Gradients alive at the peak.
     pub gradients: u64,

@@ -1,13 +1,15 @@
 //! The planner: turns a trace, a layout and hard budgets into a plan.
 //!
 //! The search has four levels: what is recomputed, how many chunks are streamed, the size of the slab, and how many chunks have their
-//! states on the device. The last one is monotone (each further chunk needs more device memory, less host memory and never more time), so
-//! it is a binary search, and that a larger budget never predicts a slower step holds by construction.
+//! states on the device; with gradient accumulation also how many host-stepped chunks add up their gradients there. Each further chunk with
+//! states on the device needs more device memory, less host memory and never more time, so that level is a bisection. A larger budget only
+//! adds choices, so it never predicts a slower step.
 
 mod dry_run;
 mod memory;
 mod placement;
 
+use crate::Tier;
 use crate::layout::Layout;
 use crate::plan::{ClipMode, DeviceBytes, HostBytes, Plan, host_region_bytes};
 use crate::trace::Trace;
@@ -26,6 +28,8 @@ pub struct Speeds {
     pub d2h_bytes: f64,
     /// Parameters per second that the host steps.
     pub host_adam_params: f64,
+    /// Bytes per second of the device's own memory.
+    pub device_memory_bytes: f64,
 }
 
 /// Who chooses the placement.
@@ -74,6 +78,9 @@ pub struct PlanRequest {
     pub recompute: Recompute,
     /// Micro-batches per optimizer step.
     pub accumulation: u32,
+    /// Where host-stepped chunks add up the gradients of micro-batches, or the planner's choice.
+    #[serde(default)]
+    pub accumulate: Option<Tier>,
     /// Clipping mode. `Speculate` and `Auto` use what the host budget leaves for undo records.
     pub clip_mode: ClipMode,
     /// Speeds.
@@ -120,6 +127,12 @@ const VERSION: u32 = 1;
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
 
+/// Bytes of device memory traffic of one optimizer step per parameter.
+const OPTIMIZER_BYTES: f64 = 26.0;
+
+/// Bytes of device memory traffic of adding one gradient to its fp32 accumulator.
+const ACCUMULATE_BYTES: f64 = 10.0;
+
 /// One point of the search.
 struct Candidate<'a> {
     recompute: &'a Activations,
@@ -160,7 +173,7 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
             for &(slab, tight) in &group.variants {
                 let device = |row: &Row| row.device_bytes(recompute, slab, tight, request.reserve_bytes);
                 let fitting = group.rows.partition_point(|row| device(row) <= request.device_budget);
-                let Some(row) = fitting.checked_sub(1).map(|last| &group.rows[last]) else {
+                let Some(last) = fitting.checked_sub(1) else {
                     let needed = device(&group.rows[0]);
                     if least_device.is_none_or(|(least, _, _)| needed < least) {
                         let (breakdown, op) = group.rows[0].device_breakdown(recompute, slab, tight, request.reserve_bytes);
@@ -168,15 +181,18 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                     }
                     continue;
                 };
-                if row.host.total() > request.host_budget {
-                    if least_host.is_none_or(|least| row.host.total() < least.total()) {
-                        least_host = Some(row.host);
+                let first = if group.monotone { last } else { 0 };
+                for row in &group.rows[first..=last] {
+                    if row.host.total() > request.host_budget {
+                        if least_host.is_none_or(|least| row.host.total() < least.total()) {
+                            least_host = Some(row.host);
+                        }
+                        continue;
                     }
-                    continue;
-                }
-                let step = predict(recompute, row, group, slab, tight, request);
-                if best.as_ref().is_none_or(|best| is_better(recompute, row, step, best)) {
-                    best = Some(Candidate { recompute, row: row.clone(), slab, tight, step });
+                    let step = predict(&memory, recompute, row, group, slab, tight, request);
+                    if best.as_ref().is_none_or(|best| is_better(recompute, row, step, best)) {
+                        best = Some(Candidate { recompute, row: row.clone(), slab, tight, step });
+                    }
                 }
             }
         }
@@ -253,7 +269,7 @@ fn recompute_levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activa
                 (0..units.len()).filter(|&u| units[u].recomputable && units[u].saved_bytes > units[u].input_bytes).collect();
             let gain = |u: usize| (units[u].saved_bytes - units[u].input_bytes) as f64 / units[u].flops.max(1.0);
             order.sort_by(|&a, &b| gain(b).total_cmp(&gain(a)).then(a.cmp(&b)));
-            placement::levels(order.len())
+            placement::levels(order.len(), request.accumulation)
                 .into_iter()
                 .map(|count| {
                     let mut chosen = none.clone();
@@ -269,24 +285,38 @@ fn recompute_levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activa
 }
 
 /// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
-fn predict(recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
+fn predict(memory: &Memory, recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
     let speeds = &request.speeds;
     let accumulation = f64::from(request.accumulation);
-    let compute = accumulation * recompute.total_flops / speeds.flops;
-    // Adding to accumulators in host memory runs beside compute, and no micro-batch is over before its own is.
-    let accumulate = if request.accumulation > 1 {
-        accumulation * row.cost.accumulate_bytes as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES)
+    let micro_batch = recompute.total_flops / speeds.flops;
+    // What is stepped or added up on the host costs the device about as much in copies as it would there.
+    let optimizer = memory.state_numel as f64 * OPTIMIZER_BYTES / speeds.device_memory_bytes;
+    let added = if request.accumulation > 1 { memory.state_numel as f64 * ACCUMULATE_BYTES / speeds.device_memory_bytes } else { 0.0 };
+    let compute = accumulation * (micro_batch + added) + optimizer;
+    // Adding to accumulators in host memory runs beside compute and the fetches, and no micro-batch is over before its own is.
+    let accumulate = if row.cost.grad_bytes > 0 && request.accumulation > 1 {
+        accumulation * (row.cost.accumulate_bytes + row.cost.stream_bytes) as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES)
     } else {
         0.0
     };
-    // A deferred host step hides behind the first forward only.
-    let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - recompute.forward_flops / speeds.flops).max(0.0);
+    // A deferred host step hides behind the first forward only, a speculated one behind the last backward too.
+    let forward = recompute.forward_flops / speeds.flops;
+    let speculated = if request.clip_mode == ClipMode::Defer || row.undo_bytes == 0 {
+        0.0
+    } else {
+        let share = (request.host_budget - row.host.total()) as f64 / row.undo_bytes as f64;
+        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(micro_batch - forward)
+    };
+    let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - forward - speculated).max(0.0);
+    // Sums leave for the host during the last backward.
+    let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
     let h2d = stream + row.cost.refresh_bytes as f64 / speeds.h2d_bytes;
-    let d2h = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
+    let grads = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
+    let d2h = grads + row.cost.sum_bytes as f64 / speeds.d2h_bytes;
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = if slab < group.prefetch_slab { stream } else { 0.0 };
-    let stalled_d2h = if tight { d2h } else { 0.0 };
+    let stalled_d2h = late_sums + if tight { grads } else { 0.0 };
     let serial = compute.max(accumulate) + adam + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h);
     let bound_by = if seconds > serial {

@@ -298,7 +298,7 @@ impl Scheduler {
         if streamed && state.slot.is_some() {
             self.drop_cache(chunk)?;
         }
-        self.plan.chunks[chunk.index()] = ChunkPlan { class, home: ParamHome::Resident };
+        self.plan.chunks[chunk.index()] = ChunkPlan::new(class, ParamHome::Resident);
         self.chunks[chunk.index()].param = match class {
             OptimizerClass::Host => Residency::Cached { home: Tier::Host, cache: Tier::Device },
             OptimizerClass::Device | OptimizerClass::Frozen => Residency::At(Tier::Device),

@@ -8,7 +8,7 @@ use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::trace::{Phase, Trace};
-use tierwise_core::{ChunkId, OpId};
+use tierwise_core::{ChunkId, OpId, Tier};
 
 /// Activations alive at an operation, by looking at every unit anew.
 fn activations_at(trace: &Trace, plan: &Plan, at: usize) -> u64 {
@@ -47,7 +47,8 @@ fn gradients_at(layout: &Layout, trace: &Trace, plan: &Plan, at: usize) -> u64 {
         if first <= at && (at <= last || until_end) {
             alive += bytes;
         }
-        if class == OptimizerClass::Host && last < at {
+        let stays = plan.accumulation > 1 && plan.chunks[chunk.index()].accumulate == Tier::Device;
+        if class == OptimizerClass::Host && !stays && last < at {
             sent += bytes;
             largest = bytes.max(largest);
         }
@@ -72,15 +73,18 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         }
         if place.class == OptimizerClass::Device {
             states += layout.state_bytes(chunk);
-            accumulators += if plan.accumulation > 1 { numel * 4 } else { 0 };
+            assert_eq!(place.accumulate, Tier::Device);
         }
+        assert!(numel > 0 || place.accumulate == Tier::Host);
+        let sums_on_device = plan.accumulation > 1 && place.accumulate == Tier::Device;
+        accumulators += if sums_on_device { numel * 4 } else { 0 };
         if place.class == OptimizerClass::Host || place.home == ParamHome::Streamed {
             host.params += up(layout.param_bytes(chunk), 4096);
         }
         if place.class == OptimizerClass::Host {
             host.states += up(numel * layout.precision.master_bytes(), 4096) + 2 * up(numel * 4, 4096);
             host.gradients += up(if plan.accumulation > 1 { numel * 4 } else { layout.grad_bytes(chunk) }, 4096);
-            largest_grad = largest_grad.max(layout.grad_bytes(chunk));
+            largest_grad = if sums_on_device { largest_grad } else { largest_grad.max(layout.grad_bytes(chunk)) };
         }
     }
     host.staging = if plan.accumulation > 1 { 2 * up(largest_grad, 4096) } else { 0 };
@@ -109,9 +113,11 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let speed = || (0.0..4.0_f64).prop_map(|e| 10_f64.powf(e));
     let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64));
-    let speeds = (speed(), speed(), speed(), speed());
-    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, recompute, 1_u32..4, clip, speeds, fractions).prop_map(
-        |(device_budget, host_budget, reserve_bytes, recompute, accumulation, clip_mode, speeds, fractions)| PlanRequest {
+    let speeds = (speed(), speed(), speed(), speed(), speed());
+    let accumulate = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Device)), 1 => Just(Some(Tier::Host))];
+    let accumulation = (1_u32..4, accumulate);
+    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, recompute, accumulation, clip, speeds, fractions).prop_map(
+        |(device_budget, host_budget, reserve_bytes, recompute, (accumulation, accumulate), clip_mode, speeds, fractions)| PlanRequest {
             device_budget,
             host_budget,
             reserve_bytes,
@@ -122,12 +128,14 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
             }),
             recompute,
             accumulation,
+            accumulate,
             clip_mode,
             speeds: Speeds {
                 flops: 1e6 * speeds.0,
                 h2d_bytes: 1e4 * speeds.1,
                 d2h_bytes: 1e4 * speeds.2,
                 host_adam_params: 1e4 * speeds.3,
+                device_memory_bytes: 1e6 * speeds.4,
             },
         },
     )
@@ -248,9 +256,10 @@ fn host_accumulation_bounds_the_prediction() {
     let predict = |accumulation: u32, flops: f64, optim: f64| {
         let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: optim, offload_param_frac: 0.0 };
         let base = h100(400 * GIB, 400 * GIB);
-        // Links far faster than host memory, so that nothing else bounds it.
-        let speeds = Speeds { flops, h2d_bytes: 1e15, d2h_bytes: 1e15, ..base.speeds };
-        plan(&layout, &trace, &PlanRequest { accumulation, placement, recompute: Recompute::None, speeds, ..base }).unwrap()
+        // Links and device memory far faster than host memory, so that nothing else bounds it.
+        let speeds = Speeds { flops, h2d_bytes: 1e15, d2h_bytes: 1e15, device_memory_bytes: 1e17, ..base.speeds };
+        let request = PlanRequest { accumulation, placement, recompute: Recompute::None, speeds, ..base };
+        plan(&layout, &trace, &PlanRequest { accumulate: Some(Tier::Host), ..request }).unwrap()
     };
     assert_eq!(predict(2, 650e15, 1.0).bound_by, "cpu_adam");
     assert_eq!(predict(16, 650e15, 1.0).bound_by, "host_memory");
@@ -266,6 +275,55 @@ fn host_accumulation_bounds_the_prediction() {
         assert!(all.predicted_step_s - few.predicted_step_s <= adam);
     }
     assert!((predict(1, 650e15, 1.0).predicted_step_s / adam - 1.0).abs() < 1e-3, "one micro-batch accumulates nothing");
+}
+
+/// With room on the device, chunks that the host steps add up their gradients there: the latest-used ones, and as many as fit.
+#[test]
+fn sums_are_taken_on_the_device_where_that_is_faster() {
+    let (layout, trace) = llama_7b(4096);
+    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 };
+    // A host memory that cannot keep up with a micro-batch.
+    let base = h100(0, 400 * GIB);
+    let speeds = Speeds { host_adam_params: 2e9, ..base.speeds };
+    let request = PlanRequest { accumulation: 16, placement, recompute: Recompute::Full, speeds, ..base };
+    let minimum = minimum_device_bytes(&layout, &trace, &request);
+    let planned = |more: u64| plan(&layout, &trace, &PlanRequest { device_budget: minimum + more, ..request.clone() }).unwrap();
+    let on_device = |plan: &Plan| plan.chunks.iter().filter(|c| c.accumulate == Tier::Device).count();
+    let (none, some, many) = (planned(0), planned(6 * GIB), planned(40 * GIB));
+    assert_eq!((on_device(&none), none.bound_by.as_str()), (0, "host_memory"));
+    assert!(on_device(&some) > 0 && on_device(&some) < layout.chunks.len());
+    assert_eq!(some.chunks.first().unwrap().accumulate, Tier::Host);
+    assert_eq!(some.chunks.last().unwrap().accumulate, Tier::Device);
+    // Enough of them that host memory keeps up with the rest; more would only cost the device.
+    assert!(on_device(&many) > on_device(&some));
+    assert_ne!(many.bound_by, "host_memory");
+    assert!(none.predicted_step_s > some.predicted_step_s && some.predicted_step_s > many.predicted_step_s);
+    // As asked for.
+    for (tier, expected) in [(Tier::Host, 0), (Tier::Device, layout.chunks.len())] {
+        let asked = PlanRequest { accumulate: Some(tier), device_budget: minimum + 40 * GIB, ..request.clone() };
+        assert_eq!(on_device(&plan(&layout, &trace, &asked).unwrap()), expected);
+    }
+    // One micro-batch adds nothing up.
+    let single = plan(&layout, &trace, &PlanRequest { accumulation: 1, device_budget: minimum + 40 * GIB, ..request.clone() }).unwrap();
+    assert_eq!(on_device(&single), 0);
+}
+
+/// What speculation does in backward need not hide in forward; the undo records of its chunks have to fit.
+#[test]
+fn speculation_hides_host_steps_in_backward_as_far_as_undo_records_fit() {
+    let (layout, trace) = llama_7b(4096);
+    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 };
+    let seconds = |clip_mode, host_budget| {
+        let request = PlanRequest { placement, clip_mode, recompute: Recompute::Full, ..h100(400 * GIB, host_budget) };
+        plan(&layout, &trace, &request).unwrap().predicted_step_s
+    };
+    let least = plan(&layout, &trace, &PlanRequest { placement, recompute: Recompute::Full, ..h100(400 * GIB, 400 * GIB) }).unwrap();
+    let least = least.host.total();
+    let defer = seconds(ClipMode::Defer, 400 * GIB);
+    assert_eq!(seconds(ClipMode::Speculate, least).to_bits(), defer.to_bits(), "no room for an undo record");
+    let (some, all) = (seconds(ClipMode::Speculate, least + 2 * GIB), seconds(ClipMode::Speculate, 400 * GIB));
+    assert!(all < some && some < defer, "{all} {some} {defer}");
+    assert_eq!(seconds(ClipMode::Auto, 400 * GIB).to_bits(), all.to_bits());
 }
 
 #[test]
@@ -335,12 +393,14 @@ fn undo_records_take_what_the_host_has_left() {
     let (layout, trace) = llama_7b(16_384);
     let deferred = plan(&layout, &trace, &h100(60 * GIB, 300 * GIB)).unwrap();
     assert_eq!((deferred.undo_bytes, deferred.host.undo), (0, 0));
-    let all: u64 = layout.ids().filter(|c| deferred.chunks[c.index()].class == OptimizerClass::Host).map(|c| layout.undo_bytes(c)).sum();
     for spare in [0, GIB + 5, 200 * GIB] {
         let host_budget = deferred.host.total() + spare;
         let request = PlanRequest { clip_mode: ClipMode::Auto, ..h100(60 * GIB, host_budget) };
         let plan = plan(&layout, &trace, &request).unwrap();
-        assert_eq!(plan.undo_bytes, all.min(spare / 4096 * 4096));
+        // Where records find room, the planner may leave more to the host.
+        let all: u64 = layout.ids().filter(|c| plan.chunks[c.index()].class == OptimizerClass::Host).map(|c| layout.undo_bytes(c)).sum();
+        let left = host_budget - (plan.host.total() - plan.host.undo);
+        assert_eq!(plan.undo_bytes, all.min(left / 4096 * 4096));
         check_memory(&layout, &trace, &request, &plan);
     }
 }

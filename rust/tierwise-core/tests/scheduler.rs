@@ -140,7 +140,7 @@ fn nothing_is_fetched_to_be_rewritten() {
 /// The copy of a chunk that the host rewrites is worth nothing after its last use, one that stays valid is worth keeping.
 #[test]
 fn what_will_be_rewritten_leaves_first() {
-    let frozen = ChunkPlan { class: OptimizerClass::Frozen, home: ParamHome::Streamed };
+    let frozen = ChunkPlan::new(OptimizerClass::Frozen, ParamHome::Streamed);
     for (accumulation, present) in [(1, ChunkId(1)), (2, ChunkId(0))] {
         let (layout, trace, plan) = uniform(2, NUMEL, |chunk| if chunk == 0 { STREAMED } else { frozen }, BYTES, accumulation);
         let mut scheduler = Scheduler::new(layout, trace.clone(), plan, None);
@@ -861,13 +861,13 @@ fn cases() -> impl Strategy<Value = Case> {
                 .chunks
                 .iter()
                 .zip(kinds)
-                .map(|(chunk, kind)| ChunkPlan {
-                    class: match kind {
+                .map(|(chunk, kind)| {
+                    let class = match kind {
                         _ if chunk.state_numel == 0 => OptimizerClass::Frozen,
                         0 => OptimizerClass::Device,
                         _ => OptimizerClass::Host,
-                    },
-                    home: if kind == 2 { ParamHome::Streamed } else { ParamHome::Resident },
+                    };
+                    ChunkPlan::new(class, if kind == 2 { ParamHome::Streamed } else { ParamHome::Resident })
                 })
                 .collect();
             let streamed = |c: &ChunkId| chunks[c.index()].home == ParamHome::Streamed;

@@ -124,14 +124,18 @@ impl Shared {
         }
         let class = state.scheduler.plan().chunks[chunk.index()].class;
         let accumulates = state.scheduler.plan().accumulation > 1;
+        let sums_on_device = state.scheduler.plan().sums_on_device(chunk);
         let bytes = layout.grad_bytes(chunk);
         let bound = state.places[chunk.index()].1;
-        if class == OptimizerClass::Device && layout.state_bytes(chunk) > 0 && (bound.states == 0 || accumulates && bound.accumulator == 0)
-        {
-            let missing = if bound.states == 0 { "states" } else { "accumulator" };
-            return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
+        if layout.state_bytes(chunk) > 0 {
+            let lacks_states = class == OptimizerClass::Device && bound.states == 0;
+            if lacks_states || sums_on_device && bound.accumulator == 0 {
+                let missing = if lacks_states { "states" } else { "accumulator" };
+                return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
+            }
         }
-        if class == OptimizerClass::Host {
+        let leaves = class == OptimizerClass::Host && !sums_on_device;
+        if leaves {
             let limit = state.scheduler.plan().grad_in_flight_bytes;
             state = self.wait_until(state, keep_waiting, |state| {
                 let gradients = &state.gradients;
@@ -146,8 +150,8 @@ impl Shared {
         state.gradients.next_ticket += 1;
         let produced = self.device.record_compute(stream)?;
         let outcome = match class {
-            OptimizerClass::Device => self.to_device(state, chunk, &incoming, ticket, &produced, last),
-            OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Device | OptimizerClass::Host if !leaves => self.to_device(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Device | OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last),
             OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
         };
         self.or_stop(state, outcome)?;
@@ -191,7 +195,7 @@ impl Shared {
         if last { self.reduce_on_device(state, chunk) } else { Ok(()) }
     }
 
-    /// Takes the norm of a device-class chunk's final gradient.
+    /// Takes the norm of a final gradient that is on the device; one that the host steps leaves for there.
     fn reduce_on_device(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let layout = state.scheduler.layout();
         let accumulator = state.places[chunk.index()].1.accumulator;
@@ -210,7 +214,11 @@ impl Shared {
         let out = norms + u64::from(indices.first().copied().unwrap_or(0)) * 8;
         self.device.sum_squares(&spans, out as *mut f64)?;
         let reduced = self.device.record(Queue::Optimizer)?;
-        self.optimizer_jobs.send(Job::new(Some(reduced), move |shared| {
+        let (done, jobs) = match state.scheduler.plan().chunks[chunk.index()].class {
+            OptimizerClass::Host => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
+            OptimizerClass::Device | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
+        };
+        jobs.send(Job::new(Some(done), move |shared| {
             let sums = indices
                 .iter()
                 .enumerate()
@@ -219,6 +227,34 @@ impl Shared {
                 .collect();
             shared.post(&Event::GradLanded { chunk, sums })
         }))
+    }
+
+    /// Copies sums of gradients that were taken on the device to where the host's step reads them; gives the event of their arrival.
+    fn send_sums(&self, state: &mut State, chunk: ChunkId, ready: &EventRef) -> Result<EventRef> {
+        let layout = state.scheduler.layout();
+        let name = layout.chunks[chunk.index()].name.clone();
+        let (host, device) = state.places[chunk.index()];
+        let home = self.host + host.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;
+        let transfers: Vec<Transfer> = state
+            .gradients
+            .touched(layout, chunk)
+            .map(|(param, _)| {
+                let offset = param.offset * 4;
+                Transfer {
+                    dst: (home + offset) as *mut u8,
+                    src: (device.accumulator + offset) as *const u8,
+                    bytes: param.numel as usize * 4,
+                }
+            })
+            .collect();
+        let moved: u64 = transfers.iter().map(|t| t.bytes as u64).sum();
+        self.device.queue_wait(Queue::DeviceToHost, ready)?;
+        let start = state.recorder.enabled().then(|| self.device.record(Queue::DeviceToHost)).transpose()?;
+        self.device.copy(Queue::DeviceToHost, &transfers)?;
+        let landed = self.device.record(Queue::DeviceToHost)?;
+        state.recorder.between("d2h", format!("gradient sums {name}"), moved, start, &landed);
+        state.gradients.d2h_bytes += moved;
+        Ok(landed)
     }
 
     fn to_host(
@@ -287,7 +323,8 @@ impl Shared {
 
     /// Takes the norm of a chunk whose last gradient came in an earlier micro-batch.
     pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
-        if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Device {
+        let plan = state.scheduler.plan();
+        if plan.chunks[chunk.index()].class == OptimizerClass::Device || plan.sums_on_device(chunk) {
             return self.reduce_on_device(state, chunk);
         }
         let spans = host_spans(state, self.host, chunk)?;

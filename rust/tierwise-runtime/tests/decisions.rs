@@ -5,12 +5,12 @@ mod virtual_device;
 
 use proptest::prelude::*;
 use std::sync::Arc;
-use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
 use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
+use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::AdamHyper;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
@@ -76,7 +76,7 @@ impl Case {
             let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
             let on_device = placed.class == OptimizerClass::Device;
             let states = on_device.then(|| take(self.layout.state_bytes(chunk)));
-            let accumulator = (on_device && self.plan.accumulation > 1).then(|| take(self.layout.grad_acc_bytes(chunk)));
+            let accumulator = self.plan.sums_on_device(chunk).then(|| take(self.layout.grad_acc_bytes(chunk)));
             engine.bind(chunk, resident, states, accumulator).unwrap();
         }
         if self.plan.stream_slab_bytes > 0 {
@@ -202,8 +202,9 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         placement,
         recompute: Recompute::Auto,
         accumulation,
+        accumulate: None,
         clip_mode,
-        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8 },
+        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 4e10 },
     }
 }
 
@@ -242,6 +243,18 @@ fn steps_on_the_host() {
         assert_eq!(count(&turns, |a| matches!(a, Action::Refresh { .. })), 18);
     }
     case(&SIZES, &request(fixed(0.5, 0.0), 1, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+}
+
+#[test]
+fn gradients_are_summed_on_either_side() {
+    for tier in [Tier::Device, Tier::Host] {
+        for (optim, param) in [(1.0, 0.0), (0.5, 0.0), (1.0, 1.0)] {
+            let wanted = PlanRequest { accumulate: Some(tier), ..request(fixed(optim, param), 3, ClipMode::Defer, PLENTY) };
+            let case = case(&SIZES, &wanted, slow([1.0; 4]), true);
+            assert!(case.plan.chunks.iter().any(|c| c.class == OptimizerClass::Host && c.accumulate == tier));
+            case.check();
+        }
+    }
 }
 
 #[test]
@@ -294,13 +307,14 @@ proptest! {
         accumulation in 1_u32..4,
         mode in 0_usize..3,
         recompute in 0_usize..3,
+        accumulate in prop::option::of(prop::sample::select(vec![Tier::Device, Tier::Host])),
         scale in prop::array::uniform4(0.1..8.0_f64),
         clips: bool,
     ) {
         let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
         let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
         let placement = if room.is_some() { Placement::Auto } else { fixed(optim.max(param), param) };
-        let mut wanted = request(placement, accumulation, clip_mode, PLENTY);
+        let mut wanted = PlanRequest { accumulate, ..request(placement, accumulation, clip_mode, PLENTY) };
         wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
         if let Some(room) = room {
             let (layout, trace) = model(&sizes);

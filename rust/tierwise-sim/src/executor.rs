@@ -226,11 +226,12 @@ impl<'a> Run<'a> {
     fn drive(&mut self) -> Result<Option<Outcome>, SimError> {
         loop {
             loop {
-                let mut progress = self.advance_thread()?;
+                let mut progress = false;
                 while let Some(began) = self.machine.begin_one() {
                     self.began(began)?;
                     progress = true;
                 }
+                progress |= self.advance_thread()?;
                 if !progress {
                     break;
                 }

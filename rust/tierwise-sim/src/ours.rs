@@ -144,6 +144,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         placement: Placement::Auto,
         recompute: request.recompute.clone(),
         accumulation,
+        accumulate: None,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
     };

@@ -22,6 +22,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         placement: Placement::Auto,
         recompute: Recompute::Auto,
         accumulation: 1,
+        accumulate: None,
         clip_mode: ClipMode::Defer,
         speeds: Costs::new(&built, hardware).speeds(&built, hardware),
     };
@@ -89,8 +90,10 @@ fn bytes_and_time_are_conserved_and_budgets_hold() {
             };
             let host = |c: usize| plan.chunks[c].class == OptimizerClass::Host;
             let streamed = |c: usize| plan.chunks[c].home == ParamHome::Streamed;
-            let gradients = sum(&host, &|c| layout.grad_bytes(c));
-            assert_eq!(out.d2h_bytes, gradients * u64::from(plan.accumulation));
+            let sums_on_device = |c: usize| plan.sums_on_device(tierwise_core::ChunkId(c as u32));
+            let gradients = sum(&|c| host(c) && !sums_on_device(c), &|c| layout.grad_bytes(c));
+            let sums = sum(&|c| host(c) && sums_on_device(c), &|c| layout.grad_acc_bytes(c));
+            assert_eq!(out.d2h_bytes, gradients * u64::from(plan.accumulation) + sums);
             let refreshed = sum(&|c| host(c) && !streamed(c), &|c| layout.param_bytes(c));
             let fetched = sum(&streamed, &|c| layout.param_bytes(c));
             assert!(out.h2d_bytes >= refreshed + fetched, "{} < {refreshed} + {fetched}", out.h2d_bytes);

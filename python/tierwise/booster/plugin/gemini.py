@@ -54,6 +54,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """How clipping and the host's optimizer step overlap; the result is the same."""
     gradient_accumulation_steps: int = 1
     """Calls of `Booster.backward` per optimizer step."""
+    accumulate_on: Literal["auto", "device", "host"] = "auto"
+    """Where the gradients of several micro-batches are added up, in fp32, if the CPU steps their parameters. "auto": the planner's choice,
+    chunk by chunk. Gradients of parameters that are stepped on the device are always added up there."""
     micro_batch_size: int | None = None
     """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch."""
     seq_len: int | None = None
@@ -106,6 +109,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         self._one_of("precision", ("bf16", "fp16", "fp32"))
         self._one_of("placement_policy", ("auto", "static"))
         self._one_of("clip_mode", ("defer", "speculate", "auto"))
+        self._one_of("accumulate_on", ("auto", "device", "host"))
         self._one_of("recompute", ("auto", "none", "full"))
         self._one_of("device", ("auto", "cuda", "emulated"))
         for name in ("device_budget", "host_budget", "reserve"):

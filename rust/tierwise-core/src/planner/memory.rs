@@ -1,8 +1,9 @@
 //! The model of device memory: what is alive at every operation of a micro-batch.
 
 use super::{Activations, PlanError, PlanRequest};
+use crate::Tier;
 use crate::layout::Layout;
-use crate::plan::OptimizerClass;
+use crate::plan::{ChunkPlan, OptimizerClass};
 use crate::trace::{Phase, Trace};
 
 /// A trace and a layout, checked and indexed for the search.
@@ -10,6 +11,8 @@ pub(super) struct Memory<'a> {
     pub layout: &'a Layout,
     pub trace: &'a Trace,
     pub accumulation: u32,
+    /// Elements with optimizer states.
+    pub state_numel: u64,
     /// Per unit: its chunks, each once.
     pub unit_chunks: Vec<Vec<usize>>,
     /// Per chunk: first operation that reads it, `usize::MAX` if none does.
@@ -39,6 +42,7 @@ impl<'a> Memory<'a> {
             ("h2d_bytes", speeds.h2d_bytes),
             ("d2h_bytes", speeds.d2h_bytes),
             ("host_adam_params", speeds.host_adam_params),
+            ("device_memory_bytes", speeds.device_memory_bytes),
         ] {
             if speed.is_nan() || speed <= 0.0 {
                 return invalid(format!("speed {name} is {speed}; it must be positive"));
@@ -83,7 +87,8 @@ impl<'a> Memory<'a> {
                 }
             }
         }
-        Ok(Memory { layout, trace, accumulation: request.accumulation, unit_chunks, first_use, uses, backward })
+        let state_numel = layout.chunks.iter().map(|c| c.state_numel).sum();
+        Ok(Memory { layout, trace, accumulation: request.accumulation, state_numel, unit_chunks, first_use, uses, backward })
     }
 
     /// Saved activations alive at every operation, and the FLOPs of a micro-batch.
@@ -122,17 +127,22 @@ impl<'a> Memory<'a> {
     }
 
     /// Largest gradient of a host-class chunk that one operation completes: so much may be on its way while the next is produced.
-    pub fn in_flight_bytes(&self, classes: &[OptimizerClass]) -> u64 {
+    pub fn in_flight_bytes(&self, chunks: &[ChunkPlan]) -> u64 {
         self.layout
             .ids()
-            .filter(|c| classes[c.index()] == OptimizerClass::Host && self.backward[c.index()].is_some_and(|b| b.count == 1))
+            .filter(|c| self.sends(chunks[c.index()]) && self.backward[c.index()].is_some_and(|b| b.count == 1))
             .map(|c| self.layout.grad_bytes(c))
             .max()
             .unwrap_or(0)
     }
 
+    /// Whether the gradients of a micro-batch leave for the host.
+    fn sends(&self, placement: ChunkPlan) -> bool {
+        placement.class == OptimizerClass::Host && !(self.accumulation > 1 && placement.accumulate == Tier::Device)
+    }
+
     /// Gradients alive at every operation, those on their way to the host included.
-    pub fn gradients(&self, classes: &[OptimizerClass], in_flight_bytes: u64) -> Vec<u64> {
+    pub fn gradients(&self, chunks: &[ChunkPlan], in_flight_bytes: u64) -> Vec<u64> {
         let ops = self.trace.ops.len();
         let mut born = vec![0; ops + 1];
         let mut gone = vec![0; ops + 1];
@@ -142,15 +152,15 @@ impl<'a> Memory<'a> {
             let Some(backward) = self.backward[chunk.index()] else { continue };
             let bytes = self.layout.grad_bytes(chunk);
             born[backward.first] += bytes;
-            match classes[chunk.index()] {
+            let placement = chunks[chunk.index()];
+            match placement.class {
                 OptimizerClass::Device if self.accumulation == 1 => {}
-                OptimizerClass::Device => gone[backward.last + 1] += bytes,
-                OptimizerClass::Host => {
-                    gone[backward.last + 1] += bytes;
-                    sent[backward.last + 1] += bytes;
-                    sent_largest[backward.last + 1] = bytes.max(sent_largest[backward.last + 1]);
-                }
                 OptimizerClass::Frozen => gone[backward.first] += bytes,
+                OptimizerClass::Device | OptimizerClass::Host => gone[backward.last + 1] += bytes,
+            }
+            if self.sends(placement) {
+                sent[backward.last + 1] += bytes;
+                sent_largest[backward.last + 1] = bytes.max(sent_largest[backward.last + 1]);
             }
         }
         let (mut alive, mut total_sent, mut largest_sent) = (0, 0, 0);

@@ -2,17 +2,23 @@
 
 use super::memory::Memory;
 use super::{Activations, Placement, PlanError, PlanRequest};
-use crate::OpId;
 use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, host_region_bytes};
 use crate::slab::SLOT_ALIGN;
+use crate::{OpId, Tier};
 use std::collections::BTreeMap;
 
 /// A search level has at most about this many choices, so that models of thousands of chunks plan in a moment too.
 const MAX_LEVELS: usize = 96;
+/// The same where gradients are accumulated, which adds a level to the search.
+const MAX_LEVELS_ACCUMULATING: usize = 40;
+/// Shares of the chunks that may add up their gradients on the device while the host steps them.
+const ACCUMULATE_LEVELS: usize = 8;
 
-/// Placements with the same streamed chunks, from the least device memory to the most.
+/// Placements with the same streamed chunks and the same sums on the device, from the least device memory to the most.
 pub(super) struct Group {
     pub rows: Vec<Row>,
+    /// Whether a later row never takes more time.
+    pub monotone: bool,
     /// Slab bytes, and whether only one gradient may be on its way.
     pub variants: Vec<(u64, bool)>,
     /// From this slab size on, the next chunk can be fetched while one is in use.
@@ -49,6 +55,8 @@ pub(super) struct Cost {
     pub refresh_bytes: u64,
     /// Bytes of gradients sent for every micro-batch.
     pub grad_bytes: u64,
+    /// Bytes of sums that were taken on the device, sent for every step.
+    pub sum_bytes: u64,
     /// Host memory traffic of a micro-batch that adds its gradients to accumulators.
     pub accumulate_bytes: u64,
 }
@@ -82,17 +90,18 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
     forward_order.sort_by_key(|&c| (memory.first_use[c], c));
     if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac } = request.placement {
         let chunks = fixed(memory, &forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
-        visit(&group(memory, vec![chunks]));
+        let rows = accumulate_levels(request, chunks.len()).into_iter().map(|sums| with_sums(&chunks, &forward_order, sums)).collect();
+        visit(&group(memory, rows, false));
         return Ok(());
     }
     let order = streaming_order(memory);
-    for streamed in levels(order.len()) {
+    for streamed in levels(order.len(), memory.accumulation) {
         let mut base: Vec<ChunkPlan> = layout
             .chunks
             .iter()
-            .map(|c| ChunkPlan {
-                class: if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Host },
-                home: ParamHome::Resident,
+            .map(|c| {
+                let class = if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Host };
+                ChunkPlan::new(class, ParamHome::Resident)
             })
             .collect();
         for &chunk in &order[..streamed] {
@@ -103,24 +112,53 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
             .copied()
             .filter(|&c| base[c].home == ParamHome::Resident && base[c].class == OptimizerClass::Host)
             .collect();
-        let rows = levels(eligible.len())
-            .into_iter()
-            .map(|on_device| {
-                let mut chunks = base.clone();
-                for &chunk in &eligible[..on_device] {
-                    chunks[chunk].class = OptimizerClass::Device;
-                }
-                chunks
-            })
-            .collect();
-        visit(&group(memory, rows));
+        for sums in accumulate_levels(request, base.len()) {
+            let base = with_sums(&base, &forward_order, sums);
+            let rows = levels(eligible.len(), memory.accumulation)
+                .into_iter()
+                .map(|on_device| {
+                    let mut chunks = base.clone();
+                    for &chunk in &eligible[..on_device] {
+                        chunks[chunk] = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
+                    }
+                    chunks
+                })
+                .collect();
+            visit(&group(memory, rows, true));
+        }
     }
     Ok(())
 }
 
-/// `0..=count`, thinned out if that is more than [`MAX_LEVELS`]; both ends are always in.
-pub(super) fn levels(count: usize) -> Vec<usize> {
-    let step = count.div_ceil(MAX_LEVELS).max(1);
+/// How many chunks may add up gradients on the device while the host steps them: a few shares; none where nothing is added up.
+fn accumulate_levels(request: &PlanRequest, chunks: usize) -> Vec<usize> {
+    match request.accumulate {
+        _ if request.accumulation == 1 => return vec![0],
+        Some(Tier::Device) => return vec![chunks],
+        Some(Tier::Host | Tier::Nvme) => return vec![0],
+        None => {}
+    }
+    let mut levels: Vec<usize> = (0..=ACCUMULATE_LEVELS).map(|share| chunks * share / ACCUMULATE_LEVELS).collect();
+    levels.dedup();
+    levels
+}
+
+/// The same placement with the sums of the `count` latest-used chunks on the device: theirs are complete first, and so have the longest time
+/// to reach the host.
+fn with_sums(chunks: &[ChunkPlan], forward_order: &[usize], count: usize) -> Vec<ChunkPlan> {
+    let mut chunks = chunks.to_vec();
+    for &chunk in forward_order.iter().rev().take(count) {
+        if chunks[chunk].class == OptimizerClass::Host {
+            chunks[chunk].accumulate = Tier::Device;
+        }
+    }
+    chunks
+}
+
+/// `0..=count`, thinned out if that is more than a search can look at; both ends are always in.
+pub(super) fn levels(count: usize, accumulation: u32) -> Vec<usize> {
+    let most = if accumulation == 1 { MAX_LEVELS } else { MAX_LEVELS_ACCUMULATING };
+    let step = count.div_ceil(most).max(1);
     let mut levels: Vec<usize> = (0..=count).step_by(step).collect();
     if levels.last() != Some(&count) {
         levels.push(count);
@@ -151,7 +189,7 @@ fn streaming_order(memory: &Memory) -> Vec<usize> {
     order
 }
 
-fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>) -> Group {
+fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Group {
     let slot = |c: usize| memory.layout.param_bytes(crate::ChunkId(c as u32)).next_multiple_of(SLOT_ALIGN);
     let streamed = |c: &usize| placements[0][*c].home == ParamHome::Streamed;
     let streamed_bytes: u64 = (0..memory.layout.chunks.len()).filter(streamed).map(slot).sum();
@@ -168,7 +206,7 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>) -> Group {
     if rows.iter().any(|row| row.gradients[0] != row.gradients[1]) {
         variants.extend(variants.clone().iter().map(|&(slab, _)| (slab, true)));
     }
-    Group { rows, variants, prefetch_slab }
+    Group { rows, monotone, variants, prefetch_slab }
 }
 
 fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
@@ -188,20 +226,22 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
             ParamHome::Resident => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
             ParamHome::Streamed => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
         }
+        if memory.accumulation > 1 && placement.accumulate == Tier::Device {
+            base.accumulators += layout.grad_acc_bytes(chunk);
+        }
         match placement.class {
-            OptimizerClass::Device => {
-                base.states += layout.state_bytes(chunk);
-                if memory.accumulation > 1 {
-                    base.accumulators += layout.grad_acc_bytes(chunk);
-                }
-            }
+            OptimizerClass::Device => base.states += layout.state_bytes(chunk),
             OptimizerClass::Host => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
-                cost.grad_bytes += layout.grad_bytes(chunk);
-                // The accumulator is read and written, the landed gradient too.
-                cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
                 undo_bytes += layout.undo_bytes(chunk);
-                largest_grad = layout.grad_bytes(chunk).max(largest_grad);
+                if memory.accumulation > 1 && placement.accumulate == Tier::Device {
+                    cost.sum_bytes += layout.grad_acc_bytes(chunk);
+                } else {
+                    cost.grad_bytes += layout.grad_bytes(chunk);
+                    // The accumulator is read and written, the landed gradient too.
+                    cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
+                    largest_grad = layout.grad_bytes(chunk).max(largest_grad);
+                }
                 if placement.home == ParamHome::Resident {
                     cost.refresh_bytes += layout.param_bytes(chunk);
                 }
@@ -212,9 +252,8 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
     if memory.accumulation > 1 {
         host.staging = 2 * host_region_bytes(largest_grad);
     }
-    let classes: Vec<OptimizerClass> = chunks.iter().map(|c| c.class).collect();
-    let ample = memory.in_flight_bytes(&classes);
-    let gradients = [memory.gradients(&classes, ample), memory.gradients(&classes, 0)];
+    let ample = memory.in_flight_bytes(&chunks);
+    let gradients = [memory.gradients(&chunks, ample), memory.gradients(&chunks, 0)];
     Row { chunks, host, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
 }
 
@@ -233,16 +272,16 @@ fn fixed(memory: &Memory, forward_order: &[usize], shard: f64, optim: f64, param
     let chunks = &memory.layout.chunks;
     let mut plan: Vec<ChunkPlan> = chunks
         .iter()
-        .map(|c| ChunkPlan {
-            class: if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Device },
-            home: ParamHome::Resident,
+        .map(|c| {
+            let class = if c.state_numel == 0 { OptimizerClass::Frozen } else { OptimizerClass::Device };
+            ChunkPlan::new(class, ParamHome::Resident)
         })
         .collect();
     let wanted = |frac: f64, total: u64| (frac * total as f64).round() as u64;
     let mut missing = wanted(optim, chunks.iter().map(|c| c.state_numel).sum());
     for &chunk in forward_order.iter().rev() {
         if missing > 0 && plan[chunk].class == OptimizerClass::Device {
-            plan[chunk].class = OptimizerClass::Host;
+            plan[chunk] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident);
             missing = missing.saturating_sub(chunks[chunk].state_numel);
         }
     }

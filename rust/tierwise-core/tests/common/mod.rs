@@ -64,8 +64,9 @@ pub fn h100(device_budget: u64, host_budget: u64) -> PlanRequest {
         placement: Placement::Auto,
         recompute: Recompute::Auto,
         accumulation: 1,
+        accumulate: None,
         clip_mode: ClipMode::Defer,
-        speeds: Speeds { flops: 650e12, h2d_bytes: 45e9, d2h_bytes: 45e9, host_adam_params: 5.5e9 },
+        speeds: Speeds { flops: 650e12, h2d_bytes: 45e9, d2h_bytes: 45e9, host_adam_params: 5.5e9, device_memory_bytes: 2.6e12 },
     }
 }
 
@@ -109,9 +110,9 @@ pub fn bare_plan(chunks: Vec<ChunkPlan>, units: usize, slab_bytes: u64, accumula
     }
 }
 
-pub const STREAMED: ChunkPlan = ChunkPlan { class: OptimizerClass::Host, home: ParamHome::Streamed };
-pub const RESIDENT_HOST: ChunkPlan = ChunkPlan { class: OptimizerClass::Host, home: ParamHome::Resident };
-pub const ON_DEVICE: ChunkPlan = ChunkPlan { class: OptimizerClass::Device, home: ParamHome::Resident };
+pub const STREAMED: ChunkPlan = ChunkPlan::new(OptimizerClass::Host, ParamHome::Streamed);
+pub const RESIDENT_HOST: ChunkPlan = ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident);
+pub const ON_DEVICE: ChunkPlan = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
 
 /// Random models: a few chunks of unequal sizes, some frozen, some in two units; a forward and the backward of some of its units.
 pub fn models() -> impl Strategy<Value = (Layout, Trace)> {

@@ -23,7 +23,7 @@ impl Engine {
                 "param"
             } else if needs_states && device.states == 0 {
                 "states"
-            } else if needs_states && plan.accumulation > 1 && device.accumulator == 0 {
+            } else if plan.sums_on_device(chunk) && layout.grad_acc_bytes(chunk) > 0 && device.accumulator == 0 {
                 "accumulator"
             } else {
                 continue;

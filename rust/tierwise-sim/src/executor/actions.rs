@@ -112,8 +112,10 @@ impl Run<'_> {
         let plan = self.setup.plan;
         let bytes = self.setup.layout.grad_bytes(chunk);
         let accumulates = plan.accumulation > 1;
+        let sums_on_device = plan.sums_on_device(chunk);
         let on_host = plan.chunks[chunk.index()].class == OptimizerClass::Host;
-        if on_host {
+        let leaves = on_host && !sums_on_device;
+        if leaves {
             let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;
             if !room || (accumulates && self.staging_free == 0) {
                 return Ok(Some(Cause::Gradients));
@@ -128,7 +130,7 @@ impl Run<'_> {
         let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
         // The first micro-batch overwrites its accumulator, later ones read it.
         let added = if self.is_first_micro_batch() { bytes + 2 * bytes } else { bytes + 4 * bytes };
-        if on_host {
+        if leaves {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(accumulates);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
@@ -151,7 +153,14 @@ impl Run<'_> {
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
-                self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), vec![landed]);
+                let (of_device, of_sums) = if on_host { (Vec::new(), vec![landed]) } else { (vec![landed], Vec::new()) };
+                let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), of_device);
+                if on_host {
+                    // Sums that were taken on the device leave once; their norm was taken there too.
+                    let copied =
+                        self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), Vec::new());
+                    self.enqueue(Lane::Landing, "norm", chunk, 0, 0.0, vec![copied], of_sums, Vec::new());
+                }
             }
         }
         Ok(None)
