@@ -14,7 +14,7 @@ use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::AdamHyper;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
-use tierwise_sim::costs::Costs;
+use tierwise_sim::costs::{Costs, Launch};
 use tierwise_sim::executor::calls::{Call, calls};
 use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
 use tierwise_sim::hardware::{Hardware, preset};
@@ -106,7 +106,7 @@ impl Case {
                             Phase::Forward => self.costs.forward_ns[unit as usize],
                             Phase::Backward => self.costs.backward_ns[unit as usize] + again,
                         });
-                        device.spend(self.hardware.launch_ns);
+                        device.spend(self.costs.launch[unit as usize].ns(phase, self.plan.recompute[unit as usize]));
                     }
                     Call::Leave(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
@@ -119,7 +119,10 @@ impl Case {
                         engine.grads(chunk, &grads, STREAM, &mut patience).unwrap();
                     }
                     Call::BackwardEnd => engine.backward_end(STREAM).unwrap(),
-                    Call::Commit => engine.commit(1.0, STREAM, &mut patience).unwrap(),
+                    Call::Commit => {
+                        engine.commit(1.0, STREAM, &mut patience).unwrap();
+                        device.spend(self.costs.commit_ns);
+                    }
                 }
             }
         }
@@ -212,8 +215,10 @@ fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, cl
     let (layout, trace) = model(sizes);
     let plan = plan(&layout, &trace, wanted).unwrap();
     let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
-    let backward_ns = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
-    Case { layout, trace, plan, costs: Costs { forward_ns, backward_ns }, hardware, clips }
+    let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
+    let launch = forward_ns.iter().map(|ns| Launch { forward_ns: [hardware.launch_ns, ns % 450], backward_ns: [ns % 770, 900] }).collect();
+    let costs = Costs { forward_ns, backward_ns, launch, commit_ns: hardware.launch_ns / 3 };
+    Case { layout, trace, plan, costs, hardware, clips }
 }
 
 const SIZES: [(u64, u64, bool); 6] =

@@ -74,6 +74,7 @@ impl Run<'_> {
                 let token = self.machine.record(Lane::Compute);
                 (self.commit, self.release) = (token, token);
                 self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
+                self.thread.ready_ns = self.machine.now_ns() + self.setup.costs.commit_ns;
             }
         }
         Ok(None)
@@ -129,7 +130,7 @@ impl Run<'_> {
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
         };
         self.compute(op, ns, waits);
-        self.thread.ready_ns = self.machine.now_ns() + self.setup.hardware.launch_ns;
+        self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);
         Ok(None)
     }
 

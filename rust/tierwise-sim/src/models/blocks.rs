@@ -25,11 +25,12 @@ pub struct Attention {
 }
 
 /// What a block is to the schedule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kind {
     /// Looked up, not multiplied.
     Embedding,
     /// A layer: may be recomputed, may be split over pipeline stages.
+    #[default]
     Layer,
     /// The final norm.
     Norm,
@@ -48,8 +49,8 @@ pub struct Block {
     pub params: Vec<Tensor>,
     /// Earlier block whose parameters it reads too (tied weights).
     pub shares: Option<usize>,
-    /// FLOPs of matrix products.
-    pub matmul_flops: u64,
+    /// Its matrix products: input and output features.
+    pub products: Vec<(u64, u64)>,
     /// Its attentions.
     pub attention: Vec<Attention>,
     /// Bytes that element-wise kernels read and write.
@@ -63,6 +64,11 @@ pub struct Block {
 }
 
 impl Block {
+    /// FLOPs of its matrix products.
+    pub fn matmul_flops(&self) -> u64 {
+        self.products.iter().map(|(inputs, outputs)| 2 * inputs * outputs).sum()
+    }
+
     /// Elements of its own parameters.
     pub fn numel(&self) -> u64 {
         self.params.iter().map(|p| p.numel).sum()
@@ -138,7 +144,7 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         kind: Kind::Embedding,
         params,
         shares: None,
-        matmul_flops: 0,
+        products: Vec::new(),
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 8,
@@ -154,7 +160,7 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         kind: Kind::Norm,
         params,
         shares: None,
-        matmul_flops: 0,
+        products: Vec::new(),
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 2 * width,
@@ -171,7 +177,7 @@ pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Opt
         kind: Kind::Head,
         params,
         shares,
-        matmul_flops: 2 * vocab * width,
+        products: vec![(width, vocab)],
         attention: Vec::new(),
         memory_bytes: 8 * vocab,
         saved_bytes: 6 * width,
@@ -207,7 +213,7 @@ impl GptLayer {
             kind: Kind::Layer,
             params,
             shares: None,
-            matmul_flops: 2 * (4 * h * q + 2 * h * i),
+            products: vec![(h, 3 * q), (q, h), (h, i), (i, h)],
             attention: vec![Attention { width: q, kv_width: q, causal }],
             // Two norms (8 h), two residual sums (12 h), the activation (4 i).
             memory_bytes: 20 * h + 4 * i,

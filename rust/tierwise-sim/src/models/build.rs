@@ -1,14 +1,32 @@
 //! From blocks to what the planner reads: chunks, units, operations, and the work of every unit.
 
-use super::{Block, Kind, Model};
+use super::{Architecture, Block, Kind, Model};
 use std::ops::Range;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, Precision};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 
 /// What a unit does in forward; backward does twice of each.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Work {
+    /// What the block is.
+    pub kind: Kind,
+    /// Tokens of the rank.
+    pub tokens: u64,
+    /// Tokens of a whole sequence.
+    pub seq: u64,
+    /// Sequences that the rank's tokens make up, rounded up.
+    pub sequences: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Heads of the model.
+    pub heads: u64,
+    /// Matrix products: input and output features, of all tensor-parallel ranks together.
+    pub products: Vec<(u64, u64)>,
+    /// Widths of all heads, per attention.
+    pub attention_widths: Vec<u64>,
+    /// Share of the products and of the attention that the rank computes.
+    pub share: f64,
     /// FLOPs of matrix products.
     pub matmul_flops: f64,
     /// FLOPs of attention; half of the full square if it is causal.
@@ -79,7 +97,7 @@ impl Model {
                 chunk_of[at] = Some(chunk);
                 reads.push(chunk);
             }
-            let of_unit = block_work(block, 2 * self.architecture.hidden_size, seq, tokens, share);
+            let of_unit = block_work(block, &self.architecture, seq, tokens, share);
             // Tensor-parallel ranks share the saved tokens of norms and residual sums too.
             let kept = |per_token: u64| (per_token * tokens).div_ceil(share.tensor) * share.in_flight;
             units.push(Unit {
@@ -99,13 +117,23 @@ impl Model {
     }
 }
 
-fn block_work(block: &Block, hidden_bytes: u64, seq: u64, tokens: u64, share: &Share) -> Work {
+fn block_work(block: &Block, model: &Architecture, seq: u64, tokens: u64, share: &Share) -> Work {
+    let hidden_bytes = 2 * model.hidden_size;
     let per_rank = |per_token: u64| per_token as f64 * tokens as f64 / share.tensor as f64;
     // Queries and outputs have the width of all query heads, keys and values theirs; each is sent once, all but the rank's own part.
     let exchanged: u64 = block.attention.iter().map(|a| 2 * (2 * a.width + 2 * a.kv_width)).sum();
     let away = (share.sequence - 1) as f64 / share.sequence as f64;
     Work {
-        matmul_flops: per_rank(block.matmul_flops),
+        kind: block.kind,
+        tokens,
+        seq,
+        sequences: tokens.div_ceil(seq.max(1)).max(1),
+        hidden: model.hidden_size,
+        heads: model.num_heads,
+        products: block.products.clone(),
+        attention_widths: block.attention.iter().map(|a| a.width).collect(),
+        share: 1.0 / share.tensor as f64,
+        matmul_flops: per_rank(block.matmul_flops()),
         attention_flops: per_rank(block.attention_flops(seq)),
         memory_bytes: per_rank(block.memory_bytes),
         reduced_bytes: if share.tensor > 1 { (block.reductions * hidden_bytes) as f64 * tokens as f64 } else { 0.0 },

@@ -43,7 +43,7 @@ impl GatedLayer {
             kind: Kind::Layer,
             params,
             shares: None,
-            matmul_flops: 2 * (2 * h * q + 2 * h * kv + 3 * h * i),
+            products: vec![(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)],
             attention: vec![Attention { width: q, kv_width: kv, causal: true }],
             // Two norms (8 h), two residual sums (12 h), rotary embeddings (4 q + 4 kv), SwiGLU (6 i).
             memory_bytes: 20 * h + 4 * q + 4 * kv + 6 * i,

@@ -71,12 +71,15 @@ impl Sizes {
             all.push(Attention { width: q, kv_width: q, causal: false });
         }
         let halves = attentions + 1;
+        let mut products = [(h, q), (h, q), (h, q), (q, h)].repeat(attentions as usize);
+        products.extend(std::iter::repeat_n((h, i), inputs as usize));
+        products.push((i, h));
         Block {
             name: name.to_owned(),
             kind: Kind::Layer,
             params: params.done(),
             shares: None,
-            matmul_flops: 2 * (attentions * 4 * h * q + (inputs + 1) * h * i),
+            products,
             attention: all,
             // Per half a norm (4 h) and a residual sum (6 h); the activation.
             memory_bytes: halves * 10 * h + 2 * (inputs + 1) * i,
