@@ -53,6 +53,7 @@ impl Case {
             costs: &self.costs,
             hardware: &self.hardware,
             sharding: None,
+            transient_bytes: None,
             device_budget: PLENTY,
             host_budget: PLENTY,
             clips: self.clips,

@@ -24,10 +24,16 @@ struct Point {
     value: Pair,
 }
 
+/// One matrix: logarithms of its inputs and outputs, and seconds per forward FLOP by the logarithm of tokens, ascending.
+struct Matrix {
+    inputs: f64,
+    outputs: f64,
+    points: Vec<(f64, Pair)>,
+}
+
 /// The measurements, as seconds per unit of work.
 pub struct Tables {
-    /// Per matrix: inputs, outputs, and seconds per FLOP of forward (of backward per two) by the logarithm of tokens, ascending.
-    products: Vec<(f64, f64, Vec<(f64, Pair)>)>,
+    products: Vec<Matrix>,
     /// Seconds per forward FLOP over (tokens of a sequence, width of a head, sequences times heads).
     attention: Vec<Point>,
     /// Seconds per byte of element-wise traffic over (tokens, hidden).
@@ -51,19 +57,19 @@ impl Tables {
         if measured.products.is_empty() || measured.attention.is_empty() {
             return None;
         }
-        let mut products: Vec<(f64, f64, Vec<(f64, Pair)>)> = Vec::new();
+        let mut products: Vec<Matrix> = Vec::new();
         for row in &measured.products {
             let flops = 2.0 * (row.tokens * row.inputs * row.outputs) as f64;
             let value = Pair { forward_s: row.forward_s / flops, backward_s: (row.input_grad_s + row.weight_grad_s) / flops };
             let (inputs, outputs) = (ln(row.inputs), ln(row.outputs));
             let point = (ln(row.tokens), value);
-            match products.iter_mut().find(|(i, o, _)| (*i, *o) == (inputs, outputs)) {
-                Some((_, _, points)) => points.push(point),
-                None => products.push((inputs, outputs, vec![point])),
+            match products.iter_mut().find(|m| (m.inputs, m.outputs) == (inputs, outputs)) {
+                Some(matrix) => matrix.points.push(point),
+                None => products.push(Matrix { inputs, outputs, points: vec![point] }),
             }
         }
-        for (_, _, points) in &mut products {
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for matrix in &mut products {
+            matrix.points.sort_by(|a, b| a.0.total_cmp(&b.0));
         }
         let attention = measured
             .attention
@@ -114,7 +120,7 @@ impl Tables {
     pub fn product(&self, tokens: u64, inputs: u64, outputs: u64) -> Pair {
         let flops = 2.0 * (tokens * inputs * outputs) as f64;
         let near: Vec<Point> =
-            self.products.iter().map(|(i, o, points)| Point { at: vec![*i, *o], value: along(points, ln(tokens)) }).collect();
+            self.products.iter().map(|m| Point { at: vec![m.inputs, m.outputs], value: along(&m.points, ln(tokens)) }).collect();
         weighted(&near, &[ln(inputs), ln(outputs)]).unwrap_or_default().scaled(flops)
     }
 

@@ -160,7 +160,11 @@ impl Run<'_> {
     pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
         let before = self.device.peak();
         let name = self.setup.trace.op_name(op);
-        self.device.reserve(saved + born, &name)?;
+        let (unit, phase) = self.op(op);
+        let transient = self.setup.transient_bytes.map_or(0, |bytes| bytes[unit as usize][phase as usize]);
+        self.device.reserve(saved + born + transient, &name)?;
+        // In the order of the allocator, which is the training thread's, nothing else is taken while they are there.
+        self.device.release(transient);
         self.activations += saved;
         self.gradients += born;
         if self.device.peak() > before {

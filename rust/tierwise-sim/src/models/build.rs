@@ -50,6 +50,8 @@ pub struct Built {
     pub trace: Trace,
     /// Per unit: work of one micro-batch in forward.
     pub work: Vec<Work>,
+    /// Per unit: bytes that its kernels need for themselves in forward and in backward.
+    pub transient_bytes: Vec<[u64; 2]>,
 }
 
 /// What one rank has of a model.
@@ -81,6 +83,7 @@ impl Model {
         let mut chunk_of: Vec<Option<ChunkId>> = vec![None; self.architecture.blocks.len()];
         let mut units = Vec::new();
         let mut work = Vec::new();
+        let mut transient_bytes = Vec::new();
         for at in share.blocks.clone() {
             let block = &self.architecture.blocks[at];
             let mut reads = Vec::new();
@@ -103,17 +106,18 @@ impl Model {
             units.push(Unit {
                 name: block.name.clone(),
                 chunks: reads,
-                saved_bytes: kept(block.saved_bytes),
+                saved_bytes: kept(block.saved_bytes) + block.saved_once_bytes.div_ceil(share.tensor) * share.in_flight,
                 input_bytes: kept(block.input_bytes),
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
             });
+            transient_bytes.push([block.forward_transient, block.backward_transient].map(|bytes| bytes.of(tokens).div_ceil(share.tensor)));
             work.push(of_unit);
         }
         let count = units.len() as u32;
         let forward = (0..count).map(|unit| Op { unit, phase: Phase::Forward });
         let ops = forward.chain((0..count).rev().map(|unit| Op { unit, phase: Phase::Backward })).collect();
-        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work }
+        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work, transient_bytes }
     }
 }
 

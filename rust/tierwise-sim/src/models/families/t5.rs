@@ -2,7 +2,7 @@
 //! transformers reads the field as "scale the decoder's output".
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Kind, Params, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, embedding, final_norm, head};
 use crate::models::config::Config;
 
 struct Sizes {
@@ -86,6 +86,9 @@ impl Sizes {
             // Per half the inputs of norm and projection (4 h) and the deviation (4); query, key, value, output and log-sum-exp per
             // attention; inputs and output of the activation.
             saved_bytes: halves * (4 * h + 4) + attentions * (8 * q + 4 * self.heads) + 2 * (inputs + 1) * i,
+            saved_once_bytes: 0,
+            forward_transient: Bytes::default(),
+            backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: halves,
         }
