@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="1b")
     p.add_argument("--tokens", type=int, default=16384, help="tokens per optimizer step")
-    p.add_argument("--micro-batch", type=int, default=4, help="sequences per forward pass")
+    p.add_argument("--micro-batch", default="4", help='sequences per forward pass; "auto" (row `ours` only): the planner chooses')
     p.add_argument("--seq", type=int, default=4096, help="tokens per sequence")
     p.add_argument("--steps", type=int, default=5, help="steps of a row; the first two are not timed")
     p.add_argument("--recompute", default="full", help='"full", "none", "auto" (ours only) or a number of layers that are kept')
@@ -161,6 +161,10 @@ def run_row(a: argparse.Namespace) -> None:
     start = time.perf_counter()
     ours = a.row.startswith("ours")
     kernels = False if ours else liger(True, loss=True)
+    a.planned = a.micro_batch == "auto"
+    if a.planned and not ours:
+        raise SystemExit(f"row {a.row} needs a number for --micro-batch")
+    a.micro_batch = a.tokens // a.seq if a.planned else int(a.micro_batch)
     accumulation = a.tokens // (a.micro_batch * a.seq)
     ids = torch.randint(0, 32000, (a.micro_batch, a.seq), device="cuda")
     batch = {"input_ids": ids, "labels": ids}
@@ -176,6 +180,7 @@ def run_row(a: argparse.Namespace) -> None:
     mfu = tokens / seconds * per_token / PEAK_FLOPS
     if "finish" in extra:
         extra.update(extra.pop("finish")())
+        recomputed = extra["recomputed"]
     print(
         "RESULT",
         json.dumps(
@@ -271,7 +276,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         host_budget=a.host_budget,
         reserve=a.reserve,
         gradient_accumulation_steps=accumulation,
-        micro_batch_size=a.micro_batch,
+        micro_batch_size="auto" if a.planned else a.micro_batch,
         seq_len=a.seq,
         enable_fused_normalization=True,
         enable_jit_fused=True,
@@ -282,13 +287,14 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
     model, optimizer, *_ = booster.boost(model, optimizer)
     model.train()
-    text = booster.explain()
-    print(text, file=sys.stderr)
     losses: list[Any] = []
 
     def step() -> float:
         if a.trace and len(losses) == a.steps - 2:
             booster.record_timeline()  # The last two steps; a shorter record would lack the host steps that the second hides.
+        if a.planned:
+            losses.append(booster.train_step(batch))
+            return 0.0
         for _ in range(accumulation):
             loss = model(**batch).loss
             booster.backward(loss, optimizer)
@@ -298,8 +304,13 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         return 0.0
 
     def finish() -> dict[str, Any]:
+        print(booster.explain(), file=sys.stderr)
         stats = booster.stats()
+        plan = booster.plan()
+        result_plan = {"micro_batches": plan["accumulation"], "predicted_s": round(plan["predicted_step_s"], 3)}
+        recomputed = stats["recomputed_units"]
         result = {k: stats[k] for k in ("fetches", "demand_fetches", "steps", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")}
+        result.update(result_plan, recomputed=recomputed)
         result["wait_ms_per_step"] = round(stats["wait_ns"] / 1e6 / a.steps, 1)
         result["host_slab_gb"] = round(stats["host_peak_bytes"] / 1e9, 1)
         result["losses"] = [round(float(x), 4) for x in losses]
@@ -308,8 +319,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         return result
 
     extra["finish"] = finish
-    recomputed = booster.stats()["recomputed_units"]
-    return model, step, recomputed
+    return model, step, 0
 
 
 def row_deepspeed(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
@@ -434,7 +444,7 @@ def main() -> int:
             flush=True,
         )
     for r in results:
-        keys = ("wait_ms_per_step", "host_slab_gb", "clipped", "times", "losses", "loss")
+        keys = ("micro_batches", "recomputed", "predicted_s", "wait_ms_per_step", "host_slab_gb", "clipped", "times", "losses", "loss")
         print(r["row"], {k: r[k] for k in keys if k in r})
     return 0 if results else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from tierwise.booster.plugin.gemini import GeminiPlugin
 from tierwise.checkpoint import model as model_checkpoint
 from tierwise.checkpoint import optimizer as optimizer_checkpoint
 from tierwise.gemini import lr
+from tierwise.gemini.micro_batch import batch_rows
 from tierwise.gemini.optimizer import GeminiOptimizer
 from tierwise.gemini.runtime import Runtime, find_runtime, runtime_of
 from tierwise.gemini.tracing import map_tensors
@@ -86,8 +88,9 @@ class Booster:
         """One optimizer step on `batch`: forward and backward of its micro-batches, then optimizer, scheduler and `zero_grad`.
 
         `batch`: a mapping of keyword arguments, or positional ones, whose tensors share their first dimension; it is split into
-        `gradient_accumulation_steps` parts of equal size (and `micro_batch_size` rows, where that is given). With `labels`, parts
-        count by their tokens that are not ignored, so the result equals the mean over the whole batch. Returns that loss, detached.
+        `gradient_accumulation_steps` parts of equal size (and `micro_batch_size` rows, where that is given; with "auto" the first batch
+        decides, and later ones have as many rows). With `labels`, parts count by their tokens that are not ignored, so the result equals
+        the mean over the whole batch. Returns that loss, detached.
 
         Raises ValueError if the batch cannot be split so, or the model returns no loss.
         """
@@ -97,22 +100,22 @@ class Booster:
         if runtime.micro_done:
             raise ValueError("train_step in the middle of an accumulation; finish it with booster.backward and optimizer.step()")
         parts = self._split(batch, runtime)
-        weights = _weights(parts)
+        shares = _shares(parts)
         total: Tensor | None = None
-        for part, weight in zip(parts, weights, strict=True):
+        for index, part in enumerate(parts):
             output = runtime.model(**part) if isinstance(part, Mapping) else runtime.model(*part)
             loss = _loss_of(output)
-            total = loss.detach() * weight if total is None else total + loss.detach() * weight
-            # `backward` divides by the number of parts: the weight is relative to an equal share.
-            share = weight * len(parts)
-            self.backward(loss if share == 1.0 else loss * share, self._optimizer)
+            if shares is not None:
+                loss = loss * shares[index].to(loss.device)
+            total = loss.detach() if total is None else total + loss.detach()
+            self.backward(loss, self._optimizer)  # Divides by the number of parts.
             del output, loss
         self._optimizer.step()
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
         self._optimizer.zero_grad()
         assert total is not None
-        return total
+        return total / len(parts)
 
     def _split(self, batch: Any, runtime: Runtime) -> list[Any]:
         if isinstance(batch, Tensor):
@@ -120,16 +123,15 @@ class Booster:
         if not isinstance(batch, (Mapping, tuple, list)):
             raise ValueError(f"batch must be a mapping, a tuple or a tensor, got {type(batch).__name__}")
         batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
-        values = batch.values() if isinstance(batch, dict) else batch
-        rows = {value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0}
-        count = runtime.plugin.gradient_accumulation_steps
-        size = runtime.plugin.micro_batch_size
-        if len(rows) != 1:
-            raise ValueError(f"the tensors of a batch must share their first dimension, got {sorted(rows)}")
-        total = rows.pop()
+        total = batch_rows(batch)
+        if runtime.undecided:
+            args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+            runtime.decide_micro_batch(args, kwargs, total)
+        count, size = runtime.accumulation, runtime.micro_batch_size
         if total % count or (size is not None and total != size * count):
             wanted = f"{size} x {count} = {size * count}" if size is not None else f"a multiple of {count}"
-            raise ValueError(f"train_step got {total} rows; micro_batch_size and gradient_accumulation_steps ask for {wanted}")
+            asks = "the first batch, by which micro_batch_size='auto' was decided, asks" if runtime.choice else ""
+            raise ValueError(f"train_step got {total} rows; {asks or 'micro_batch_size and gradient_accumulation_steps ask'} for {wanted}")
         size = total // count
 
         def part(start: int) -> Any:
@@ -202,6 +204,16 @@ class Booster:
         """What the plan chose and what bounds the step, for people."""
         return explain(self._boosted())
 
+    def plan(self) -> dict[str, Any]:
+        """What the plan chose, as data: placement per chunk, recomputed units, micro-batches, bytes per tier, predicted seconds.
+
+        Raises ValueError before the plan is made, which without shapes is at the first forward.
+        """
+        runtime = self._boosted()
+        if not runtime.ready:
+            raise ValueError("not planned yet: the plan is made at the first forward, for its shapes")
+        return copy.deepcopy(runtime.memory.plan)
+
     def stats(self) -> dict[str, Any]:
         """Counters: bytes and peaks per tier, fetches, steps, clips, nanoseconds that compute waited, FLOPs of a micro-batch."""
         return self._boosted().stats()
@@ -243,12 +255,14 @@ def _loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _weights(parts: list[Any]) -> list[float]:
-    """Shares of the parts in the batch's loss: by target tokens where there are labels, else equal."""
+def _shares(parts: list[Any]) -> Tensor | None:
+    """Weights of the parts in the batch's loss, relative to an equal share: by target tokens where there are labels; None if all are equal.
+
+    They stay on the labels' device: reading them here would wait for everything that it has to do.
+    """
     labels = [part.get("labels") if isinstance(part, Mapping) else None for part in parts]
-    if any(not isinstance(label, Tensor) or label.dim() < 2 or label.is_floating_point() for label in labels):
-        return [1.0 / len(parts)] * len(parts)
-    counts = torch.stack([(label[..., 1:] != -100).sum() for label in labels if isinstance(label, Tensor)]).tolist()
-    if len(set(counts)) == 1 or not sum(counts):
-        return [1.0 / len(parts)] * len(parts)
-    return [count / sum(counts) for count in counts]
+    if len(parts) == 1 or any(not isinstance(label, Tensor) or label.dim() < 2 or label.is_floating_point() for label in labels):
+        return None
+    counts = torch.stack([(label[..., 1:] != -100).sum() for label in labels if isinstance(label, Tensor)]).double()
+    total = counts.sum()
+    return torch.where(total > 0, counts * len(parts) / total.clamp(min=1), 1.0).float()

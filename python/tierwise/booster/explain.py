@@ -43,6 +43,9 @@ def explain(runtime: Runtime) -> str:
         used = sum(parts.values())
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
         lines.append(f"{tier}: {format_bytes(used)} of {format_bytes(budget)} ({listed or 'nothing'})")
+    if runtime.choice is not None:
+        sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
+        lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
     if operation is not None:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")

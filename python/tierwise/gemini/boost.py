@@ -15,6 +15,7 @@ from tierwise.gemini.chunking import Unit, group
 from tierwise.gemini.compiled import refuse_cuda_graphs
 from tierwise.gemini.hyper import Hyper, check_optimizer
 from tierwise.gemini.materialize import Materializer
+from tierwise.gemini.micro_batch import batch_rows
 from tierwise.gemini.model import install_state_dict_hooks
 from tierwise.gemini.optimizer import convert
 from tierwise.gemini.runtime import Runtime, find_runtime
@@ -64,7 +65,11 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     install_state_dict_hooks(runtime)
     model.__dict__["_tierwise_runtime"] = runtime
     try:
-        inputs = example_inputs(plugin, model, dataloader)
+        if runtime.undecided:
+            whole = _batch_inputs(model, _first_batch(dataloader))
+            if whole is not None:
+                runtime.decide_micro_batch(*whole, batch_rows(whole[1]))
+        inputs = None if runtime.undecided else example_inputs(runtime.micro_batch_size, plugin.seq_len, model, dataloader)
         if inputs is not None:
             runtime.prepare(*inputs)
     except BaseException:
@@ -76,8 +81,16 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     return runtime
 
 
+def _batch_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    """A batch as the model's forward takes it, if it is a mapping."""
+    if not isinstance(batch, Mapping):
+        return None
+    known = _forward_parameters(model)
+    return (), {key: value for key, value in batch.items() if known is None or key in known}
+
+
 def example_inputs(
-    plugin: GeminiPlugin, model: nn.Module, dataloader: Iterable[Any] | None
+    micro_batch_size: int | None, seq_len: int | None, model: nn.Module, dataloader: Iterable[Any] | None
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
     """Inputs whose shapes the first plan is made for, or None if nothing says them before the first forward.
 
@@ -85,15 +98,13 @@ def example_inputs(
     `micro_batch_size` and `seq_len` describe a language model's `input_ids` and `labels`.
     """
     batch = _first_batch(dataloader)
-    if isinstance(batch, Mapping):
-        known = _forward_parameters(model)
-        kwargs = {key: value for key, value in batch.items() if known is None or key in known}
-        kwargs = {key: _shaped(value, plugin, batch) for key, value in kwargs.items()}
-        return (), kwargs
-    if plugin.micro_batch_size is None or plugin.seq_len is None:
+    inputs = _batch_inputs(model, batch)
+    if inputs is not None:
+        return (), {key: _shaped(value, micro_batch_size, seq_len, batch) for key, value in inputs[1].items()}
+    if micro_batch_size is None or seq_len is None:
         return None
     known = _forward_parameters(model)
-    shape = (plugin.micro_batch_size, plugin.seq_len)
+    shape = (micro_batch_size, seq_len)
     ids = torch.zeros(shape, dtype=torch.long)
     if known is not None and "input_ids" in known:
         return (), {"input_ids": ids, "labels": ids} if "labels" in known else {"input_ids": ids}
@@ -119,18 +130,18 @@ def _first_batch(dataloader: Iterable[Any] | None) -> Any:
         return collate([dataset[index] for index in range(count)]) if count else None
 
 
-def _shaped(value: Any, plugin: GeminiPlugin, batch: Mapping[str, Any]) -> Any:
-    """Cuts or repeats the batch dimension to the micro-batch, and the sequence to `seq_len`, where the plugin names them."""
+def _shaped(value: Any, micro_batch_size: int | None, seq_len: int | None, batch: Mapping[str, Any]) -> Any:
+    """Cuts or repeats the batch dimension to the micro-batch, and the sequence to `seq_len`, where they are given."""
     rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim() > 0), None)
     ids = batch.get("input_ids")
     length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
 
     def shape(tensor: torch.Tensor) -> torch.Tensor:
         size = list(tensor.shape)
-        if plugin.micro_batch_size is not None and size and size[0] == rows:
-            size[0] = plugin.micro_batch_size
-        if plugin.seq_len is not None and len(size) > 1 and size[1] == length:
-            size[1] = plugin.seq_len
+        if micro_batch_size is not None and size and size[0] == rows:
+            size[0] = micro_batch_size
+        if seq_len is not None and len(size) > 1 and size[1] == length:
+            size[1] = seq_len
         return tensor.new_empty(size)
 
     return map_tensors(value, shape)

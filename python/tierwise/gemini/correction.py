@@ -23,7 +23,7 @@ def measured_activation_bytes(runtime: Runtime) -> int:
         return runtime.counter.peak_bytes
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
-    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.temporary_bytes()
+    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.temporary_bytes(runtime.trace)
     return max(measured, 0)
 
 
@@ -35,17 +35,9 @@ def correct(runtime: Runtime) -> None:
     measured = measured_activation_bytes(runtime)
     if runtime.plugin.placement_policy != "auto" or not planned or not measured or measured > planned * (1 - _TOLERANCE):
         return
-    from tierwise.gemini.planning import make_plan, request
+    from tierwise.gemini.planning import make_plan
 
-    target = runtime.target
-    wanted = request(
-        runtime.plugin,
-        target.speeds(runtime.plugin),
-        runtime.planned.device_budget,
-        runtime.planned.host_budget,
-        {"units": units},
-        runtime.unseen_bytes(runtime.planned.device_budget),
-    )
+    wanted = {**runtime.planned.wanted, "recompute": {"units": units}}
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
     except (BudgetError, ValueError):

@@ -32,7 +32,13 @@ class Planned:
 
 
 def request(
-    plugin: GeminiPlugin, speeds: Speeds, device_budget: int, host_budget: int, recompute: object, temporary_bytes: int = 0
+    plugin: GeminiPlugin,
+    speeds: Speeds,
+    accumulation: int,
+    device_budget: int,
+    host_budget: int,
+    recompute: object,
+    temporary_bytes: int = 0,
 ) -> dict[str, Any]:
     """The core's `PlanRequest` as a dict; `temporary_bytes` is what the device needs beside everything that is traced."""
     placement: object = "auto"
@@ -45,7 +51,7 @@ def request(
         "reserve_bytes": plugin.reserve_bytes(device_budget, temporary_bytes),
         "placement": placement,
         "recompute": recompute,
-        "accumulation": plugin.gradient_accumulation_steps,
+        "accumulation": accumulation,
         "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,
         "speeds": dataclasses.asdict(speeds),
@@ -113,18 +119,19 @@ def _alternatives(
     found: list[str] = []
     if wanted["recompute"] == "none" and _fits(layout, trace_json, {**wanted, "recompute": "full"}):
         found.append("recompute='full'")
-    size = plugin.micro_batch_size
+    given = plugin.micro_batch_size if isinstance(plugin.micro_batch_size, int) else None
+    size = given
     recompute = "full" if wanted["recompute"] == "none" else wanted["recompute"]
     while size is not None and size > 1 and len(found) < 2:
         size //= 2
-        smaller = trace.to_json(grouping, scale * size / (plugin.micro_batch_size or 1))
+        smaller = trace.to_json(grouping, scale * size / (given or 1))
         if _fits(layout, smaller, wanted):
             found.append(f"micro_batch_size={size}")
             break
         if recompute != wanted["recompute"] and _fits(layout, smaller, {**wanted, "recompute": recompute}):
             found.append(f"micro_batch_size={size} with recompute={recompute!r}")
             break
-    if wanted["accumulation"] > 1 and len(found) < 2 and _fits(layout, trace_json, {**wanted, "accumulation": 1}):
+    if plugin.gradient_accumulation_steps > 1 and len(found) < 2 and _fits(layout, trace_json, {**wanted, "accumulation": 1}):
         found.append("gradient_accumulation_steps=1")
     if wanted["placement"] != "auto" and len(found) < 2 and _fits(layout, trace_json, {**wanted, "placement": "auto"}):
         found.append("placement_policy='auto'")

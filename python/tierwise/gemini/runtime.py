@@ -20,6 +20,7 @@ from tierwise.gemini.hooks import UnitHooks
 from tierwise.gemini.hyper import Hyper
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
+from tierwise.gemini.micro_batch import Choice, choose
 from tierwise.gemini.planning import Planned, make_plan, request
 from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
@@ -70,6 +71,11 @@ class Runtime:
         self.counter: ActivationCounter | None = None
         self.unit_ids: list[int] = []
         self.recompute: list[bool] = [False] * len(grouping.units)
+        self.accumulation = plugin.gradient_accumulation_steps
+        """Micro-batches per optimizer step."""
+        self.micro_batch_size = None if plugin.micro_batch_size == "auto" else plugin.micro_batch_size
+        """Rows of a micro-batch, where they are known."""
+        self.choice: Choice | None = None
         self.micro_done = 0
         self.steps = 0
         self.micro_tokens = 0
@@ -101,13 +107,32 @@ class Runtime:
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Traces the model for these inputs, plans, takes memory and fills it. Inputs give shapes and dtypes only."""
+        if self.undecided:
+            raise ValueError(
+                "micro_batch_size='auto' is decided by the first batch of booster.train_step, or by the dataloader that booster.boost "
+                "gets; use one of them before calling the model, or give micro_batch_size a number"
+            )
+        self.trace = self.trace_only(args, kwargs)
+        self.planned = make_plan(self.plugin, self.layout, self.grouping, self.trace, self.request(self.trace, self.accumulation))
+        self._build()
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the size of micro-batches is still to be chosen."""
+        return self.plugin.micro_batch_size == "auto" and self.choice is None
+
+    def decide_micro_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
+        """Chooses the micro-batch size for steps like this one. Raises BudgetError if none fits."""
+        self.choice = choose(self, (args, kwargs), rows)
+        self.micro_batch_size, self.accumulation = self.choice.rows, self.choice.accumulation
+
+    def trace_only(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
+        """Traces the model for these inputs and changes nothing."""
         self.tracing = True
         try:
-            self.trace = self._trace(args, kwargs)
+            return self._trace(args, kwargs)
         finally:
             self.tracing = False
-        self.planned = make_plan(self.plugin, self.layout, self.grouping, self.trace, self._request())
-        self._build()
 
     def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
         device = self.target.torch_device
@@ -121,29 +146,27 @@ class Runtime:
                 self.fused.refuse()
         return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
 
-    def _request(self) -> dict[str, Any]:
+    def request(self, trace: tracing.ModelTrace, accumulation: int) -> dict[str, Any]:
+        """The core's `PlanRequest` for a step of so many micro-batches like the traced one."""
         recompute: object = self.plugin.recompute
         own = [checkpoints_itself(unit.module) for unit in self.grouping.units]
         if any(own):
             # The model recomputes these itself: the plan has to count with it.
-            by_trace = [own[unit] or recompute == "full" for unit in self.trace.order]
-            recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, self.trace.order, strict=True)]}
+            by_trace = [own[unit] or recompute == "full" for unit in trace.order]
+            recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, trace.order, strict=True)]}
         device_budget = self.target.device_budget(self.plugin)
-        speeds, host_budget = self.target.speeds(self.plugin), self.target.host_budget(self.plugin)
-        return request(self.plugin, speeds, device_budget, host_budget, recompute, self.unseen_bytes(device_budget))
+        speeds, host_budget = self.target.speeds(self.plugin, trace.tokens), self.target.host_budget(self.plugin)
+        unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
+        return request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, unseen)
 
-    def unseen_bytes(self, device_budget: int) -> int:
-        """Device bytes that the plan keeps free beside the plugin's own reserve: temporaries, and what the allocator loses."""
-        return self.temporary_bytes() + self.target.fragmentation_bytes(device_budget)
-
-    def temporary_bytes(self) -> int:
+    def temporary_bytes(self, trace: tracing.ModelTrace) -> int:
         """Device bytes beside everything traced; the emulated device counts only what is traced."""
         if self.target.emulated:
             return 0
         loss = 0
         if self.fused is not None and self.fused.enabled:
             loss = linear_cross_entropy.temporary_bytes(self.fused.weight.shape, self.target.torch_device)
-        return max(self.trace.temporary_bytes(), loss)
+        return max(trace.temporary_bytes(), loss)
 
     def _build(self) -> None:
         plan = self.planned.plan
@@ -307,7 +330,7 @@ class Runtime:
             raise ValueError("this model was boosted without an optimizer; pass one to booster.boost")
         if not self.ready:
             raise TierwiseError("backward before the first forward of the boosted model")
-        accumulation = self.plugin.gradient_accumulation_steps
+        accumulation = self.accumulation
         if self.micro_done >= accumulation:
             raise TierwiseError(
                 f"booster.backward ran {self.micro_done + 1} times without optimizer.step(), but "
@@ -370,11 +393,11 @@ class Runtime:
     @property
     def window_open(self) -> bool:
         """Whether some, but not all, micro-batches of a step are in."""
-        return 0 < self.micro_done < self.plugin.gradient_accumulation_steps
+        return 0 < self.micro_done < self.accumulation
 
     def step(self) -> None:
         """`optimizer.step()`: commits at an accumulation boundary, does nothing before it."""
-        if not self.ready or self.micro_done < self.plugin.gradient_accumulation_steps:
+        if not self.ready or self.micro_done < self.accumulation:
             return
         assert self.hyper is not None
         self.hyper.check(self.trainable)
@@ -389,7 +412,7 @@ class Runtime:
 
     def zero_grad(self) -> None:
         """Forgets a complete batch of gradients that was not stepped; between boundaries there is nothing to do."""
-        if self.ready and self.micro_done >= self.plugin.gradient_accumulation_steps:
+        if self.ready and self.micro_done >= self.accumulation:
             self.engine.drop_grads()
             self.micro_done = 0
             self.gradients.collect()

@@ -57,8 +57,10 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     accumulate_on: Literal["auto", "device", "host"] = "auto"
     """Where the gradients of several micro-batches are added up, in fp32, if the CPU steps their parameters. "auto": the planner's choice,
     chunk by chunk. Gradients of parameters that are stepped on the device are always added up there."""
-    micro_batch_size: int | None = None
-    """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch. "auto": the planner chooses the divisor of
+    the batch that makes `Booster.train_step` fastest, and so the number of micro-batches. (Sums over other micro-batches round otherwise:
+    losses agree, not their last bits.)"""
     seq_len: int | None = None
     """Tokens per sequence, for the first plan. Without it and without a dataloader the first forward is what is planned for."""
     recompute: Literal["auto", "none", "full"] = "auto"
@@ -127,8 +129,15 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             value = getattr(self, name)
             if value is None and name not in ("gradient_accumulation_steps", "growth_interval"):
                 continue
+            if name == "micro_batch_size" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.micro_batch_size == "auto" and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "micro_batch_size='auto' chooses gradient_accumulation_steps too "
+                f"(got {self.gradient_accumulation_steps}); leave one of them out"
+            )
         if self.num_threads is not None:
             kernel_threads(self.num_threads)
         for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):

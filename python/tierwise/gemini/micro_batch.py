@@ -1,0 +1,95 @@
+"""`micro_batch_size="auto"`: how many rows of a batch go through the model at once.
+
+More rows at once mean fewer sums of gradients and more computation to hide the optimizer behind; fewer leave memory for optimizer states
+and for layers that need not be recomputed. Only a plan of each tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tierwise import _core
+from tierwise._core import BudgetError
+from tierwise.gemini.planning import make_plan
+from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors
+
+if TYPE_CHECKING:
+    from tierwise.gemini.runtime import Runtime
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A micro-batch size with what the planner thinks of all."""
+
+    rows: int
+    accumulation: int
+    predicted_s: dict[int, float]
+    """Seconds of a step by rows of a micro-batch; sizes that do not fit are missing."""
+
+
+def batch_rows(batch: object) -> int:
+    """Rows of a batch: the first dimension that its tensors share. Raises ValueError if they share none."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    assert not isinstance(values, Tensor)
+    rows = {value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0}  # type: ignore[attr-defined]
+    if len(rows) != 1:
+        raise ValueError(f"the tensors of a batch must share their first dimension, got {sorted(rows)}")
+    return int(rows.pop())
+
+
+def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
+    """The micro-batch size with the fastest plan for a step of `rows` rows, the largest of equally fast ones.
+
+    `inputs` are those of the whole step; the model is traced with one of their rows and with two, and sizes between are on the line through
+    both. Raises BudgetError if no size fits, with what one row would need.
+    """
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    one = runtime.trace_only(*_rows(inputs, rows, 1))
+    two = runtime.trace_only(*_rows(inputs, rows, 2)) if rows > 1 else one
+    predicted: dict[int, float] = {}
+    for size in sizes:
+        trace = _between(one, two, size)
+        wanted = runtime.request(trace, rows // size)
+        try:
+            plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
+        except BudgetError:
+            continue
+        predicted[size] = json.loads(plan)["predicted_step_s"]
+    if not predicted:
+        # Says what is missing and what would fit.
+        make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows))
+    best = min(predicted, key=lambda size: (predicted[size], -size))
+    return Choice(best, rows // best, predicted)
+
+
+def _rows(inputs: Inputs, rows: int, count: int) -> Inputs:
+    def cut(tensor: Tensor) -> Tensor:
+        shared = tensor.dim() > 0 and tensor.shape[0] == rows
+        return tensor.new_empty((count, *tensor.shape[1:])) if shared else tensor
+
+    return map_tensors(inputs[0], cut), map_tensors(dict(inputs[1]), cut)
+
+
+def _between(one: ModelTrace, two: ModelTrace, rows: int) -> ModelTrace:
+    """A trace of `rows` rows, on the line through those of one and of two: some of what is saved does not grow with the batch."""
+
+    def line(first: float, second: float) -> float:
+        return first + (second - first) * (rows - 1)
+
+    units = [
+        UnitTrace(
+            saved_bytes=int(line(a.saved_bytes, b.saved_bytes)),
+            input_bytes=int(line(a.input_bytes, b.input_bytes)),
+            flops=line(a.flops, b.flops),
+        )
+        for a, b in zip(one.units, two.units, strict=True)
+    ]
+    outer = int(line(one.outer_saved_bytes, two.outer_saved_bytes))
+    return dataclasses.replace(one, units=units, outer_saved_bytes=outer, tokens=int(line(one.tokens, two.tokens)))
