@@ -10,6 +10,7 @@ pub mod calibrate;
 pub mod cli;
 pub mod collectives;
 pub mod costs;
+pub mod estimate;
 pub mod executor;
 pub mod given;
 pub mod hardware;
