@@ -139,9 +139,6 @@ pub enum PlanError {
     Invalid(String),
 }
 
-/// Version of the plan's schema.
-const VERSION: u32 = 2;
-
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
 
@@ -333,7 +330,7 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
     };
     host.undo = host_region_bytes(undo_bytes);
     let mut plan = Plan {
-        version: VERSION,
+        version: crate::plan::VERSION,
         chunks: row.chunks,
         activations: activations.units.clone(),
         offload_window_bytes: activations.window_bytes,
