@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -101,7 +103,7 @@ def test_fewer_bytes_and_the_same_bits(
     assert cheap > 0.2 * more
     assert fewer <= more - 0.9 * cheap
     runtime = again.booster._runtime
-    assert fewer == runtime.trace.activation_peak_bytes([runtime.recompute[unit] for unit in runtime.trace.order])
+    assert fewer == runtime.trace.activation_peak_bytes(runtime.planned.plan["activations"])
     assert "are made again in backward" in again.booster.explain()
     assert "are made again in backward" not in kept.booster.explain()
 
@@ -158,6 +160,18 @@ def test_what_shares_a_recipe_makes_it_once_per_backward() -> None:
 def test_a_trace_knows_both_variants() -> None:
     from tierwise.gemini.tracing import UnitTrace
 
-    trace = ModelTrace([0], [UnitTrace(100, 10, 30.0, 40, 90)], [(0, "forward")], 0, 8, True)
+    trace = ModelTrace(
+        [0], [UnitTrace(saved_bytes=100, input_bytes=10, flops=30.0, cheap_bytes=40, cheap_traffic_bytes=90)], [(0, "forward")], 0, 8, True
+    )
     again = trace.rematerialized(2.0)
     assert (again.units[0].saved_bytes, again.units[0].extra_flops, again.flops()) == (60, 60.0, 30.0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_model_is_freed(kit: Any, kernels: None, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0) if again else trace])
+    result = kit.train(kit.llama(), steps=2, precision="bf16", **FUSED)
+    runtime = weakref.ref(result.booster._runtime)
+    del result
+    gc.collect()
+    assert runtime() is None

@@ -84,14 +84,13 @@ def _between(one: ModelTrace, two: ModelTrace, rows: int) -> ModelTrace:
     def line(first: float, second: float) -> float:
         return first + (second - first) * (rows - 1)
 
-    units = [
-        UnitTrace(
-            **{
-                field.name: type(getattr(a, field.name))(line(getattr(a, field.name), getattr(b, field.name)))
-                for field in dataclasses.fields(UnitTrace)
-            }
-        )
-        for a, b in zip(one.units, two.units, strict=True)
-    ]
+    def unit(a: UnitTrace, b: UnitTrace) -> UnitTrace:
+        fields = [field.name for field in dataclasses.fields(UnitTrace)]
+        found = UnitTrace(**{name: type(getattr(a, name))(line(getattr(a, name), getattr(b, name))) for name in fields})
+        # From some size on a tensor is worth a copy: that is no line.
+        offload = min(max(found.offload_bytes, 0), found.saved_bytes)
+        return dataclasses.replace(found, offload_bytes=offload, offload_host_bytes=max(found.offload_host_bytes, offload))
+
+    units = [unit(a, b) for a, b in zip(one.units, two.units, strict=True)]
     outer = int(line(one.outer_saved_bytes, two.outer_saved_bytes))
     return dataclasses.replace(one, units=units, outer_saved_bytes=outer, tokens=int(line(one.tokens, two.tokens)))

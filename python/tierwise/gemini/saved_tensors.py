@@ -1,4 +1,5 @@
-"""What autograd saves: views of the streaming slab become (chunk, generation, offset), everything else is counted.
+"""What autograd saves: views of the streaming slab become (chunk, generation, offset), what the plan offloads goes to host memory,
+everything else is counted.
 
 Slots move and autograd remembers addresses, so a saved view of the slab would read another chunk's bytes in backward.
 """
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tierwise._core import Engine, TierwiseError
+from tierwise.gemini.offload import ActivationOffload
+from tierwise.gemini.offloaded import Offloaded
 from tierwise.gemini.target import Target
 from tierwise.kernels.rematerialize import Rematerialized, recipe_of
 
@@ -61,6 +64,10 @@ class ActivationCounter:
         self._account = account
         self._storages: dict[int, list[int]] = {}
 
+    def holds(self, key: int) -> bool:
+        """Whether a saved tensor of this storage is kept."""
+        return key in self._storages
+
     def hold(self, tensor: Tensor, key: int, nbytes: int) -> Any:
         """Counts a saved tensor."""
         entry = self._storages.get(key)
@@ -93,6 +100,7 @@ class SavedTensors:
         self.mapped: dict[int, int] = {}
         """Streamed chunk -> first byte of the slot that it is in now."""
         self.counter = counter
+        self.offload: ActivationOffload | None = None
         self._engine = engine
         self._target = target
         self._slab = slab
@@ -144,6 +152,10 @@ class SavedTensors:
             if recipe is not None:
                 return Rematerialized.of(tensor, recipe)
         if self.counter is not None and pointer and pointer not in self.counter.excluded:
+            if self.offload is not None and not self.counter.holds(pointer):
+                offloaded = self.offload.pack(tensor)
+                if offloaded is not None:
+                    return offloaded
             return self.counter.hold(tensor.detach(), pointer, storage.nbytes())
         return tensor.detach()
 
@@ -161,6 +173,9 @@ class SavedTensors:
             return packed.tensor
         if isinstance(packed, Rematerialized):
             return packed.tensor()
+        if isinstance(packed, Offloaded):
+            assert self.offload is not None
+            return self.offload.unpack(packed)
         if isinstance(packed, Tensor):
             return packed
         assert isinstance(packed, SlabRef) and self._slab is not None

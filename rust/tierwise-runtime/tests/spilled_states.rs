@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ChunkPlan, ClipMode, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::plan::{ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
 use tierwise_core::staging::Pieces;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 use tierwise_core::{ChunkId, OpId};
@@ -35,6 +35,8 @@ fn trace() -> Trace {
         chunks: vec![ChunkId(i)],
         saved_bytes: 0,
         input_bytes: 0,
+        offload_bytes: 0,
+        offload_host_bytes: 0,
         recomputable: true,
         flops: 1.0,
     };
@@ -62,7 +64,8 @@ fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
     Plan {
         version: 1,
         chunks: vec![placement; CHUNKS as usize],
-        recompute: vec![false; CHUNKS as usize],
+        activations: vec![ActivationPlan::Keep; CHUNKS as usize],
+        offload_window_bytes: 0,
         stream_slab_bytes: 0,
         grad_in_flight_bytes: 1 << 20,
         accumulation: 1,

@@ -1,7 +1,7 @@
 //! The executor: nothing lost, nothing exceeded, nothing slower for being faster.
 
 use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{NvmeRequest, Placement, PlanError, PlanRequest, Recompute, plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
 use tierwise_sim::executor::{Outcome, Setup, SimError, simulate};
 use tierwise_sim::hardware::{Hardware, preset, presets};
@@ -21,6 +21,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         reserve_bytes: 2_000_000_000,
         placement: Placement::Auto,
         recompute: Recompute::Auto,
+        offload: Offload::None,
         accumulation: 1,
         accumulate: None,
         clip_mode: ClipMode::Defer,
@@ -44,6 +45,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         costs: &costs,
         hardware,
         sharding: None,
+        transient_bytes: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         nvme_budget: u64::MAX,
