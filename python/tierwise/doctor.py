@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
+import re
+import resource
+import time
+from pathlib import Path
 from typing import Any
 
 from tierwise import _core
@@ -12,6 +17,7 @@ from tierwise._core import TierwiseError
 from tierwise.config import available_memory_bytes, format_bytes
 
 SCHEMA_VERSION = 1
+_LINK_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Finding:
     """One part of the machine."""
 
     part: str
-    """"device", "host", "cpu" or "disk"."""
+    """"device", "link", "host", "cpu" or "disk"."""
     usable: bool
     facts: dict[str, Any]
     advice: list[str]
@@ -54,6 +60,8 @@ class Report:
 def diagnose(nvme_path: str | None, probe_bytes: int = 2**30) -> Report:
     """Checks the machine; `nvme_path` is measured with a spill file of up to `probe_bytes` that is gone afterwards."""
     findings = [_device(), _host(), _cpu()]
+    if findings[0].usable:
+        findings.insert(1, _link())
     if nvme_path is not None:
         findings.append(_disk(nvme_path, probe_bytes))
     return Report(findings)
@@ -66,12 +74,80 @@ def _device() -> Finding:
 
     facts: dict[str, Any] = {"torch": torch.__version__}
     if not torch.cuda.is_available():
-        return Finding("device", False, facts, ["torch sees no CUDA device: training runs on the emulated device, in host memory"])
+        advice = ["torch sees no CUDA device: training runs on the emulated device, in host memory"]
+        if torch.version.cuda is None:
+            advice.append("this torch was built without CUDA: install one with it where there is a GPU")
+        elif _driver_version() is not None:
+            advice.append(
+                f"NVIDIA's driver {_driver_version()} is loaded: is the GPU visible (CUDA_VISIBLE_DEVICES), and new enough a driver?"
+            )
+        return Finding("device", False, facts, advice)
     if not _core.Device.cuda_is_available():
         return Finding("device", False, facts, ["torch sees a CUDA device, but the driver's library libcuda.so.1 cannot be loaded"])
     free, total = torch.cuda.mem_get_info()
-    facts |= {"name": torch.cuda.get_device_name(), "memory_bytes": total, "free_bytes": free}
-    return Finding("device", True, facts, [])
+    major, minor = torch.cuda.get_device_capability()
+    facts |= {"name": torch.cuda.get_device_name(), "memory_bytes": total, "free_bytes": free, "compute capability": f"{major}.{minor}"}
+    facts |= {"driver": _driver_version(), "CUDA of torch": torch.version.cuda}
+    advice = []
+    if total - free > total // 10:
+        advice.append(
+            f"{format_bytes(total - free)} of the device are taken by other processes (see nvidia-smi): they lower the device budget"
+        )
+    if major < 8:
+        advice.append("the GPU has no fast bf16: train with precision='fp16'")
+    return Finding("device", True, facts, advice)
+
+
+def _driver_version() -> str | None:
+    """Of NVIDIA's kernel module, where it says so."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return None if found is None else found[0]
+
+
+def _link() -> Finding:
+    """Page-locks host memory and measures copies between it and the device, each direction alone and both at once."""
+    import torch
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    facts: dict[str, Any] = {"page-lock limit": "none" if limit == resource.RLIM_INFINITY else format_bytes(limit)}
+    try:
+        host = [torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        device = [torch.empty(_LINK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return Finding(
+            "link", False, facts, [f"page-locked memory is refused ({reason}): raise `ulimit -l`, in containers --ulimit memlock=-1"]
+        )
+
+    def seconds(*copies: tuple[Any, Any]) -> float:
+        streams = [torch.cuda.Stream() for _ in copies]
+        best = math.inf
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for stream, (target, source) in zip(streams, copies, strict=True):
+                with torch.cuda.stream(stream):
+                    target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    to_device, to_host = (device[0], host[0]), (host[1], device[1])
+    rates = {"h2d": _LINK_BYTES / seconds(to_device), "d2h": _LINK_BYTES / seconds(to_host)}
+    both = _LINK_BYTES / seconds(to_device, to_host)
+    facts |= {f"{name}_mb_per_s": rate / 1e6 for name, rate in rates.items()} | {"both_at_once_mb_per_s": both / 1e6}
+    advice = []
+    if min(rates.values()) < 10e9:
+        advice.append(
+            "copies are slower than a PCIe Gen4 x8 link allows: check the slot (lspci -vv, LnkSta), and that the process runs on its node"
+        )
+    if both < 0.6 * min(rates.values()):
+        advice.append("both directions together are much slower than one: host memory or the link is shared")
+    return Finding("link", True, facts, advice)
 
 
 def _host() -> Finding:

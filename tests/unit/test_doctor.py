@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tierwise import doctor
 from tierwise.cli import main
 
 
@@ -58,3 +59,18 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         main(["doctor", "--bytes", "lots"])
     assert caught.value.code == 2
     assert "--bytes" in capsys.readouterr().err
+
+
+def test_memory_that_cannot_be_page_locked_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+
+    def refused(*args: object, pin_memory: bool = False, **kwargs: object) -> None:
+        assert pin_memory
+        raise RuntimeError("CUDA error: out of memory\nmore lines")
+
+    monkeypatch.setattr(torch, "empty", refused)
+    finding = doctor._link()
+    assert not finding.usable
+    assert "page-locked memory is refused (CUDA error: out of memory): raise `ulimit -l`" in finding.advice[0]
+    assert finding.facts["page-lock limit"]
+    assert not doctor.Report([finding]).usable

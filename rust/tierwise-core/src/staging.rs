@@ -175,6 +175,8 @@ pub struct Staging {
     taken: u64,
     /// The piece that is used after the last wanted one.
     next: usize,
+    /// Whether pieces are read that nobody wants yet.
+    ahead: bool,
 }
 
 impl Staging {
@@ -188,7 +190,13 @@ impl Staging {
             wanted_at: vec![None; pieces],
             taken: 0,
             next: 0,
+            ahead: true,
         }
+    }
+
+    /// Whether pieces are read before somebody wants them. Off while states are read or written by name: what was used last stays then.
+    pub fn set_ahead(&mut self, ahead: bool) {
+        self.ahead = ahead;
     }
 
     /// Steps will use these pieces next, in this order, after those that are wanted already.
@@ -251,7 +259,8 @@ impl Staging {
     pub fn fill(&mut self, transfers: &mut Vec<Transfer>) {
         let pieces = self.place.len();
         // Pieces beyond as many as there are buffers would only push out what is used before them.
-        for ahead in 0..self.buffers.len().min(pieces) {
+        let most = if self.ahead { pieces } else { self.wanted.len() };
+        for ahead in 0..self.buffers.len().min(most) {
             let piece = match self.wanted.get(ahead) {
                 Some(&piece) => piece,
                 None => PieceId(((self.next + ahead - self.wanted.len()) % pieces) as u32),
@@ -288,13 +297,12 @@ impl Staging {
     }
 
     /// Nothing is wanted any more, and the step starts anew with the first piece.
-    pub fn rewind(&mut self, transfers: &mut Vec<Transfer>) {
+    pub fn rewind(&mut self) {
         for piece in std::mem::take(&mut self.wanted) {
             self.wanted_at[piece.index()] = None;
             self.taken += 1;
         }
         self.next = 0;
-        self.fill(transfers);
     }
 
     /// How many pieces are used before this one is.

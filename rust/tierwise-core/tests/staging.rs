@@ -233,3 +233,43 @@ fn calls_that_do_not_fit_are_errors() {
     }
     assert_eq!(transfers, []);
 }
+
+#[test]
+fn without_reading_ahead_only_what_is_wanted_is_read_and_stays() {
+    let mut world = World::new(20, 4);
+    let all: Vec<PieceId> = (0..20).map(PieceId).collect();
+    world.want(&all);
+    for _ in 0..20 {
+        while world.work().is_none() {
+            world.end(0);
+        }
+    }
+    while !world.running.is_empty() {
+        world.end(0);
+    }
+    let before = world.reads;
+    world.staging.set_ahead(false);
+    for _ in 0..3 {
+        // As a checkpoint does: one payload after the other of the same pieces.
+        let mut transfers = Vec::new();
+        world.staging.want([PieceId(9), PieceId(10), PieceId(11)], &mut transfers);
+        world.start(transfers);
+        for _ in 0..3 {
+            let (_, buffer) = loop {
+                match world.staging.take() {
+                    Some(taken) => break taken,
+                    None => world.end(0),
+                }
+            };
+            let mut transfers = Vec::new();
+            world.staging.give_back(buffer, false, &mut transfers).unwrap();
+            world.start(transfers);
+        }
+        world.staging.rewind();
+    }
+    assert_eq!(world.reads - before, 3);
+    world.staging.set_ahead(true);
+    let mut transfers = Vec::new();
+    world.staging.fill(&mut transfers);
+    assert_eq!(transfers.len(), 3, "the next step's first pieces, one of which is still there: {transfers:?}");
+}

@@ -178,7 +178,7 @@ impl Engine {
         let state = self.lock_started()?;
         let mut state = self.shared.apply_waiting(state, keep_waiting, &Event::BackwardBegin { grad_scale })?;
         state.speculation_hyper = state.hyper.clone();
-        Ok(())
+        self.shared.read_ahead(&mut state)
     }
 
     /// Hands over gradients as (position in the chunk, address); gives a ticket.

@@ -42,17 +42,19 @@ impl Engine {
         }
         let pieces: Vec<PieceId> = state.spill.iter().flat_map(|s| s.pieces.overlapping(chunk, first, numel).collect::<Vec<_>>()).collect();
         let mut state = self.shared.wait_until(state, keep_waiting, |state| !state.spill.as_ref().is_some_and(super::Spill::is_busy))?;
-        spill(&mut state)?.accessing = true;
+        let spilled = spill(&mut state)?;
+        spilled.accessing = true;
+        spilled.staging.set_ahead(false);
         let outcome = self.access(state, pieces, index.unwrap_or(0), (first, numel), access, keep_waiting);
         let mut state = self.shared.lock();
-        let mut transfers = Vec::new();
-        let spill = spill(&mut state)?;
-        spill.accessing = false;
-        spill.staging.rewind(&mut transfers);
-        let rewound = self.shared.transfer(&mut state, &transfers);
+        let spilled = spill(&mut state)?;
+        spilled.accessing = false;
+        // The next backward pass starts to read ahead again: another access would only read it all in vain.
+        spilled.staging.rewind();
+        spilled.staging.set_ahead(true);
         drop(state);
         self.shared.notify();
-        outcome.and(rewound)
+        outcome
     }
 
     fn access<'a>(
