@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.timelines import Tracks, record, slow_down
 from tierwise import BudgetError
 from tierwise.booster.plugin import GeminiPlugin
 
@@ -107,83 +105,46 @@ def test_both_in_full_is_a_contradiction() -> None:
         GeminiPlugin(offload_activations="all")  # type: ignore[arg-type]
 
 
-class _Slow(torch.autograd.Function):
-    """Takes its time in both directions, and saves nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
-        return grad, None
-
-
-def timeline(kit: Any, path: Path, seconds: float, **options: Any) -> dict[str, list[dict[str, Any]]]:
-    """Spans of the second step by track, with layers that take `seconds` in each direction."""
+def timeline(kit: Any, path: Path, seconds: float, **options: Any) -> Tracks:
+    """Spans of the second step, with layers that take `seconds` in each direction."""
     net = model(kit)
-    for layer in net.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, output: _Slow.apply(output, seconds))
+    slow_down(net.model.layers, seconds)
     booster, net, optimizer = kit.boosted(net, precision="fp32", micro_batch_size=8, seq_len=32, **OFFLOADED, **options)
-    for step, ids in enumerate(kit.batches(2, 8, 32)):
-        if step == 1:
-            booster.flush()
-            booster.record_timeline()
-        booster.backward(net(input_ids=ids, labels=ids).loss, optimizer)
-        optimizer.step()
-    booster.timeline(path)
-    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    tracks: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        if event["ph"] == "X":
-            tracks.setdefault(event["cat"], []).append({**event, "end": event["ts"] + event["dur"]})
-    return tracks
-
-
-def of(spans: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    found = [span for span in spans if span["name"] == name]
-    assert found, name
-    return found
+    return record(booster, net, optimizer, kit.batches(2, 8, 32), path)
 
 
 def test_a_fast_link_is_never_waited_for(kit: Any, tmp_path: Path) -> None:
     tracks = timeline(kit, tmp_path / "timeline.json", seconds=0.03)
-    compute = {span["name"]: span for span in tracks["compute"]}
-    assert not [span["name"] for span in tracks.get("compute wait", []) if "activations" in span["name"]]
-    first_two = set()
+    assert not [span.name for span in tracks.maybe("compute wait") if "activations" in span.name]
+    not_gone = set()
     for layer in range(LAYERS):
         unit = f"model.layers.{layer}"
-        out = of(tracks["d2h"], f"activations {unit}")
-        assert all(span["ts"] >= compute[f"{unit} forward"]["ts"] for span in out)
-        back = [span for span in tracks["h2d"] if span["name"] == f"activations {unit}"]
+        forward, backward = (tracks.first("compute", f"{unit} {phase}") for phase in ("forward", "backward"))
+        out = tracks.of("d2h", f"activations {unit}")
+        assert all(span.start >= forward.start for span in out)
+        back = tracks.maybe("h2d", f"activations {unit}")
         if not back:
-            first_two.add(layer)  # It had not left the device when its backward began.
+            not_gone.add(layer)  # It had not left the device when its backward began.
             continue
-        # It was there before it was asked for, and was fetched no earlier than backward began.
-        assert max(span["end"] for span in back) <= compute[f"{unit} backward"]["end"]
-        assert min(span["ts"] for span in back) < compute[f"{unit} backward"]["ts"]
-        assert min(span["ts"] for span in back) >= max(span["end"] for span in out)
-    assert first_two <= {LAYERS - 1}
+        # Asked for while a later layer computed, and there before it was needed.
+        assert back[0].start < backward.start
+        assert max(span.end for span in back) <= backward.end
+        assert back[0].start >= max(span.end for span in out)
+    assert not_gone <= {LAYERS - 1}
 
 
 def test_a_slow_link_is_waited_for_in_both_directions(kit: Any, tmp_path: Path) -> None:
     speed = 2e7
     tracks = timeline(kit, tmp_path / "timeline.json", seconds=0.0, h2d_bytes_per_second=speed, d2h_bytes_per_second=speed)
-    waits = tracks["compute wait"]
-    leaving = [span for span in waits if span["name"].startswith("activations leaving model.layers.")]
-    coming = [span for span in waits if span["name"].startswith("activations model.layers.")]
-    assert leaving
-    assert coming
-    # Links take their set time, and forward and backward take what the links take: microseconds.
-    for track, spans in (("d2h", leaving), ("h2d", coming)):
-        copies = [span for span in tracks[track] if span["name"].startswith("activations")]
-        needed = sum(span["args"]["bytes"] for span in copies) / speed * 1e6
-        assert sum(span["dur"] for span in copies) >= needed
+    leaving = tracks.of("compute wait", "activations leaving model.layers.")
+    coming = tracks.of("compute wait", "activations model.layers.")
+    # Links take their set time, and forward and backward take what the links take.
+    for track, waits in (("d2h", leaving), ("h2d", coming)):
+        copies = tracks.of(track, "activations")
+        needed = sum(span.nbytes for span in copies) / speed * 1e6
+        assert sum(span.end - span.start for span in copies) >= needed
         # What leaves last need not be waited for.
-        assert sum(span["dur"] for span in spans) >= needed * 0.4
+        assert sum(span.end - span.start for span in waits) >= needed * 0.4
     # What backward waits for is what it reads next, in its order.
-    order = [int(span["name"].rsplit(".", 1)[1]) for span in coming]
+    order = [int(span.name.rsplit(".", 1)[1]) for span in coming]
     assert order == sorted(order, reverse=True)

@@ -175,7 +175,9 @@ impl<'a> Run<'a> {
         }
         if let Some(unit) = plan.activations.iter().position(|kept| *kept == ActivationPlan::Offload) {
             let name = &trace.units[unit].name;
-            return Err(SimError::Mismatch(format!("`{name}` offloads its activations, which is not simulated; plan with offload \"none\"")));
+            return Err(SimError::Mismatch(format!(
+                "`{name}` offloads its activations, which is not simulated; plan with offload \"none\""
+            )));
         }
         let mut device = Budget::new(Tier::Device, setup.device_budget);
         let bytes = &plan.device;
