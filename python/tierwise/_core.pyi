@@ -276,5 +276,10 @@ def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, m
 
     Raises ValueError for a file system in memory and for too little room, TierwiseError if the disk refuses."""
 
+def simulate_plan(layout: Layout, trace: str, plan: str, request: str) -> str:
+    """Executes a plan of `plan` in virtual time, with the speeds of its request; returns the step (`Outcome` of tierwise-sim) as JSON.
+
+    Raises ValueError if plan, trace and layout do not belong together."""
+
 def sim_output(args: list[str]) -> tuple[int, str, str]:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code, what it printed and its messages."""

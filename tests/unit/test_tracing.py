@@ -15,6 +15,7 @@ from torch import nn
 
 from tierwise.gemini.chunking import group
 from tierwise.gemini.tracing import count_tokens, trace
+from tierwise.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def llama(**config: Any) -> Any:
@@ -163,3 +164,21 @@ def test_tokens_of_a_batch() -> None:
     assert count_tokens((torch.ones(4, 8),), {}) == 4
     assert count_tokens((torch.ones(2, 3, 8), IDS), {}) == 32
     assert count_tokens((), {}) == 1
+
+
+def test_the_fused_loss_is_traced_for_cuda() -> None:
+    # An estimate in its place would be wrong by a third, and nothing but a slower plan would tell.
+    weight = torch.nn.Parameter(torch.randn(32, 8))
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+            return linear_cross_entropy(hidden * self.weight.sum(), self.weight, labels)
+
+    model = Loss()
+    traced = trace(model, group(model), (torch.zeros(16, 8),), {}, torch.bfloat16, torch.device("cuda"))
+    assert traced.exact

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
+from tierwise import _core
 from tierwise.config import format_bytes
 from tierwise.gemini.planning import predicted_with
 from tierwise.gemini.runtime import Runtime
@@ -55,12 +57,29 @@ def explain(runtime: Runtime) -> str:
         f"activations of {sum(counts.values())} layers: {counts['keep']} kept, {counts['recompute']} recomputed in backward, "
         f"{counts['offload']} offloaded to the host"
     )
+    if runtime.saved.rematerialize:
+        lines.append("of the other layers, outputs of normalizations and gated products are made again in backward")
     if not runtime.trace.exact:
         lines.append("activations are estimated: the model cannot be traced without data")
     bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])
     lines.append(f"predicted step: {plan['predicted_step_s']:.3g} s, bounded by {bound}")
+    lines.append(_simulated(runtime))
     lines.append(_next_gib(runtime))
     return "\n".join(lines)
+
+
+def _simulated(runtime: Runtime) -> str:
+    """The plan's step as the simulator's executor times it, with the speeds that the planner weighed."""
+    planned = runtime.planned
+    if "offload" in planned.plan["activations"]:
+        return "simulated step: none, the simulator does not execute offloaded activations"
+    # The plan that runs, which a correction after the first step may have changed.
+    plan = json.dumps(runtime.memory.plan)
+    step = json.loads(_core.simulate_plan(runtime.layout, planned.trace_json, plan, json.dumps(planned.wanted)))
+    waits = {name.removesuffix("_ns").replace("_", " "): ns / 1e9 for name, ns in step["stalls"].items() if ns > step["step_ns"] * 1e-3}
+    computing = (step["compute_ns"] + step["slowdown_ns"]) / 1e9
+    waiting = "".join(f", {seconds:.3g} s waiting for: {name}" for name, seconds in sorted(waits.items(), key=lambda item: -item[1]))
+    return f"simulated step: {step['step_ns'] / 1e9:.3g} s, {computing:.3g} s computing{waiting}"
 
 
 def _next_gib(runtime: Runtime) -> str:

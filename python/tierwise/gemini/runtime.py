@@ -113,9 +113,29 @@ class Runtime:
                 "micro_batch_size='auto' is decided by the first batch of booster.train_step, or by the dataloader that booster.boost "
                 "gets; use one of them before calling the model, or give micro_batch_size a number"
             )
-        self.trace = self.trace_only(args, kwargs)
-        self.planned = make_plan(self.plugin, self.layout, self.grouping, self.trace, self.request(self.trace, self.accumulation))
+        self.trace, self.planned = self._plan(self.trace_only(args, kwargs))
         self._build()
+
+    def variants(self, trace: tracing.ModelTrace) -> list[tracing.ModelTrace]:
+        """The trace with everything kept, and where it has any, with outputs of cheap kernels made again in backward."""
+        if not trace.cheap_bytes or self.plugin.recompute == "none" or self.plugin.offload_activations == "full":
+            return [trace]
+        speeds = self.target.speeds(self.plugin, trace.tokens)
+        return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
+
+    def _plan(self, trace: tracing.ModelTrace) -> tuple[tracing.ModelTrace, Planned]:
+        """The faster plan of a trace's variants, with its variant. Raises BudgetError if none fits."""
+        found: list[tuple[tracing.ModelTrace, Planned]] = []
+        variants = self.variants(trace)
+        for variant in variants:
+            try:
+                planned = make_plan(self.plugin, self.layout, self.grouping, variant, self.request(variant, self.accumulation))
+            except BudgetError:
+                if variant is variants[-1] and not found:
+                    raise
+                continue
+            found.append((variant, planned))
+        return min(found, key=lambda pair: pair[1].plan["predicted_step_s"])
 
     @property
     def undecided(self) -> bool:
@@ -195,6 +215,7 @@ class Runtime:
             self.counter = ActivationCounter(self.account if self.target.emulated else _uncounted)
             self.counter.excluded = {tensor.untyped_storage().data_ptr() for tensor in self.memory.resident.values()}
         self.saved = SavedTensors(self.engine, self.target, self.memory.slab, self.counter)
+        self.saved.rematerialize = any(unit.extra_flops for unit in self.trace.units)
         if offloaded and self.counter is not None:
             lasting = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
             self.saved.offload = ActivationOffload(self.engine, self.target, self.counter, offloaded, plan["offload_window_bytes"], lasting)

@@ -18,6 +18,7 @@ from tierwise._core import Engine, TierwiseError
 from tierwise.gemini.offload import ActivationOffload
 from tierwise.gemini.offloaded import Offloaded, check_unchanged
 from tierwise.gemini.target import Target
+from tierwise.kernels.rematerialize import Rematerialized, recipe_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class SavedTensors:
         self._slab_pointer = -1 if slab is None else slab.untyped_storage().data_ptr()
         self._typed: dict[torch.dtype, Tensor] = {}
         self._sizes: dict[int, int] = {}
+        self.rematerialize = False
+        """Whether outputs of cheap kernels are made again instead of kept."""
         self._active: contextlib.ExitStack | None = None
         # torch.compile would compile them where a compiled block saves tensors, once per shape.
         self._hooks = torch.compiler.disable(self.pack), torch.compiler.disable(self.unpack)
@@ -134,7 +137,7 @@ class SavedTensors:
     @property
     def needed(self) -> bool:
         """Whether there is anything to pack or to count."""
-        return self._slab is not None or self.counter is not None
+        return self._slab is not None or self.counter is not None or self.rematerialize
 
     def set_sizes(self, sizes: dict[int, int]) -> None:
         """Bytes of every streamed chunk."""
@@ -160,6 +163,10 @@ class SavedTensors:
         pointer = storage.data_ptr()
         if pointer == self._slab_pointer:
             return self._reference(tensor)
+        if self.rematerialize:
+            recipe = recipe_of(tensor)
+            if recipe is not None:
+                return Rematerialized.of(tensor, recipe)
         if self.counter is not None and pointer and pointer not in self.counter.excluded:
             if self.offload is not None and not self.counter.holds(pointer):
                 offloaded = self.offload.pack(tensor)
@@ -180,6 +187,8 @@ class SavedTensors:
         """The saved tensor, for a slab view where its chunk is now."""
         if isinstance(packed, _Saved):
             return packed.unchanged()
+        if isinstance(packed, Rematerialized):
+            return packed.tensor()
         if isinstance(packed, Offloaded):
             assert self.offload is not None
             return self.offload.unpack(packed)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Grouping, Unit
 from tierwise.gemini.offloaded import MIN_BYTES, REGION_BYTES
+from tierwise.kernels.rematerialize import recipe_of
 
 _log = logging.getLogger("tierwise")
 _ONE_AT_A_TIME = threading.Lock()
@@ -40,6 +41,12 @@ class UnitTrace:
     """Of `saved_bytes`: storages that are worth a copy to the host and that no other unit saves too."""
     offload_host_bytes: int = 0
     """What its offloaded storages take in host memory, shared ones included."""
+    cheap_bytes: int = 0
+    """Part of `saved_bytes` that cheap kernels can make again."""
+    cheap_traffic_bytes: int = 0
+    """Bytes of device memory that making it again moves."""
+    extra_flops: float = 0.0
+    """FLOPs whose time the making takes, where it is planned."""
 
 
 @dataclasses.dataclass
@@ -77,11 +84,32 @@ class ModelTrace:
                     "offload_bytes": int(traced.offload_bytes * scale),
                     "offload_host_bytes": math.ceil(traced.offload_host_bytes * scale),
                     "recomputable": unit.recomputable,
-                    "flops": traced.flops,
+                    "flops": traced.flops + traced.extra_flops,
                 }
             )
         ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
         return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": int(self.outer_saved_bytes * scale)})
+
+    def rematerialized(self, flops_per_byte: float) -> ModelTrace:
+        """The same where outputs of cheap kernels are made again; `flops_per_byte` is how long moving a byte takes, in FLOPs."""
+        units = [
+            # The core's backward is twice the forward; all of the making is in backward.
+            dataclasses.replace(
+                unit,
+                saved_bytes=unit.saved_bytes - unit.cheap_bytes,
+                extra_flops=unit.cheap_traffic_bytes * flops_per_byte / 3,
+                # A recipe keeps its inputs on the device.
+                offload_bytes=0,
+                offload_host_bytes=0,
+            )
+            for unit in self.units
+        ]
+        return dataclasses.replace(self, units=units)
+
+    @property
+    def cheap_bytes(self) -> int:
+        """Bytes of one forward that cheap kernels can make again."""
+        return sum(unit.cheap_bytes for unit in self.units)
 
     def activation_peak_bytes(self, kept: list[str]) -> int:
         """Most bytes of saved activations at once, if the units of the trace "keep" or "recompute" theirs."""
@@ -228,7 +256,12 @@ class _Recorder:
             self._first[key] = unit
             self.alive.append(tensor.detach())
             if self._stack:
-                self.units[unit].saved_bytes += storage.nbytes()
+                traced = self.units[unit]
+                traced.saved_bytes += storage.nbytes()
+                recipe = recipe_of(tensor)
+                if recipe is not None:
+                    traced.cheap_bytes += storage.nbytes()
+                    traced.cheap_traffic_bytes += recipe.traffic_bytes
             else:
                 self.outer += storage.nbytes()
         else:

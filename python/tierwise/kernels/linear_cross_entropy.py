@@ -67,7 +67,8 @@ def _plain_cross_entropy(
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right` in fp32; on CUDA by the matrix product itself, elsewhere after rounding the product to its own dtype."""
-    if not total.is_cuda:
+    if not total.is_cuda or is_fake(total):
+        # torch 2.11 cannot trace the product that adds to fp32.
         total += left @ right
     elif left.dtype == torch.float32:
         total.addmm_(left, right)

@@ -4,6 +4,9 @@ use crate::layout::Layout;
 use crate::{ChunkId, OpId, Tier};
 use serde::{Deserialize, Serialize};
 
+/// Version of the schema.
+pub const VERSION: u32 = 2;
+
 /// Where the optimizer step of a chunk runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

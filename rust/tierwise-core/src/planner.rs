@@ -139,11 +139,11 @@ pub enum PlanError {
     Invalid(String),
 }
 
-/// Version of the plan's schema.
-const VERSION: u32 = 2;
-
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
+
+/// Host memory traffic of a speculated step beside that of a plain one: its undo record is read, written, and read before it is written.
+const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
 
 /// Bytes of device memory traffic of one optimizer step per parameter.
 const OPTIMIZER_BYTES: f64 = 26.0;
@@ -284,7 +284,8 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         0.0
     } else {
         let share = (request.host_budget - row.host.total() - activations.host_bytes) as f64 / row.undo_bytes as f64;
-        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(micro_batch - forward)
+        let in_backward = (micro_batch - forward) / SPECULATION_COST;
+        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
     let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - forward - speculated).max(0.0);
     // Sums leave for the host during the last backward.
@@ -329,7 +330,7 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
     };
     host.undo = host_region_bytes(undo_bytes);
     let mut plan = Plan {
-        version: VERSION,
+        version: crate::plan::VERSION,
         chunks: row.chunks,
         activations: activations.units.clone(),
         offload_window_bytes: activations.window_bytes,

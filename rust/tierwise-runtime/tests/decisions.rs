@@ -5,16 +5,16 @@ mod virtual_device;
 
 use proptest::prelude::*;
 use std::sync::Arc;
-use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
 use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
+use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::AdamHyper;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
-use tierwise_sim::costs::Costs;
+use tierwise_sim::costs::{Costs, Launch};
 use tierwise_sim::executor::calls::{Call, calls};
 use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
 use tierwise_sim::hardware::{Hardware, preset};
@@ -53,6 +53,7 @@ impl Case {
             costs: &self.costs,
             hardware: &self.hardware,
             sharding: None,
+            transient_bytes: None,
             device_budget: PLENTY,
             host_budget: PLENTY,
             clips: self.clips,
@@ -76,7 +77,7 @@ impl Case {
             let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
             let on_device = placed.class == OptimizerClass::Device;
             let states = on_device.then(|| take(self.layout.state_bytes(chunk)));
-            let accumulator = (on_device && self.plan.accumulation > 1).then(|| take(self.layout.grad_acc_bytes(chunk)));
+            let accumulator = self.plan.sums_on_device(chunk).then(|| take(self.layout.grad_acc_bytes(chunk)));
             engine.bind(chunk, resident, states, accumulator).unwrap();
         }
         if self.plan.stream_slab_bytes > 0 {
@@ -110,7 +111,9 @@ impl Case {
                             Phase::Forward => self.costs.forward_ns[unit as usize],
                             Phase::Backward => self.costs.backward_ns[unit as usize] + again,
                         });
-                        device.spend(self.hardware.launch_ns);
+                        device.spend(
+                            self.costs.launch[unit as usize].ns(phase, self.plan.activations[unit as usize] == ActivationPlan::Recompute),
+                        );
                     }
                     Call::Leave(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
@@ -123,7 +126,10 @@ impl Case {
                         engine.grads(chunk, &grads, STREAM, &mut patience).unwrap();
                     }
                     Call::BackwardEnd => engine.backward_end(STREAM).unwrap(),
-                    Call::Commit => engine.commit(1.0, STREAM, &mut patience).unwrap(),
+                    Call::Commit => {
+                        engine.commit(1.0, STREAM, &mut patience).unwrap();
+                        device.spend(self.costs.commit_ns);
+                    }
                 }
             }
         }
@@ -211,7 +217,7 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         accumulation,
         accumulate: None,
         clip_mode,
-        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 2e10 },
+        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 4e10 },
     }
 }
 
@@ -219,8 +225,10 @@ fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, cl
     let (layout, trace) = model(sizes);
     let plan = plan(&layout, &trace, wanted).unwrap();
     let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
-    let backward_ns = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
-    Case { layout, trace, plan, costs: Costs { forward_ns, backward_ns }, hardware, clips }
+    let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
+    let launch = forward_ns.iter().map(|ns| Launch { forward_ns: [hardware.launch_ns, ns % 450], backward_ns: [ns % 770, 900] }).collect();
+    let costs = Costs { forward_ns, backward_ns, launch, commit_ns: hardware.launch_ns / 3 };
+    Case { layout, trace, plan, costs, hardware, clips }
 }
 
 const SIZES: [(u64, u64, bool); 6] =
@@ -250,6 +258,18 @@ fn steps_on_the_host() {
         assert_eq!(count(&turns, |a| matches!(a, Action::Refresh { .. })), 18);
     }
     case(&SIZES, &request(fixed(0.5, 0.0), 1, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+}
+
+#[test]
+fn gradients_are_summed_on_either_side() {
+    for tier in [Tier::Device, Tier::Host] {
+        for (optim, param) in [(1.0, 0.0), (0.5, 0.0), (1.0, 1.0)] {
+            let wanted = PlanRequest { accumulate: Some(tier), ..request(fixed(optim, param), 3, ClipMode::Defer, PLENTY) };
+            let case = case(&SIZES, &wanted, slow([1.0; 4]), true);
+            assert!(case.plan.chunks.iter().any(|c| c.class == OptimizerClass::Host && c.accumulate == tier));
+            case.check();
+        }
+    }
 }
 
 #[test]
@@ -302,13 +322,14 @@ proptest! {
         accumulation in 1_u32..4,
         mode in 0_usize..3,
         recompute in 0_usize..3,
+        accumulate in prop::option::of(prop::sample::select(vec![Tier::Device, Tier::Host])),
         scale in prop::array::uniform4(0.1..8.0_f64),
         clips: bool,
     ) {
         let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
         let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
         let placement = if room.is_some() { Placement::Auto } else { fixed(optim.max(param), param) };
-        let mut wanted = request(placement, accumulation, clip_mode, PLENTY);
+        let mut wanted = PlanRequest { accumulate, ..request(placement, accumulation, clip_mode, PLENTY) };
         wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
         if let Some(room) = room {
             let (layout, trace) = model(&sizes);

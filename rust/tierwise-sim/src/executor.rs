@@ -7,6 +7,7 @@ mod actions;
 pub mod calls;
 mod collectives;
 pub mod machine;
+mod sharing;
 pub(crate) mod stalls;
 pub(crate) mod tally;
 mod thread;
@@ -49,6 +50,8 @@ pub struct Setup<'a> {
     pub hardware: &'a Hardware,
     /// Collectives of the data-parallel group, if there is one.
     pub sharding: Option<&'a Sharding>,
+    /// Per unit: device bytes that its kernels need for themselves in forward and in backward; none if the plan's reserve stands for them.
+    pub transient_bytes: Option<&'a [[u64; 2]]>,
     /// Hard limit of device bytes.
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.
@@ -233,11 +236,12 @@ impl<'a> Run<'a> {
     fn drive(&mut self) -> Result<Option<Outcome>, SimError> {
         loop {
             loop {
-                let mut progress = self.advance_thread()?;
+                let mut progress = false;
                 while let Some(began) = self.machine.begin_one() {
                     self.began(began)?;
                     progress = true;
                 }
+                progress |= self.advance_thread()?;
                 if !progress {
                     break;
                 }

@@ -2,7 +2,7 @@
 
 use crate::executor::{Outcome, Setup, Sharding, SimError, simulate};
 use crate::pipeline::StageCost;
-use crate::request::{Error, Rank, Request};
+use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
@@ -140,8 +140,11 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
     let planned = PlanRequest {
         device_budget: request.device_budget,
         host_budget: request.host_budget,
-        reserve_bytes: request.reserve_bytes + buffers,
-        placement: Placement::Auto,
+        reserve_bytes: request.memory.reserve_bytes() + buffers,
+        placement: match request.memory {
+            Memory::Placed(placement) => placement,
+            Memory::Reserve(_) | Memory::Given(_) => Placement::Auto,
+        },
         recompute: request.recompute.clone(),
         offload: Offload::None,
         accumulation,
@@ -170,6 +173,10 @@ fn sharding(request: &Request, rank: &Rank) -> Sharding {
 fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>, Error> {
     let (rank, sharding, planned) = prepare(request, number)?;
     let reserve_bytes = planned.reserve_bytes;
+    if let Memory::Given(given) = &request.memory {
+        let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
+        return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0 }));
+    }
     let plan = match plan(&rank.built.layout, &rank.built.trace, &planned) {
         Ok(plan) => plan,
         Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
@@ -199,6 +206,10 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
         costs: &stage.rank.costs,
         hardware: &stage.rank.hardware,
         sharding: stage.sharding.as_ref(),
+        transient_bytes: match request.memory {
+            Memory::Reserve(_) => None,
+            Memory::Placed(_) | Memory::Given(_) => Some(&stage.rank.built.transient_bytes),
+        },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
         clips: request.clips,

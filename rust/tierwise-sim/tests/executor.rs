@@ -44,6 +44,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         costs: &costs,
         hardware,
         sharding: None,
+        transient_bytes: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         clips,

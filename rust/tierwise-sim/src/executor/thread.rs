@@ -75,6 +75,7 @@ impl Run<'_> {
                 let token = self.machine.record(Lane::Compute);
                 (self.commit, self.release) = (token, token);
                 self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
+                self.thread.ready_ns = self.machine.now_ns() + self.setup.costs.commit_ns;
             }
         }
         Ok(None)
@@ -130,7 +131,7 @@ impl Run<'_> {
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
         };
         self.compute(op, ns, waits);
-        self.thread.ready_ns = self.machine.now_ns() + self.setup.hardware.launch_ns;
+        self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);
         Ok(None)
     }
 
@@ -160,7 +161,11 @@ impl Run<'_> {
     pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
         let before = self.device.peak();
         let name = self.setup.trace.op_name(op);
-        self.device.reserve(saved + born, &name)?;
+        let (unit, phase) = self.op(op);
+        let transient = self.setup.transient_bytes.map_or(0, |bytes| bytes[unit as usize][phase as usize]);
+        self.device.reserve(saved + born + transient, &name)?;
+        // In the order of the allocator, which is the training thread's, nothing else is taken while they are there.
+        self.device.release(transient);
         self.activations += saved;
         self.gradients += born;
         if self.device.peak() > before {
