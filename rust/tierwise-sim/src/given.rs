@@ -76,6 +76,7 @@ impl GivenPlan {
             device: DeviceBytes { stream_slab: self.stream_slab_bytes, ..DeviceBytes::default() },
             device_peak_op: OpId(0),
             host: HostBytes { undo: host_region_bytes(self.undo_bytes), ..HostBytes::default() },
+            nvme: None,
             fetches: Vec::new(),
             predicted_step_s: 0.0,
             bound_by: String::new(),
