@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--compare-host-budget",
         default=None,
-        help="train the same steps again without a disk, within this host budget, and compare every bit; all under deterministic algorithms",
+        help="train the same steps again without a disk, within this host budget, and compare every bit (deterministic algorithms)",
     )
     p.add_argument("--json", default=None, help="file that gets the numbers")
     p.add_argument("--trace", default=None, help="file for the timeline of the last step")
