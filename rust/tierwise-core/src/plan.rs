@@ -154,12 +154,12 @@ pub struct HostBytes {
     pub staging: u64,
     /// Undo records of speculated steps.
     pub undo: u64,
-    /// Buffers that spilled states pass through.
-    #[serde(default)]
-    pub nvme_staging: u64,
     /// Offloaded activations of one micro-batch.
     #[serde(default)]
     pub activations: u64,
+    /// Buffers that spilled states pass through.
+    #[serde(default)]
+    pub nvme_staging: u64,
 }
 
 impl HostBytes {

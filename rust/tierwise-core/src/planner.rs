@@ -66,17 +66,6 @@ pub enum Recompute {
     Units(Vec<bool>),
 }
 
-/// The disk that may hold what host memory cannot.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct NvmeRequest {
-    /// Hard limit of the spill file, in bytes.
-    pub budget: u64,
-    /// Bytes per second that it reads while it does not write.
-    pub read_bytes: f64,
-    /// Bytes per second that it writes while it does not read.
-    pub write_bytes: f64,
-}
-
 /// Which units' activations are offloaded to host memory. What recomputes is not offloaded too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -88,6 +77,17 @@ pub enum Offload {
     Auto,
     /// Every layer.
     Full,
+}
+
+/// The disk that may hold what host memory cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NvmeRequest {
+    /// Hard limit of the spill file, in bytes.
+    pub budget: u64,
+    /// Bytes per second that it reads while it does not write.
+    pub read_bytes: f64,
+    /// Bytes per second that it writes while it does not read.
+    pub write_bytes: f64,
 }
 
 /// What to plan for.
@@ -196,8 +196,9 @@ struct Step {
 
 /// Finds the fastest plan within the budgets.
 pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
-    let memory = Memory::new(layout, trace, request)?;
+    let mut memory = Memory::new(layout, trace, request)?;
     let levels = activations::levels(&memory, request)?;
+    memory.leave_room(&levels);
     let mut best: Option<Candidate> = None;
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
@@ -220,7 +221,6 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                 };
                 let first = if group.monotone { last } else { 0 };
                 for row in &group.rows[first..=last] {
-                    let row = &*row.beside(&memory, activations.host_bytes);
                     let host = HostBytes { activations: activations.host_bytes, ..row.host };
                     if host.total() > request.host_budget {
                         if least_host.is_none_or(|least| host.total() < least.total()) {
@@ -269,16 +269,16 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
 /// The smallest `device_budget` for which [`plan`] finds a plan, the other limits being as requested; `u64::MAX` if none is large enough.
 pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanRequest) -> u64 {
     let find = || -> Result<u64, PlanError> {
-        let memory = Memory::new(layout, trace, request)?;
+        let mut memory = Memory::new(layout, trace, request)?;
         let levels = activations::levels(&memory, request)?;
+        memory.leave_room(&levels);
         let mut least = u64::MAX;
         placement::for_each_group(&memory, request, |group| {
             let spilled = |row: &Row| row.nvme.map_or(0, |nvme| nvme.file_bytes);
             for activations in &levels {
                 let too_large = |row: &Row| {
-                    let row = row.beside(&memory, activations.host_bytes);
                     row.host.total() + activations.host_bytes > request.host_budget
-                        || spilled(&row) > request.nvme.map_or(0, |nvme| nvme.budget)
+                        || spilled(row) > request.nvme.map_or(0, |nvme| nvme.budget)
                 };
                 let first = group.rows.partition_point(too_large);
                 let Some(row) = group.rows.get(first) else { continue };

@@ -116,8 +116,8 @@ impl Engine {
             .ids()
             .map(|c| host_sizes(&layout, &plan, c, plan.chunks[c.index()]).iter().map(|&b| host_region_bytes(b)).sum::<u64>())
             .sum();
-        let spilled_bytes = plan.nvme.map_or(0, |nvme| u64::from(nvme.buffers) * nvme.buffer_bytes);
         let activation_bytes = host_region_bytes(plan.host.activations);
+        let spilled_bytes = plan.nvme.map_or(0, |nvme| u64::from(nvme.buffers) * nvme.buffer_bytes);
         let total = spilled_bytes
             + chunk_bytes
             + 2 * staging_bytes

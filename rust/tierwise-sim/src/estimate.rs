@@ -5,14 +5,17 @@ use crate::executor::{Outcome, Setup, SimError, simulate};
 use crate::hardware::{Disk, Hardware, preset};
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ClipMode, Plan};
-use tierwise_core::planner::PlanRequest;
+use tierwise_core::planner::{PlanRequest, Speeds};
 use tierwise_core::trace::Trace;
 
 /// Executes the plan: the same executor as every simulation, with the trace's FLOPs at the planner's rate. Speculation is taken to be
 /// accepted, as its plan hopes.
 pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanRequest) -> Result<Outcome, SimError> {
     let speeds = &request.speeds;
-    let hardware = machine(request);
+    let hardware = Hardware {
+        nvme: request.nvme.map(|n| Disk { read_bytes_per_s: n.read_bytes, write_bytes_per_s: n.write_bytes }),
+        ..machine(speeds)
+    };
     let ns = |flops: f64| (flops / speeds.flops * 1e9).round() as u64;
     let costs = Costs {
         forward_ns: trace.units.iter().map(|unit| ns(unit.flops)).collect(),
@@ -37,8 +40,7 @@ pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanReque
 }
 
 /// A machine of these speeds, all of which hold while both directions of the link are busy: nothing slows anything down further.
-fn machine(request: &PlanRequest) -> Hardware {
-    let speeds = &request.speeds;
+fn machine(speeds: &Speeds) -> Hardware {
     let adam_bytes = speeds.host_adam_params * ADAM_BYTES_PER_PARAM;
     let like = preset("h100").unwrap_or_else(|| unreachable!("it is a preset"));
     Hardware {
@@ -53,7 +55,6 @@ fn machine(request: &PlanRequest) -> Hardware {
         d2h_compute_tax: 0.0,
         host_adam_compute_tax: 0.0,
         measured: None,
-        nvme: request.nvme.map(|disk| Disk { read_bytes_per_s: disk.read_bytes, write_bytes_per_s: disk.write_bytes }),
         ..like
     }
 }
@@ -62,7 +63,7 @@ fn machine(request: &PlanRequest) -> Hardware {
 mod tests {
     use super::*;
     use crate::models::preset as model;
-    use tierwise_core::planner::{Placement, Recompute, Speeds, plan};
+    use tierwise_core::planner::{Placement, Recompute, plan};
 
     #[test]
     fn more_host_work_than_the_step_hides_shows_as_waiting() {
@@ -71,7 +72,6 @@ mod tests {
             device_budget: 80_000_000_000,
             host_budget: 100_000_000_000,
             reserve_bytes: 0,
-            nvme: None,
             placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: fraction, offload_param_frac: 0.0 },
             recompute: Recompute::Full,
             accumulation: 1,
@@ -79,6 +79,7 @@ mod tests {
             offload: tierwise_core::planner::Offload::None,
             clip_mode: ClipMode::Defer,
             speeds: Speeds { flops: 6e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
+            nvme: None,
         };
         let step = |fraction| {
             let request = request(fraction);

@@ -65,15 +65,6 @@ pub(super) struct Cost {
 }
 
 impl Row {
-    /// The same placement where other things take `taken` bytes of host memory too: what then does not fit goes to the disk.
-    pub fn beside(&self, memory: &Memory, taken: u64) -> std::borrow::Cow<'_, Row> {
-        if memory.nvme.is_none() || self.host.total() + taken <= memory.host_budget {
-            return std::borrow::Cow::Borrowed(self);
-        }
-        let chunks = self.chunks.iter().map(|placed| spill::unspilled(*placed)).collect();
-        std::borrow::Cow::Owned(row(memory, chunks, self.streamed_bytes, self.slab_step, taken))
-    }
-
     /// Device bytes at the peak.
     pub fn device_bytes(&self, activations: &Activations, slab: u64, tight: bool, reserve: u64) -> u64 {
         let alive = activations.bytes.iter().zip(&self.gradients[usize::from(tight)]).map(|(a, g)| a + g).max().unwrap_or(0);
@@ -209,7 +200,7 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     let largest = (0..memory.layout.chunks.len()).filter(streamed).map(slot).max().unwrap_or(0).max(largest_op);
     // Beyond two operations' worth, a chunk that stays resident saves as many fetches as one more slot.
     let prefetch_slab = (2 * largest).min(streamed_bytes);
-    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest, 0)).collect();
+    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest)).collect();
     let mut variants = vec![(prefetch_slab, false)];
     if largest < prefetch_slab {
         variants.push((largest, false));
@@ -220,13 +211,13 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     Group { rows, monotone, variants, prefetch_slab }
 }
 
-fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64, taken: u64) -> Row {
+fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
     let layout = memory.layout;
     let mut base = DeviceBytes::default();
     let mut host = HostBytes::default();
     let mut cost = Cost::default();
     let mut undo_bytes = 0;
-    let nvme = spill::spill(memory, &mut chunks, taken);
+    let nvme = spill::spill(memory, &mut chunks);
     for chunk in layout.ids() {
         let placement = chunks[chunk.index()];
         let of_chunk = HostBytes::of_chunk(layout, chunk, placement, memory.accumulation);
@@ -244,8 +235,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
             OptimizerClass::Device => base.states += layout.state_bytes(chunk),
             OptimizerClass::Host | OptimizerClass::Nvme => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
-                // Where host memory is so short that something is spilled, undo records would only spill more.
-                if nvme.is_none() {
+                if placement.class == OptimizerClass::Host {
                     undo_bytes += layout.undo_bytes(chunk);
                 }
                 if memory.accumulation > 1 && placement.accumulate == Tier::Device {

@@ -7,8 +7,7 @@ use crate::plan::{ChunkPlan, HostBytes, NvmePlan, OptimizerClass, ParamHome, hos
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
 const BUFFERS: u64 = 16;
-/// Staging takes at most this part of what the model's parameters and states are. Of the model, not of the budget: more host memory then
-/// never spills more.
+/// Host memory that staging takes at most, as a divisor of the budget.
 const STAGING_SHARE: u64 = 16;
 /// Largest staging buffer: beyond it a disk gains nothing.
 const MAX_BUFFER_BYTES: u64 = 32 << 20;
@@ -19,12 +18,11 @@ const MAX_BLOCK_BYTES: u64 = 4 << 20;
 /// Buffers and blocks are multiples of this: the largest alignment that a file system asks of direct I/O.
 const BLOCK_ALIGN: u64 = 64 << 10;
 
-/// Moves chunks of a placement to the disk until its host bytes fit beside the `taken` ones, or nothing is left to move; gives what is there
-/// then.
-pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan], taken: u64) -> Option<NvmePlan> {
+/// Moves chunks of a placement to the disk until its host bytes fit, or nothing is left to move; gives what is there then.
+pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePlan> {
     memory.nvme?;
     let host = |placed: ChunkPlan, c: usize| HostBytes::of_chunk(memory.layout, ChunkId(c as u32), placed, memory.accumulation).total();
-    let mut used: u64 = chunks.iter().enumerate().map(|(c, &placed)| host(placed, c)).sum::<u64>() + landing_bytes(memory, chunks) + taken;
+    let mut used: u64 = chunks.iter().enumerate().map(|(c, &placed)| host(placed, c)).sum::<u64>() + landing_bytes(memory, chunks);
     if used <= memory.host_budget {
         return None;
     }
@@ -53,13 +51,6 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan], taken: u64) -> Op
     (plan.payload_bytes > 0).then_some(plan)
 }
 
-/// Where a chunk would be if the host had room.
-pub(super) fn unspilled(placed: ChunkPlan) -> ChunkPlan {
-    let class = if placed.class == OptimizerClass::Nvme { OptimizerClass::Host } else { placed.class };
-    let home = if placed.home == ParamHome::Spilled { ParamHome::Resident } else { placed.home };
-    ChunkPlan { class, home, ..placed }
-}
-
 /// Buffers in which gradients land that are added to accumulators.
 pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
     if memory.accumulation < 2 {
@@ -71,8 +62,7 @@ pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
 
 fn sizes(memory: &Memory) -> NvmePlan {
     let element = memory.layout.precision.undo_bytes();
-    let staging = memory.layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() * element / STAGING_SHARE;
-    let wanted = (staging / BUFFERS).min(MAX_BUFFER_BYTES);
+    let wanted = (memory.host_budget / STAGING_SHARE / BUFFERS).min(MAX_BUFFER_BYTES);
     let largest = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0);
     let piece_numel = (wanted / element).min(largest.next_multiple_of(PIECE_ALIGN)) / PIECE_ALIGN * PIECE_ALIGN;
     let piece_numel = piece_numel.max(PIECE_ALIGN);
@@ -81,7 +71,7 @@ fn sizes(memory: &Memory) -> NvmePlan {
     NvmePlan {
         piece_numel,
         buffer_bytes,
-        buffers: (staging / buffer_bytes).min(BUFFERS).min(pieces).max(2) as u32,
+        buffers: (memory.host_budget / STAGING_SHARE / buffer_bytes).min(BUFFERS).min(pieces).max(2) as u32,
         block_bytes: buffer_bytes.min(MAX_BLOCK_BYTES),
         ..NvmePlan::default()
     }

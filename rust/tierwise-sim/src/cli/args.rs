@@ -161,8 +161,8 @@ impl StepArgs {
             tokens_per_step: self.tokens_per_step.unwrap_or(one_each),
             device_budget: self.device_budget.unwrap_or(hardware.device_memory_bytes),
             host_budget: self.host_budget.unwrap_or(share.host_memory_bytes),
-            nvme_budget: self.nvme_budget.unwrap_or(0),
             memory: Memory::Reserve(self.reserve),
+            nvme_budget: self.nvme_budget.unwrap_or(0),
             recompute: match self.recompute {
                 RecomputeArg::Auto => Recompute::Auto,
                 RecomputeArg::None => Recompute::None,

@@ -54,7 +54,7 @@ impl<'a> Speeds<'a> {
             rates[Lane::Reduce as usize] = 0.5;
         }
         if let Some(disk) = self.hardware.nvme {
-            // A disk reads or writes at any moment.
+            // A disk does one or the other at any moment.
             let turn = if busy(Lane::DiskRead) && busy(Lane::DiskWrite) { 0.5 } else { 1.0 };
             rates[Lane::DiskRead as usize] = disk.read_bytes_per_s * turn / 1e9;
             rates[Lane::DiskWrite as usize] = disk.write_bytes_per_s * turn / 1e9;
