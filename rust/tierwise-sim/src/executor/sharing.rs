@@ -48,6 +48,9 @@ impl<'a> Speeds<'a> {
             rates[Lane::Compute as usize] *= 0.5;
             rates[Lane::Optimizer as usize] *= 0.5;
         }
+        if busy(Lane::Gather) || busy(Lane::Reduce) {
+            rates[Lane::Compute as usize] *= 1.0 - self.hardware.collective_compute_tax;
+        }
         if busy(Lane::Gather) && busy(Lane::Reduce) {
             // Two collectives at once share the links.
             rates[Lane::Gather as usize] = 0.5;
