@@ -107,6 +107,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         micro_batch_size=run.micro_batch,
         seq_len=run.seq,
         enable_all_optimization=True,
+        offload_activations="none",
         device=a.device,
         **run.plugin_options(),
     )
@@ -190,7 +191,8 @@ def executed(runtime: Any) -> dict[str, Any]:
         "host_chunks": [chunk.name for chunk, place in placed if place["class"] == "host"],
         "device_summed_chunks": [chunk.name for chunk, place in placed if place["accumulate"] == "device" and place["class"] != "frozen"],
         "streamed_chunks": [chunk.name for chunk, place in placed if place["home"] == "streamed"],
-        "recomputed_units": [name for name, again in zip(units, plan["recompute"], strict=True) if again],
+        "recomputed_units": [name for name, how in zip(units, plan["activations"], strict=True) if how == "recompute"],
+        "rematerializes": any(unit.extra_flops for unit in runtime.trace.units),
         "stream_slab_bytes": plan["stream_slab_bytes"],
         "grad_in_flight_bytes": plan["grad_in_flight_bytes"],
         "undo_bytes": plan["undo_bytes"],

@@ -12,8 +12,8 @@ from tierwise.gemini.runtime import Runtime
 
 _BOUNDS = {
     "compute": "computing",
-    "h2d": "copying parameters to the device",
-    "d2h": "copying gradients to the host",
+    "h2d": "copying parameters and activations to the device",
+    "d2h": "copying gradients and activations to the host",
     "cpu_adam": "the CPU's optimizer step",
     "host_memory": "adding gradients to accumulators in host memory",
 }
@@ -51,8 +51,14 @@ def explain(runtime: Runtime) -> str:
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
     if operation is not None:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")
-    counts = Counter(runtime.recompute[unit] for unit in runtime.trace.order if runtime.grouping.units[unit].recomputable)
-    lines.append(f"recomputed in backward: {counts[True]} of {counts[True] + counts[False]} layers")
+    kept = zip(runtime.trace.order, runtime.planned.plan["activations"], strict=True)
+    counts = Counter(how for unit, how in kept if runtime.grouping.units[unit].recomputable)
+    lines.append(
+        f"activations of {sum(counts.values())} layers: {counts['keep']} kept, {counts['recompute']} recomputed in backward, "
+        f"{counts['offload']} offloaded to the host"
+    )
+    if runtime.saved.rematerialize:
+        lines.append("of the other layers, outputs of normalizations and gated products are made again in backward")
     if not runtime.trace.exact:
         lines.append("activations are estimated: the model cannot be traced without data")
     bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])

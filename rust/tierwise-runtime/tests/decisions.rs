@@ -6,8 +6,8 @@ mod virtual_device;
 use proptest::prelude::*;
 use std::sync::Arc;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 use tierwise_core::{ChunkId, Tier};
@@ -102,12 +102,18 @@ impl Case {
                     Call::Enter(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
                         engine.enter(unit, phase, STREAM, &mut patience).unwrap();
-                        let again = if self.plan.recompute[unit as usize] { self.costs.forward_ns[unit as usize] } else { 0 };
+                        let again = if self.plan.activations[unit as usize] == ActivationPlan::Recompute {
+                            self.costs.forward_ns[unit as usize]
+                        } else {
+                            0
+                        };
                         device.compute(match phase {
                             Phase::Forward => self.costs.forward_ns[unit as usize],
                             Phase::Backward => self.costs.backward_ns[unit as usize] + again,
                         });
-                        device.spend(self.costs.launch[unit as usize].ns(phase, self.plan.recompute[unit as usize]));
+                        device.spend(
+                            self.costs.launch[unit as usize].ns(phase, self.plan.activations[unit as usize] == ActivationPlan::Recompute),
+                        );
                     }
                     Call::Leave(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
@@ -171,6 +177,8 @@ fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
             chunks: reads,
             saved_bytes,
             input_bytes: saved_bytes / 4,
+            offload_bytes: 0,
+            offload_host_bytes: 0,
             recomputable: number > 0,
             flops: numel as f64 * 1e3,
         });
@@ -205,6 +213,7 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         reserve_bytes: 0,
         placement,
         recompute: Recompute::Auto,
+        offload: Offload::None,
         accumulation,
         accumulate: None,
         clip_mode,

@@ -59,7 +59,7 @@ fn machine(speeds: &Speeds) -> Hardware {
 mod tests {
     use super::*;
     use crate::models::preset as model;
-    use tierwise_core::planner::{Placement, Recompute, plan};
+    use tierwise_core::planner::{Offload, Placement, Recompute, plan};
 
     #[test]
     fn more_host_work_than_the_step_hides_shows_as_waiting() {
@@ -70,6 +70,7 @@ mod tests {
             reserve_bytes: 0,
             placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: fraction, offload_param_frac: 0.0 },
             recompute: Recompute::Full,
+            offload: Offload::None,
             accumulation: 1,
             accumulate: None,
             clip_mode: ClipMode::Defer,

@@ -165,12 +165,13 @@ impl<'a> Run<'a> {
     fn new(setup: Setup<'a>) -> Result<Self, SimError> {
         let Setup { layout, trace, plan, costs, hardware, .. } = setup;
         let units = trace.units.len();
-        if plan.chunks.len() != layout.chunks.len() || [plan.recompute.len(), costs.forward_ns.len(), costs.backward_ns.len()] != [units; 3]
+        if plan.chunks.len() != layout.chunks.len()
+            || [plan.activations.len(), costs.forward_ns.len(), costs.backward_ns.len()] != [units; 3]
         {
             return Err(SimError::Mismatch(format!(
                 "the plan is for {} chunks and {} units, the costs for {} units; the model has {} and {units}",
                 plan.chunks.len(),
-                plan.recompute.len(),
+                plan.activations.len(),
                 costs.forward_ns.len(),
                 layout.chunks.len()
             )));

@@ -2,7 +2,9 @@
 
 use crate::models::Built;
 use serde::{Deserialize, Serialize};
-use tierwise_core::plan::{ChunkPlan, ClipMode, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan, host_region_bytes};
+use tierwise_core::plan::{
+    ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan, host_region_bytes,
+};
 use tierwise_core::{OpId, Tier};
 
 /// The plan of a recorded run, by names of chunks and units.
@@ -16,6 +18,9 @@ pub struct GivenPlan {
     pub streamed_chunks: Vec<String>,
     /// Units that are recomputed.
     pub recomputed_units: Vec<String>,
+    /// Whether layers make outputs of cheap kernels again in backward.
+    #[serde(default)]
+    pub rematerializes: bool,
     /// Bytes of the slab that streamed chunks pass through.
     pub stream_slab_bytes: u64,
     /// Gradients that may be on their way to the host at once, in bytes.
@@ -52,11 +57,13 @@ impl GivenPlan {
                 accumulate: if has(&self.device_summed_chunks, &chunk.name) { Tier::Device } else { Tier::Host },
             })
             .collect();
-        let recompute = built.trace.units.iter().map(|unit| has(&self.recomputed_units, &unit.name)).collect();
+        let kept = |name: &str| if has(&self.recomputed_units, name) { ActivationPlan::Recompute } else { ActivationPlan::Keep };
+        let activations = built.trace.units.iter().map(|unit| kept(&unit.name)).collect();
         let mut plan = Plan {
             version: tierwise_core::plan::VERSION,
             chunks,
-            recompute,
+            activations,
+            offload_window_bytes: 0,
             stream_slab_bytes: self.stream_slab_bytes,
             grad_in_flight_bytes: self.grad_in_flight_bytes,
             accumulation,

@@ -6,8 +6,8 @@ use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -146,6 +146,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
             Memory::Reserve(_) | Memory::Given(_) => Placement::Auto,
         },
         recompute: request.recompute.clone(),
+        offload: Offload::None,
         accumulation,
         accumulate: None,
         clip_mode: request.clip_mode,
@@ -170,9 +171,12 @@ fn sharding(request: &Request, rank: &Rank) -> Sharding {
 }
 
 fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>, Error> {
-    let (rank, sharding, planned) = prepare(request, number)?;
+    let (mut rank, sharding, planned) = prepare(request, number)?;
     let reserve_bytes = planned.reserve_bytes;
     if let Memory::Given(given) = &request.memory {
+        if given.rematerializes {
+            rematerialize(&mut rank);
+        }
         let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
         return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0 }));
     }
@@ -190,6 +194,14 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         return Ok(Err(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, shortfall)));
     }
     Ok(Ok(Stage { rank, plan, sharding, reserve_bytes }))
+}
+
+/// Backward makes outputs of cheap kernels again instead of keeping them.
+fn rematerialize(rank: &mut Rank) {
+    for (unit, [saved, traffic]) in rank.built.cheap_bytes.iter().enumerate() {
+        rank.built.trace.units[unit].saved_bytes -= saved;
+        rank.costs.backward_ns[unit] += (*traffic as f64 / rank.hardware.device_memory_bytes_per_s * 1e9).round() as u64;
+    }
 }
 
 fn whole_params(layout: &Layout) -> u64 {
@@ -216,7 +228,7 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
 }
 
 fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
-    stage.plan.recompute.iter().enumerate().filter(|(_, recomputed)| **recomputed).map(|(unit, _)| unit)
+    stage.plan.activations.iter().enumerate().filter(|(_, kept)| **kept == ActivationPlan::Recompute).map(|(unit, _)| unit)
 }
 
 /// FLOPs of a micro-batch's recomputation.

@@ -1,7 +1,7 @@
 //! The executor: nothing lost, nothing exceeded, nothing slower for being faster.
 
 use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanError, PlanRequest, Recompute, plan};
+use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
 use tierwise_sim::executor::{Outcome, Setup, SimError, simulate};
 use tierwise_sim::hardware::{Hardware, preset, presets};
@@ -21,6 +21,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         reserve_bytes: 2_000_000_000,
         placement: Placement::Auto,
         recompute: Recompute::Auto,
+        offload: Offload::None,
         accumulation: 1,
         accumulate: None,
         clip_mode: ClipMode::Defer,

@@ -5,6 +5,7 @@ use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Run, SimError, WARM_UP_STEPS};
 use tierwise_core::OpId;
+use tierwise_core::plan::ActivationPlan;
 use tierwise_core::scheduler::{Event, Progress};
 use tierwise_core::trace::Phase;
 
@@ -51,7 +52,7 @@ impl Run<'_> {
                 self.apply(&Event::Leave { unit, phase })?;
                 if phase == Phase::Backward {
                     let trace_unit = &self.setup.trace.units[unit as usize];
-                    let recomputed = self.setup.plan.recompute[unit as usize];
+                    let recomputed = self.setup.plan.activations[unit as usize] == ActivationPlan::Recompute;
                     // What a recomputation saved is freed with the input that it started from.
                     let bytes = trace_unit.saved_bytes + if recomputed { trace_unit.input_bytes } else { 0 };
                     self.activations -= bytes;
@@ -93,7 +94,7 @@ impl Run<'_> {
         let (unit, phase) = self.op(op);
         let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
         let index = unit as usize;
-        let recomputed = plan.recompute[index];
+        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
         let saved = match (phase, recomputed) {
             (Phase::Forward, true) => trace.units[index].input_bytes,
             (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes,
