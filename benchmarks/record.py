@@ -31,6 +31,8 @@ from typing import Any
 from record_list import LISTS, Configuration
 
 UNTIMED, PROFILED = 2, 2
+LEFT_BYTES = 200_000_000
+"""Of torch's own workspaces."""
 NUMBERS = re.compile(r"\d+")
 
 
@@ -107,7 +109,6 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         micro_batch_size=run.micro_batch,
         seq_len=run.seq,
         enable_all_optimization=True,
-        offload_activations="none",
         device=a.device,
         **run.plugin_options(),
     )
@@ -192,7 +193,7 @@ def executed(runtime: Any) -> dict[str, Any]:
         "device_summed_chunks": [chunk.name for chunk, place in placed if place["accumulate"] == "device" and place["class"] != "frozen"],
         "streamed_chunks": [chunk.name for chunk, place in placed if place["home"] == "streamed"],
         "recomputed_units": [name for name, how in zip(units, plan["activations"], strict=True) if how == "recompute"],
-        "rematerializes": any(unit.extra_flops for unit in runtime.trace.units),
+        "rematerialized": runtime.saved.rematerialize,
         "stream_slab_bytes": plan["stream_slab_bytes"],
         "grad_in_flight_bytes": plan["grad_in_flight_bytes"],
         "undo_bytes": plan["undo_bytes"],
@@ -262,6 +263,7 @@ def record(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
 
 
 def clean() -> None:
+    """Frees what a configuration held. Ends the recording if something stays: it would be in every later peak."""
     import torch
 
     gc.collect()
@@ -269,6 +271,9 @@ def clean() -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        left = torch.cuda.memory_allocated()
+        if left > LEFT_BYTES:
+            raise SystemExit(f"{left} device bytes stay allocated after a configuration; later peaks would be wrong")
 
 
 def machine(a: argparse.Namespace) -> dict[str, Any]:

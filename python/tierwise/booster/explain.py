@@ -15,8 +15,18 @@ _BOUNDS = {
     "h2d": "copying parameters and activations to the device",
     "d2h": "copying gradients and activations to the host",
     "cpu_adam": "the CPU's optimizer step",
+    "nvme": "the disk, which reads and writes what is spilled",
     "host_memory": "adding gradients to accumulators in host memory",
 }
+
+
+_STEPS = {
+    "device": "stepped on the device",
+    "host": "stepped by the CPU",
+    "nvme": "stepped by the CPU with their states on the disk",
+    "frozen": "frozen",
+}
+_HOMES = {"resident": "resident", "streamed": "streamed", "spilled": "resident, with their copy on the disk"}
 
 
 def explain(runtime: Runtime) -> str:
@@ -37,14 +47,22 @@ def explain(runtime: Runtime) -> str:
     ]
     for (cls, home, sums), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
-        step = {"device": "stepped on the device", "host": "stepped by the CPU", "frozen": "frozen"}[cls]
-        where = f"{home}, gradients added up on the {sums}" if sums else home
-        lines.append(f"  {len(chunks)} {step}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+        where = f"{_HOMES[home]}, gradients added up on the {sums}" if sums else _HOMES[home]
+        lines.append(f"  {len(chunks)} {_STEPS[cls]}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
         used = sum(parts.values())
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
         lines.append(f"{tier}: {format_bytes(used)} of {format_bytes(budget)} ({listed or 'nothing'})")
+    nvme = plan["nvme"]
+    if nvme is not None:
+        limit = format_bytes(runtime.planned.wanted["nvme"]["budget"])
+        lines.append(
+            f"nvme: {format_bytes(nvme['file_bytes'])} of {limit} in {runtime.plugin.nvme_path} "
+            f"({format_bytes(nvme['payload_bytes'])} of states and room to rewrite them); "
+            f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
+            f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
+        )
     if runtime.choice is not None:
         sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
         lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")
@@ -71,6 +89,8 @@ def explain(runtime: Runtime) -> str:
 def _simulated(runtime: Runtime) -> str:
     """The plan's step as the simulator's executor times it, with the speeds that the planner weighed."""
     planned = runtime.planned
+    if "offload" in planned.plan["activations"]:
+        return "simulated step: none, the simulator does not execute offloaded activations"
     # The plan that runs, which a correction after the first step may have changed.
     plan = json.dumps(runtime.memory.plan)
     step = json.loads(_core.simulate_plan(runtime.layout, planned.trace_json, plan, json.dumps(planned.wanted)))

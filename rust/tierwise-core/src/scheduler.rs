@@ -82,7 +82,8 @@ impl Scheduler {
             .map(|p| Chunk {
                 param: match (p.class, p.home) {
                     (OptimizerClass::Device, _) | (OptimizerClass::Frozen, ParamHome::Resident) => Residency::At(Tier::Device),
-                    (OptimizerClass::Host, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
+                    (_, ParamHome::Spilled) => Residency::Cached { home: Tier::Nvme, cache: Tier::Device },
+                    (_, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
                     (_, ParamHome::Streamed) => Residency::At(Tier::Host),
                 },
                 slot: None,
@@ -285,6 +286,9 @@ impl Scheduler {
     pub fn set_class(&mut self, chunk: ChunkId, class: OptimizerClass) -> Result<(), ScheduleError> {
         let state = &self.chunks[chunk.index()];
         let placement = self.plan.chunks[chunk.index()];
+        if placement.class == OptimizerClass::Nvme || class == OptimizerClass::Nvme {
+            return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "the class of spilled chunks is the plan's" });
+        }
         if placement.class == OptimizerClass::Frozen {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
@@ -300,7 +304,7 @@ impl Scheduler {
         }
         self.plan.chunks[chunk.index()] = ChunkPlan::new(class, ParamHome::Resident);
         self.chunks[chunk.index()].param = match class {
-            OptimizerClass::Host => Residency::Cached { home: Tier::Host, cache: Tier::Device },
+            OptimizerClass::Host | OptimizerClass::Nvme => Residency::Cached { home: Tier::Host, cache: Tier::Device },
             OptimizerClass::Device | OptimizerClass::Frozen => Residency::At(Tier::Device),
         };
         Ok(())

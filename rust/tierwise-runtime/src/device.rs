@@ -72,6 +72,12 @@ pub enum WorkerId {
     Landing,
     /// Passes on what the device's optimizer queue finished.
     Optimizer,
+    /// Steps spilled chunks; waits for the disk, so no virtual clock drives it.
+    Spill,
+    /// Waits for reads of the disk.
+    Reads,
+    /// Waits for writes to the disk.
+    Writes,
 }
 
 /// Time that is not the machine's: how the engine's threads wait where a test decides how long everything takes.

@@ -7,7 +7,7 @@ use crate::memory::{StepBases, grad_dtype};
 use crate::workers::Job;
 use std::sync::Arc;
 use tierwise_core::layout::Precision;
-use tierwise_core::plan::OptimizerClass;
+use tierwise_core::plan::{OptimizerClass, ParamHome};
 use tierwise_core::scheduler::{Action, Event};
 use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::{AdamConstants, AdamSegment, GradDtype, adam, convert};
@@ -26,6 +26,7 @@ impl Shared {
                     }
                 }
                 Action::Step { chunk, tier: Tier::Device, grad_scale } => self.step_on_device(state, chunk, grad_scale)?,
+                Action::Step { chunk, tier: Tier::Nvme, grad_scale } => self.step_spilled(state, chunk, grad_scale)?,
                 Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
                 Action::Undo { chunk } => self.undo(state, chunk)?,
@@ -85,6 +86,10 @@ impl Shared {
     }
 
     fn refresh(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        if state.scheduler.plan().chunks[chunk.index()].home == ParamHome::Spilled {
+            // Its step sent them piece by piece, out of the staging buffers.
+            return Ok(());
+        }
         if let Some(event) = &state.commit_event {
             self.device.queue_wait(Queue::HostToDevice, event)?;
         }
@@ -227,7 +232,7 @@ fn segments(
         .collect()
 }
 
-fn count_steps(state: &mut State, chunk: ChunkId) {
+pub(crate) fn count_steps(state: &mut State, chunk: ChunkId) {
     let layout = state.scheduler.layout();
     for (param, _) in state.gradients.touched(layout, chunk) {
         state.param_steps[param.index as usize] += 1;
@@ -235,7 +240,7 @@ fn count_steps(state: &mut State, chunk: ChunkId) {
 }
 
 /// Bytes that a step of one element moves.
-fn traffic(precision: Precision) -> u64 {
+pub(crate) fn traffic(precision: Precision) -> u64 {
     precision.grad_bytes() + 2 * (precision.param_bytes() + precision.state_bytes())
 }
 

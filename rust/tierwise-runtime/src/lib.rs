@@ -11,4 +11,5 @@ mod gradients;
 pub mod host_memory;
 mod memory;
 mod record;
+pub mod spill;
 mod workers;

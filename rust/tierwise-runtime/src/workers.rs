@@ -66,6 +66,9 @@ pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted
         WorkerId::Adam => "tierwise-adam",
         WorkerId::Landing => "tierwise-landing",
         WorkerId::Optimizer => "tierwise-optimizer",
+        WorkerId::Spill => "tierwise-spill",
+        WorkerId::Reads => "tierwise-reads",
+        WorkerId::Writes => "tierwise-writes",
     };
     (Worker { jobs: sender, id, clock: clock.clone() }, Unstarted { name, jobs, id, clock })
 }

@@ -18,9 +18,9 @@ pub struct GivenPlan {
     pub streamed_chunks: Vec<String>,
     /// Units that are recomputed.
     pub recomputed_units: Vec<String>,
-    /// Whether layers make outputs of cheap kernels again in backward.
+    /// Whether outputs of cheap kernels were made again in backward.
     #[serde(default)]
-    pub rematerializes: bool,
+    pub rematerialized: bool,
     /// Bytes of the slab that streamed chunks pass through.
     pub stream_slab_bytes: u64,
     /// Gradients that may be on their way to the host at once, in bytes.
@@ -72,6 +72,7 @@ impl GivenPlan {
             device: DeviceBytes { stream_slab: self.stream_slab_bytes, ..DeviceBytes::default() },
             device_peak_op: OpId(0),
             host: HostBytes { undo: host_region_bytes(self.undo_bytes), ..HostBytes::default() },
+            nvme: None,
             fetches: Vec::new(),
             predicted_step_s: 0.0,
             bound_by: String::new(),

@@ -6,8 +6,8 @@ use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -15,8 +15,10 @@ use tierwise_core::timeline::Timeline;
 pub struct Placed {
     /// Elements whose optimizer step the device runs.
     pub device_stepped_numel: u64,
-    /// Elements whose optimizer step the host runs.
+    /// Elements whose optimizer step the host runs, with states in its memory.
     pub host_stepped_numel: u64,
+    /// Elements that the host steps while their states pass by from the disk.
+    pub nvme_stepped_numel: u64,
     /// Elements whose parameters are streamed.
     pub streamed_numel: u64,
     /// Layers that are recomputed in backward.
@@ -27,6 +29,8 @@ pub struct Placed {
     pub device: DeviceBytes,
     /// Host memory, by purpose.
     pub host: HostBytes,
+    /// What is spilled, if anything is.
+    pub nvme: Option<NvmePlan>,
     /// Seconds of a step by the planner's formulas.
     pub predicted_step_s: f64,
     /// What bounds the step by the planner's formulas.
@@ -151,8 +155,21 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         accumulate: None,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
+        nvme: nvme(request, &rank)?,
     };
     Ok((rank, sharding, planned))
+}
+
+/// The disk, where something may be spilled.
+fn nvme(request: &Request, rank: &Rank) -> Result<Option<NvmeRequest>, Error> {
+    match (request.nvme_budget, rank.hardware.nvme) {
+        (0, _) => Ok(None),
+        (budget, Some(disk)) => Ok(Some(NvmeRequest { budget, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s })),
+        (_, None) => Err(Error::Usage(format!(
+            "nvme-budget is given, but {} has no disk; add \"nvme\": {{\"read_bytes_per_s\": ..., \"write_bytes_per_s\": ...}} to its file",
+            rank.hardware.name
+        ))),
+    }
 }
 
 fn sharding(request: &Request, rank: &Rank) -> Sharding {
@@ -174,7 +191,7 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
     let (mut rank, sharding, planned) = prepare(request, number)?;
     let reserve_bytes = planned.reserve_bytes;
     if let Memory::Given(given) = &request.memory {
-        if given.rematerializes {
+        if given.rematerialized {
             rematerialize(&mut rank);
         }
         let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
@@ -184,6 +201,9 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         Ok(plan) => plan,
         Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
         Err(PlanError::Host { needed, shortfall, .. }) => return Ok(Err(Shortfall::host(needed, shortfall))),
+        Err(PlanError::Nvme { needed, shortfall, .. }) => {
+            return Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }));
+        }
         Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
     };
     let streams = plan.chunks.iter().any(|c| c.home == ParamHome::Streamed);
@@ -223,6 +243,7 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
         },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
+        nvme_budget: request.nvme_budget,
         clips: request.clips,
     })
 }
@@ -256,11 +277,13 @@ fn placed(stage: &Stage) -> Placed {
     Placed {
         device_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Device, true),
         host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
+        nvme_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Nvme, true),
         streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
         recomputed_units: recomputed(stage).count() as u64,
         recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,
         device: plan.device,
         host: plan.host,
+        nvme: plan.nvme,
         predicted_step_s: plan.predicted_step_s,
         bound_by: plan.bound_by.clone(),
     }

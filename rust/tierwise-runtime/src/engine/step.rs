@@ -4,6 +4,7 @@ use super::shared::State;
 use super::{Engine, Hyper, KeepWaiting, unknown_chunk, wait_for_event};
 use crate::device::{ComputeStream, Queue};
 use crate::error::{Error, Result};
+use crate::spill::Spill;
 use std::sync::{Arc, MutexGuard};
 use tierwise_core::ChunkId;
 use tierwise_core::plan::{OptimizerClass, ParamHome};
@@ -34,7 +35,7 @@ impl Engine {
             return Err(Error::Usage("no device memory was bound for the streaming slab".to_owned()));
         }
         state.started = true;
-        Ok(())
+        self.shared.read_ahead(&mut state)
     }
 
     /// Makes a unit's chunks readable on the compute stream; gives the slots of its streamed chunks.
@@ -247,7 +248,9 @@ impl Engine {
         state.scheduler.settle(&mut actions)?;
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
-        let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy() && !state.gradients.has_readers())?;
+        let state = self.shared.wait_until(state, keep_waiting, |state| {
+            !state.scheduler.is_busy() && !state.gradients.has_readers() && !state.spill.as_ref().is_some_and(Spill::is_busy)
+        })?;
         let queues = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer];
         let events = queues.map(|queue| self.shared.device.record(queue));
         drop(state);

@@ -23,11 +23,25 @@ pub enum Lane {
     Reduce,
     /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
     Landing,
+    /// The disk's reads; work is bytes.
+    DiskRead,
+    /// The disk's writes; work is bytes.
+    DiskWrite,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 8] =
-    [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Gather, Lane::Reduce, Lane::Landing];
+pub const LANES: [Lane; 10] = [
+    Lane::Compute,
+    Lane::HostToDevice,
+    Lane::DeviceToHost,
+    Lane::Optimizer,
+    Lane::HostAdam,
+    Lane::Gather,
+    Lane::Reduce,
+    Lane::Landing,
+    Lane::DiskRead,
+    Lane::DiskWrite,
+];
 
 impl Lane {
     /// Its track of the timeline, named as the runtime names it.
@@ -41,6 +55,8 @@ impl Lane {
             Lane::Gather => "all-gather",
             Lane::Reduce => "reduce",
             Lane::Landing => "host norm",
+            Lane::DiskRead => "nvme read",
+            Lane::DiskWrite => "nvme write",
         }
     }
 }
@@ -128,7 +144,7 @@ struct State<E> {
 pub struct Machine<'a, E> {
     speeds: Speeds<'a>,
     now_ns: u64,
-    lanes: [State<E>; 8],
+    lanes: [State<E>; 10],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
 }

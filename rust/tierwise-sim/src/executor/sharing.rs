@@ -5,7 +5,7 @@ use crate::costs::ADAM_BYTES_PER_PARAM;
 use crate::hardware::{Hardware, Sharing};
 
 /// Work per nanosecond of every lane.
-pub type Rates = [f64; 8];
+pub type Rates = [f64; 10];
 
 /// The rates of a machine.
 pub struct Speeds<'a> {
@@ -33,6 +33,13 @@ impl<'a> Speeds<'a> {
         let measured = hardware.measured.as_ref();
         // One GPU's share of a node is less than what one GPU alone was measured with.
         let table = measured.filter(|_| hardware.gpus_per_node == 1).and_then(|m| table(&m.sharing));
+        // The engine's own steps say how fast the host's Adam is, the measurement beside others by how much these slow it down.
+        let own = measured.and_then(|m| m.host_adam_params_per_s);
+        let table = table.map(|mut table| {
+            let factor = own.map_or(1.0, |own| own * ADAM_BYTES_PER_PARAM / 1e9 / table[4].adam);
+            table.iter_mut().for_each(|actors| actors.adam *= factor);
+            table
+        });
         let adam = measured.and_then(|m| m.device_adam_params_per_s).map(|rate| rate * ADAM_BYTES_PER_PARAM);
         Speeds { hardware, measured: table, optimizer: adam.unwrap_or(hardware.device_memory_bytes_per_s) / 1e9 }
     }
@@ -56,6 +63,12 @@ impl<'a> Speeds<'a> {
             rates[Lane::Gather as usize] = 0.5;
             rates[Lane::Reduce as usize] = 0.5;
         }
+        if let Some(disk) = self.hardware.nvme {
+            // A disk does one or the other at any moment.
+            let turn = if busy(Lane::DiskRead) && busy(Lane::DiskWrite) { 0.5 } else { 1.0 };
+            rates[Lane::DiskRead as usize] = disk.read_bytes_per_s * turn / 1e9;
+            rates[Lane::DiskWrite as usize] = disk.write_bytes_per_s * turn / 1e9;
+        }
         rates
     }
 
@@ -70,7 +83,7 @@ impl<'a> Speeds<'a> {
         let half = if busy(Lane::HostAdam) && busy(Lane::Landing) { 0.5 } else { 1.0 };
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
-        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half]
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0]
     }
 
     fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
@@ -91,7 +104,7 @@ impl<'a> Speeds<'a> {
         let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing]
+        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0]
     }
 }
 
