@@ -15,10 +15,10 @@ const GOLDEN: [(&str, u64); 4] = [
         "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
         0x0d12_312f_a74d_96e4,
     ),
-    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0xfd00_0b8b_bd2d_6f37),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x5b51_6872_1750_70a5),
     (
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
-        0x98ff_1236_f2d5_9f4f,
+        0x0415_ca2d_f893_b26a,
     ),
     ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x5640_4d3d_40ba_b9ff),
 ];
