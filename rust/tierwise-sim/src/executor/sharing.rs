@@ -164,6 +164,16 @@ mod tests {
     }
 
     #[test]
+    fn the_engines_own_steps_scale_what_was_measured_beside_others() {
+        let measured = Measured { sharing: rows(), host_adam_params_per_s: Some(6e9), ..Measured::default() };
+        let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
+        let speeds = Speeds::new(&hardware);
+        let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other)[Lane::HostAdam as usize];
+        assert!((rate(None) / (26.0 * 6.0) - 1.0).abs() < 1e-12);
+        assert!((rate(Some(Lane::HostToDevice)) / (26.0 * 5.4) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
     fn a_missing_set_falls_back_to_the_model() {
         let mut sharing = rows();
         sharing.remove(5);
