@@ -37,7 +37,9 @@ impl<'a> Speeds<'a> {
         let own = measured.and_then(|m| m.host_adam_params_per_s);
         let table = table.map(|mut table| {
             let factor = own.map_or(1.0, |own| own * ADAM_BYTES_PER_PARAM / 1e9 / table[4].adam);
-            table.iter_mut().for_each(|actors| actors.adam *= factor);
+            for actors in &mut table {
+                actors.adam *= factor;
+            }
             table
         });
         let adam = measured.and_then(|m| m.device_adam_params_per_s).map(|rate| rate * ADAM_BYTES_PER_PARAM);

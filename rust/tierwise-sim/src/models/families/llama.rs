@@ -52,7 +52,9 @@ impl GatedLayer {
             cheap_bytes: [4 * h + 2 * i, 8 * h + 6 * i],
             saved_once_bytes: 0,
             forward_transient: Bytes::default(),
-            backward_transient: Bytes::per_token((8 * h + 4 * q + 4 * kv + 6 * i) * 3 / 5),
+            // The gradients of the output and of the residual sum, and of the gated product, whose own gradients take the place of gate
+            // and up.
+            backward_transient: Bytes::per_token(4 * h + 2 * i),
             input_bytes: 2 * h,
             reductions: 2,
         }
