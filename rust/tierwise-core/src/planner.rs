@@ -196,8 +196,9 @@ struct Step {
 
 /// Finds the fastest plan within the budgets.
 pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
-    let memory = Memory::new(layout, trace, request)?;
+    let mut memory = Memory::new(layout, trace, request)?;
     let levels = activations::levels(&memory, request)?;
+    memory.leave_room(&levels);
     let mut best: Option<Candidate> = None;
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
@@ -268,8 +269,9 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
 /// The smallest `device_budget` for which [`plan`] finds a plan, the other limits being as requested; `u64::MAX` if none is large enough.
 pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanRequest) -> u64 {
     let find = || -> Result<u64, PlanError> {
-        let memory = Memory::new(layout, trace, request)?;
+        let mut memory = Memory::new(layout, trace, request)?;
         let levels = activations::levels(&memory, request)?;
+        memory.leave_room(&levels);
         let mut least = u64::MAX;
         placement::for_each_group(&memory, request, |group| {
             let spilled = |row: &Row| row.nvme.map_or(0, |nvme| nvme.file_bytes);

@@ -1,5 +1,6 @@
 //! The model of device memory: what is alive at every operation of a micro-batch.
 
+use super::activations::Activations;
 use super::{PlanError, PlanRequest};
 use crate::Tier;
 use crate::layout::Layout;
@@ -11,6 +12,7 @@ pub(super) struct Memory<'a> {
     pub layout: &'a Layout,
     pub trace: &'a Trace,
     pub accumulation: u32,
+    /// Host bytes that chunks may take before something is spilled.
     pub host_budget: u64,
     pub nvme: Option<super::NvmeRequest>,
     /// Elements with optimizer states.
@@ -108,6 +110,14 @@ impl<'a> Memory<'a> {
         let state_numel = layout.chunks.iter().map(|c| c.state_numel).sum();
         let PlanRequest { accumulation, host_budget, nvme, .. } = *request;
         Ok(Memory { layout, trace, accumulation, host_budget, nvme, state_numel, unit_chunks, first_use, forward_order, uses, backward })
+    }
+
+    /// What is spilled leaves room for offloaded activations.
+    pub fn leave_room(&mut self, levels: &[Activations]) {
+        if self.nvme.is_some() {
+            let most = levels.iter().map(|activations| activations.host_bytes).max().unwrap_or(0);
+            self.host_budget = self.host_budget.saturating_sub(most);
+        }
     }
 
     /// Largest gradient of a host-class chunk that one operation completes: so much may be on its way while the next is produced.
