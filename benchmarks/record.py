@@ -31,6 +31,8 @@ from typing import Any
 from record_list import LISTS, Configuration
 
 UNTIMED, PROFILED = 2, 2
+LEFT_BYTES = 200_000_000
+"""Of torch's own workspaces."""
 NUMBERS = re.compile(r"\d+")
 
 
@@ -261,6 +263,7 @@ def record(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
 
 
 def clean() -> None:
+    """Frees what a configuration held. Ends the recording if something stays: it would be in every later peak."""
     import torch
 
     gc.collect()
@@ -268,6 +271,9 @@ def clean() -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        left = torch.cuda.memory_allocated()
+        if left > LEFT_BYTES:
+            raise SystemExit(f"{left} device bytes stay allocated after a configuration; later peaks would be wrong")
 
 
 def machine(a: argparse.Namespace) -> dict[str, Any]:

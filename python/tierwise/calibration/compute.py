@@ -14,6 +14,10 @@ from tierwise.calibration.timing import Timer
 from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
 from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
+_STARVED = 1.2
+_SUSTAINED_S = 1.2
+"""Of forward and backward in turn, the second half of which counts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -33,7 +37,7 @@ class Sizes:
 
 
 DEVICE_SIZES = Sizes(
-    layers=((1024, 2816, 16), (2048, 5504, 16), (4096, 11008, 32), (5120, 13824, 40)),
+    layers=((1024, 2816, 16), (2048, 5504, 16), (4096, 11008, 32)),
     tokens=(2048, 4096, 8192, 16384, 32768),
     attention=((16, 64), (16, 128), (32, 128)),
     sequences=((16, 1024), (8, 2048), (4, 4096), (1, 4096)),
@@ -103,8 +107,13 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
                 return out if isinstance(out, Tensor) else out[0]
 
             with attention_backends():
-                both = _both(timer, forward, [x, *layer.parameters()], 25)
-            row = {"sequences": sequences, "seq": seq, "hidden": hidden, "inner": inner, "heads": heads, **both}
+                leaves = [x, *layer.parameters()]
+                both = _both(timer, forward, leaves, 25)
+                long = timer.sustained(functools.partial(_step, forward, leaves), _SUSTAINED_S)
+            # Much longer means that Python did not keep the device busy.
+            if long is not None and long > _STARVED * sum(both.values()):
+                long = None
+            row = {"sequences": sequences, "seq": seq, "hidden": hidden, "inner": inner, "heads": heads, **both, "sustained_s": long}
             rows.append(row)
             tokens = sequences * seq
             flops = 2 * tokens * (4 * hidden * hidden + 3 * hidden * inner) + 2 * tokens * seq * hidden
@@ -134,6 +143,13 @@ def losses(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
             rows.append(row)
         log(f"loss {hidden} with {tokens} tokens: {row['forward_s'] * 1e3:.2f} ms forward, {row['backward_s'] * 1e3:.2f} ms backward")
     return rows
+
+
+def _step(forward: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    """Forward and backward, as training does them."""
+    with torch.enable_grad():
+        out = forward()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 def _both(timer: Timer, forward: Callable[[], Tensor], leaves: list[Tensor], kernels: int) -> dict[str, float]:

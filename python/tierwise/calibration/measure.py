@@ -76,6 +76,10 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
     measured["device_adam_params_per_s"] = _if_possible("device Adam", lambda: engine.device_adam_params_per_s(device), log)
     _free(cuda)
+    measured["host_adam_params_per_s"] = _if_possible("host Adam in the engine", lambda: engine.host_adam_params_per_s(device), log)
+    on_device, on_host = measured["device_adam_params_per_s"], measured["host_adam_params_per_s"]
+    log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
+    _free(cuda)
     measured["disk"] = _disk(options.disk)
     took = time.perf_counter() - begun
     log(f"measured in {took:.0f} s")

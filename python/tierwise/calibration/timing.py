@@ -38,10 +38,26 @@ class Timer:
         torch.cuda.synchronize(self.device)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The device waits until Python has enqueued the calls: kernels shorter than their launch are then measured too.
-        torch.cuda._sleep(int((3e-4 + 4e-5 * times * kernels) * _SLEEP_CYCLES_PER_S))
+        torch.cuda._sleep(int((3e-4 + 8e-5 * times * kernels) * _SLEEP_CYCLES_PER_S))
         start_event.record()
         for _ in range(times):
             work()
         end_event.record()
         torch.cuda.synchronize(self.device)
         return float(start_event.elapsed_time(end_event)) / 1e3 / times
+
+    def sustained(self, work: Callable[[], Any], seconds: float) -> float | None:
+        """Seconds of one call of `work` after the device has run it for a while: long work meets the power limit. None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        once = max(self._run(work, 3, 1), 1e-6)
+        torch.cuda.synchronize(self.device)
+        marks = []
+        for _ in range(max(int(seconds / once), 8)):
+            work()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        torch.cuda.synchronize(self.device)
+        half = len(marks) // 2
+        return float(marks[half].elapsed_time(marks[-1])) / 1e3 / (len(marks) - 1 - half)

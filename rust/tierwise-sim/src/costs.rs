@@ -128,7 +128,7 @@ fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
         let fallback = Pair { forward_s: plain, backward_s: 2.0 * plain };
         add(tables.element_wise(work.tokens, work.hidden, work.memory_bytes).unwrap_or(fallback));
     }
-    sum
+    sum.scaled(tables.sustained(work.tokens, work.hidden))
 }
 
 /// What the training thread takes per unit, and for a step.

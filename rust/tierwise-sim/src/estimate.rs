@@ -63,7 +63,7 @@ fn machine(speeds: &Speeds) -> Hardware {
 mod tests {
     use super::*;
     use crate::models::preset as model;
-    use tierwise_core::planner::{Placement, Recompute, plan};
+    use tierwise_core::planner::{Offload, Placement, Recompute, plan};
 
     #[test]
     fn more_host_work_than_the_step_hides_shows_as_waiting() {
@@ -74,9 +74,9 @@ mod tests {
             reserve_bytes: 0,
             placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: fraction, offload_param_frac: 0.0 },
             recompute: Recompute::Full,
+            offload: Offload::None,
             accumulation: 1,
             accumulate: None,
-            offload: tierwise_core::planner::Offload::None,
             clip_mode: ClipMode::Defer,
             speeds: Speeds { flops: 6e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
             nvme: None,

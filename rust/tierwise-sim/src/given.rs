@@ -57,12 +57,8 @@ impl GivenPlan {
                 accumulate: if has(&self.device_summed_chunks, &chunk.name) { Tier::Device } else { Tier::Host },
             })
             .collect();
-        let activations = built
-            .trace
-            .units
-            .iter()
-            .map(|unit| if has(&self.recomputed_units, &unit.name) { ActivationPlan::Recompute } else { ActivationPlan::Keep })
-            .collect();
+        let kept = |name: &str| if has(&self.recomputed_units, name) { ActivationPlan::Recompute } else { ActivationPlan::Keep };
+        let activations = built.trace.units.iter().map(|unit| kept(&unit.name)).collect();
         let mut plan = Plan {
             version: tierwise_core::plan::VERSION,
             chunks,

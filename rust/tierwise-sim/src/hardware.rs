@@ -74,6 +74,9 @@ pub struct Hardware {
     pub d2h_compute_tax: f64,
     /// Share of compute lost while the host's Adam runs.
     pub host_adam_compute_tax: f64,
+    /// Share of compute lost while a collective runs beside it: its kernels occupy multiprocessors.
+    #[serde(default)]
+    pub collective_compute_tax: f64,
     /// Nanoseconds in which the training thread enqueues one unit's forward or backward.
     pub launch_ns: u64,
     /// The node's NVMe disk, if it has one.
@@ -189,7 +192,11 @@ impl Hardware {
                 return Err(format!("{name} is {rate}; it must be at least 1000 per second"));
             }
         }
-        for (name, tax) in [("d2h_compute_tax", self.d2h_compute_tax), ("host_adam_compute_tax", self.host_adam_compute_tax)] {
+        for (name, tax) in [
+            ("d2h_compute_tax", self.d2h_compute_tax),
+            ("host_adam_compute_tax", self.host_adam_compute_tax),
+            ("collective_compute_tax", self.collective_compute_tax),
+        ] {
             if !(0.0..=0.4).contains(&tax) {
                 return Err(format!("{name} is {tax}; it must be between 0 and 0.4"));
             }

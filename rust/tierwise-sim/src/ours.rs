@@ -188,9 +188,12 @@ fn sharding(request: &Request, rank: &Rank) -> Sharding {
 }
 
 fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>, Error> {
-    let (rank, sharding, planned) = prepare(request, number)?;
+    let (mut rank, sharding, planned) = prepare(request, number)?;
     let reserve_bytes = planned.reserve_bytes;
     if let Memory::Given(given) = &request.memory {
+        if given.rematerialized {
+            rematerialize(&mut rank);
+        }
         let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
         return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0 }));
     }
@@ -211,6 +214,14 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         return Ok(Err(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, shortfall)));
     }
     Ok(Ok(Stage { rank, plan, sharding, reserve_bytes }))
+}
+
+/// Backward makes outputs of cheap kernels again instead of keeping them.
+fn rematerialize(rank: &mut Rank) {
+    for (unit, [saved, traffic]) in rank.built.cheap_bytes.iter().enumerate() {
+        rank.built.trace.units[unit].saved_bytes -= saved;
+        rank.costs.backward_ns[unit] += (*traffic as f64 / rank.hardware.device_memory_bytes_per_s * 1e9).round() as u64;
+    }
 }
 
 fn whole_params(layout: &Layout) -> u64 {

@@ -16,6 +16,8 @@ struct Row {
     fits: bool,
     recorded_fits: bool,
     metrics: BTreeMap<&'static str, Metric>,
+    /// Seconds of the predicted step by what they go to.
+    parts_s: BTreeMap<&'static str, f64>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -78,9 +80,17 @@ pub fn validate(path: &Path, format: Format, out: &mut dyn Write) -> Result<u8, 
 }
 
 fn compare(run: &Run, report: Option<&Report>) -> Row {
-    let mut row = Row { name: run.name.clone(), fits: report.is_some(), recorded_fits: run.recorded.fits, metrics: BTreeMap::new() };
+    let mut row = Row {
+        name: run.name.clone(),
+        fits: report.is_some(),
+        recorded_fits: run.recorded.fits,
+        metrics: BTreeMap::new(),
+        parts_s: BTreeMap::new(),
+    };
     let Some(report) = report else { return row };
     let step = &report.step;
+    let parts = [("compute", step.compute_ns), ("slowed by sharing", step.slowdown_ns)].into_iter().chain(step.stalls.by_cause());
+    row.parts_s = parts.filter(|(_, ns)| *ns > 0).map(|(name, ns)| (name, ns as f64 / 1e9)).collect();
     for (name, recorded, predicted) in [
         ("step_s", run.recorded.step_s, step.step_ns as f64 / 1e9),
         ("tokens_per_s", run.recorded.tokens_per_s, report.tokens_per_s),

@@ -13,7 +13,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    fn scaled(self, times: f64) -> Pair {
+    pub fn scaled(self, times: f64) -> Pair {
         Pair { forward_s: self.forward_s * times, backward_s: self.backward_s * times }
     }
 }
@@ -38,6 +38,8 @@ pub struct Tables {
     attention: Vec<Point>,
     /// Seconds per byte of element-wise traffic over (tokens, hidden).
     element_wise: Vec<Point>,
+    /// How much longer sustained work takes than short work, over (tokens, hidden).
+    sustained: Vec<Point>,
     /// Seconds per forward FLOP of the head over (tokens, hidden, vocab).
     losses: Vec<Point>,
 }
@@ -89,7 +91,16 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        let mut tables = Tables { products, attention, element_wise: Vec::new(), losses };
+        let sustained = measured
+            .layers
+            .iter()
+            .filter_map(|row| {
+                let factor = row.sustained_s? / (row.forward_s + row.backward_s);
+                let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
+                Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
+            })
+            .collect();
+        let mut tables = Tables { products, attention, element_wise: Vec::new(), sustained, losses };
         tables.element_wise = measured
             .layers
             .iter()
@@ -132,6 +143,11 @@ impl Tables {
     /// Element-wise traffic of a block of this width; none if no whole layer was measured.
     pub fn element_wise(&self, tokens: u64, hidden: u64, bytes: f64) -> Option<Pair> {
         Some(weighted(&self.element_wise, &[ln(tokens), ln(hidden)])?.scaled(bytes))
+    }
+
+    /// How much longer sustained work takes than what was measured of short work: by the power limit.
+    pub fn sustained(&self, tokens: u64, hidden: u64) -> f64 {
+        weighted(&self.sustained, &[ln(tokens), ln(hidden)]).map_or(1.0, |pair| pair.forward_s)
     }
 
     /// Head and loss; none if they were not measured.
@@ -188,7 +204,16 @@ mod tests {
             .flat_map(|(tokens, rate)| [(1024, 1024), (1024, 4096), (4096, 1024)].map(|(i, o)| product(tokens, i, o, rate)))
             .collect();
         let attention = vec![AttentionRow { sequences: 1, seq: 4096, heads: 8, head_dim: 128, forward_s: 1e-3, backward_s: 3e-3 }];
-        let layers = vec![LayerRow { sequences: 1, seq: 4096, hidden: 1024, inner: 4096, heads: 8, forward_s: 2e-3, backward_s: 6e-3 }];
+        let layers = vec![LayerRow {
+            sequences: 1,
+            seq: 4096,
+            hidden: 1024,
+            inner: 4096,
+            heads: 8,
+            forward_s: 2e-3,
+            backward_s: 6e-3,
+            sustained_s: Some(9e-3),
+        }];
         Measured { products, attention, layers, ..Measured::default() }
     }
 
@@ -208,6 +233,7 @@ mod tests {
         let attention = tables.attention(4096, 128, 8, 2.0 * 4096.0 * 4096.0 * 1024.0).forward_s;
         let rest = tables.element_wise(4096, 1024, layer_bytes(1024, 4096) * 4096.0).unwrap().forward_s;
         assert!((products + attention + rest - row.forward_s).abs() < 1e-9);
+        assert!((tables.sustained(4096, 1024) - 9.0 / 8.0).abs() < 1e-9);
     }
 
     #[test]

@@ -33,6 +33,15 @@ impl<'a> Speeds<'a> {
         let measured = hardware.measured.as_ref();
         // One GPU's share of a node is less than what one GPU alone was measured with.
         let table = measured.filter(|_| hardware.gpus_per_node == 1).and_then(|m| table(&m.sharing));
+        // The engine's own steps say how fast the host's Adam is, the measurement beside others by how much these slow it down.
+        let own = measured.and_then(|m| m.host_adam_params_per_s);
+        let table = table.map(|mut table| {
+            let factor = own.map_or(1.0, |own| own * ADAM_BYTES_PER_PARAM / 1e9 / table[4].adam);
+            for actors in &mut table {
+                actors.adam *= factor;
+            }
+            table
+        });
         let adam = measured.and_then(|m| m.device_adam_params_per_s).map(|rate| rate * ADAM_BYTES_PER_PARAM);
         Speeds { hardware, measured: table, optimizer: adam.unwrap_or(hardware.device_memory_bytes_per_s) / 1e9 }
     }
@@ -47,6 +56,9 @@ impl<'a> Speeds<'a> {
             // They share the GPU: together they do as much as one after the other.
             rates[Lane::Compute as usize] *= 0.5;
             rates[Lane::Optimizer as usize] *= 0.5;
+        }
+        if busy(Lane::Gather) || busy(Lane::Reduce) {
+            rates[Lane::Compute as usize] *= 1.0 - self.hardware.collective_compute_tax;
         }
         if busy(Lane::Gather) && busy(Lane::Reduce) {
             // Two collectives at once share the links.
@@ -151,6 +163,16 @@ mod tests {
         near(rates[Lane::Optimizer as usize], 2600.0);
         near(rates[Lane::HostAdam as usize], 26.0 * 2.5);
         near(rates[Lane::Landing as usize], 60.0);
+    }
+
+    #[test]
+    fn the_engines_own_steps_scale_what_was_measured_beside_others() {
+        let measured = Measured { sharing: rows(), host_adam_params_per_s: Some(6e9), ..Measured::default() };
+        let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
+        let speeds = Speeds::new(&hardware);
+        let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other)[Lane::HostAdam as usize];
+        assert!((rate(None) / (26.0 * 6.0) - 1.0).abs() < 1e-12);
+        assert!((rate(Some(Lane::HostToDevice)) / (26.0 * 5.4) - 1.0).abs() < 1e-12);
     }
 
     #[test]

@@ -29,6 +29,9 @@ pub struct Measured {
     /// Parameters per second of the device's optimizer step.
     #[serde(default)]
     pub device_adam_params_per_s: Option<f64>,
+    /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it.
+    #[serde(default)]
+    pub host_adam_params_per_s: Option<f64>,
     /// The NVMe tier.
     #[serde(default)]
     pub disk: Option<Disk>,
@@ -120,6 +123,9 @@ pub struct LayerRow {
     pub forward_s: f64,
     /// Backward.
     pub backward_s: f64,
+    /// Forward and backward in turn, after a second of them: long work meets the power limit.
+    #[serde(default)]
+    pub sustained_s: Option<f64>,
 }
 
 /// Seconds of the head with its loss; the gradients are computed in forward.
@@ -203,7 +209,7 @@ impl Measured {
             check_sizes("attention", &[row.sequences, row.seq, row.heads, row.head_dim])?;
         }
         for row in &self.layers {
-            figures.extend(seconds("measured.layers seconds", &[row.forward_s, row.backward_s]));
+            figures.extend(seconds("measured.layers seconds", &[row.forward_s, row.backward_s, row.sustained_s.unwrap_or(1.0)]));
             check_sizes("layers", &[row.sequences, row.seq, row.hidden, row.inner, row.heads])?;
         }
         for row in &self.losses {
@@ -211,6 +217,7 @@ impl Measured {
             check_sizes("losses", &[row.tokens, row.hidden, row.vocab])?;
         }
         figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
+        figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
         if let Some(disk) = self.disk {
             figures.extend([
                 ("measured.disk.write_bytes_per_s", disk.write_bytes_per_s),

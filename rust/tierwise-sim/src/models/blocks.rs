@@ -78,6 +78,8 @@ pub struct Block {
     pub memory_bytes: u64,
     /// Bytes that autograd saves when nothing is recomputed.
     pub saved_bytes: u64,
+    /// Of these, outputs of cheap kernels that backward may make again; and the device memory traffic of that.
+    pub cheap_bytes: [u64; 2],
     /// Bytes that autograd saves once, however many tokens there are.
     pub saved_once_bytes: u64,
     /// Bytes that its kernels need for themselves in forward, beside what is saved.
@@ -175,6 +177,7 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 8,
+        cheap_bytes: [0, 0],
         saved_once_bytes: 0,
         forward_transient: Bytes::default(),
         backward_transient: Bytes::default(),
@@ -194,6 +197,7 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 2 * width,
+        cheap_bytes: [0, 0],
         saved_once_bytes: 0,
         forward_transient: Bytes::default(),
         backward_transient: Bytes::per_token(2 * width),
@@ -217,6 +221,7 @@ pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Opt
         attention: Vec::new(),
         memory_bytes: 8 * vocab,
         saved_bytes: 4 * width,
+        cheap_bytes: [0, 0],
         saved_once_bytes: 2 * vocab * width,
         // The weight's gradient in fp32, and the logits of a chunk in 16 bit.
         forward_transient: Bytes { per_token: 0, once: 4 * vocab * width + 2 * LOSS_CHUNK_LOGITS.min(vocab * width) },
@@ -258,6 +263,7 @@ impl GptLayer {
             // Two norms (8 h), two residual sums (12 h), the activation (4 i).
             memory_bytes: 20 * h + 4 * i,
             saved_bytes: 8 * h + 8 * q + 4 * a + 4 * i + 16,
+            cheap_bytes: [0, 0],
             saved_once_bytes: 0,
             forward_transient: Bytes::default(),
             backward_transient: Bytes::per_token((8 * h + 8 * q + 4 * i) * 3 / 5),

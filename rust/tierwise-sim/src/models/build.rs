@@ -50,6 +50,8 @@ pub struct Built {
     pub trace: Trace,
     /// Per unit: work of one micro-batch in forward.
     pub work: Vec<Work>,
+    /// Per unit: saved bytes that backward may make again, and the device memory traffic of that.
+    pub cheap_bytes: Vec<[u64; 2]>,
     /// Per unit: bytes that its kernels need for themselves in forward and in backward.
     pub transient_bytes: Vec<[u64; 2]>,
 }
@@ -84,6 +86,7 @@ impl Model {
         let mut units = Vec::new();
         let mut work = Vec::new();
         let mut transient_bytes = Vec::new();
+        let mut cheap_bytes = Vec::new();
         for at in share.blocks.clone() {
             let block = &self.architecture.blocks[at];
             let mut reads = Vec::new();
@@ -113,13 +116,20 @@ impl Model {
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
             });
+            cheap_bytes.push(block.cheap_bytes.map(kept));
             transient_bytes.push([block.forward_transient, block.backward_transient].map(|bytes| bytes.of(tokens).div_ceil(share.tensor)));
             work.push(of_unit);
         }
         let count = units.len() as u32;
         let forward = (0..count).map(|unit| Op { unit, phase: Phase::Forward });
         let ops = forward.chain((0..count).rev().map(|unit| Op { unit, phase: Phase::Backward })).collect();
-        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work, transient_bytes }
+        Built {
+            layout: Layout::new(Precision::Bf16, chunks),
+            trace: Trace { units, ops, outer_saved_bytes: 0 },
+            work,
+            cheap_bytes,
+            transient_bytes,
+        }
     }
 }
 

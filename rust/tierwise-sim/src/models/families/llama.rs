@@ -48,9 +48,13 @@ impl GatedLayer {
             // Two norms (8 h), two residual sums (12 h), rotary embeddings (4 q + 4 kv), SwiGLU (6 i).
             memory_bytes: 20 * h + 4 * q + 4 * kv + 6 * i,
             saved_bytes: 8 * h + 4 * q + 4 * kv + 4 * self.heads + 6 * i + 8,
+            // Outputs of both norms and of the gated product.
+            cheap_bytes: [4 * h + 2 * i, 8 * h + 6 * i],
             saved_once_bytes: 0,
             forward_transient: Bytes::default(),
-            backward_transient: Bytes::per_token((8 * h + 4 * q + 4 * kv + 6 * i) * 3 / 5),
+            // The gradients of the output and of the residual sum, and of the gated product, whose own gradients take the place of gate
+            // and up.
+            backward_transient: Bytes::per_token(4 * h + 2 * i),
             input_bytes: 2 * h,
             reductions: 2,
         }

@@ -86,6 +86,7 @@ impl Sizes {
             // Per half the inputs of norm and projection (4 h) and the deviation (4); query, key, value, output and log-sum-exp per
             // attention; inputs and output of the activation.
             saved_bytes: halves * (4 * h + 4) + attentions * (8 * q + 4 * self.heads) + 2 * (inputs + 1) * i,
+            cheap_bytes: [0, 0],
             saved_once_bytes: 0,
             forward_transient: Bytes::default(),
             backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
