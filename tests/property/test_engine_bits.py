@@ -28,7 +28,8 @@ def chunk_specs(draw: st.DrawFn) -> ChunkSpec:
     params = tuple(draw(st.lists(st.tuples(NUMELS, st.integers(0, 3).map(bool)), min_size=1, max_size=3)))
     if not any(trainable for _, trainable in params):
         return ChunkSpec(params, "frozen", draw(st.sampled_from(["streamed", "resident"])))
-    cls, home = draw(st.sampled_from([("host", "streamed"), ("host", "streamed"), ("host", "resident"), ("device", "resident")]))
+    places = [("host", "streamed"), ("host", "streamed"), ("host", "resident"), ("device", "resident"), ("streamed", "resident")]
+    cls, home = draw(st.sampled_from(places))
     return ChunkSpec(params, cls, home, draw(st.sampled_from(["host", "device"])))
 
 
@@ -47,6 +48,7 @@ def setups(draw: st.DrawFn) -> Setup:
         units=tuple(tuple(unit) for unit in units),
         precision=draw(st.sampled_from(["bf16", "fp16", "fp32"])),
         slab_extra_bytes=draw(st.sampled_from([0, 0, 256, 1024, 1 << 16])),
+        piece_numel=draw(st.sampled_from([64, 128, 1024])),
         accumulation=draw(st.integers(1, 3)),
         clip_mode=draw(st.sampled_from(["defer", "speculate", "speculate", "auto"])),
         undo_bytes=draw(st.sampled_from([0, 4096, 1 << 18])),
@@ -180,13 +182,13 @@ class EngineMachine(RuleBasedStateMachine):
             same(got, self.rig.reference.param[chunk], f"touched chunk {chunk}")
 
     @precondition(lambda self: self.rig.micro_step == 0)
-    @rule(choice=SEEDS)
-    def set_class(self, choice: int) -> None:
+    @rule(choice=SEEDS, cls=st.sampled_from(["device", "host", "streamed"]))
+    def set_class(self, choice: int, cls: str) -> None:
         """A resident chunk changes its class between steps without changing a bit."""
         movable = [c for c, spec in enumerate(self.rig.setup.chunks) if spec.home == "resident" and spec.cls != "frozen"]
         if movable:
             chunk = movable[choice % len(movable)]
-            self.rig.set_class(chunk, "host" if self.rig.classes[chunk] == "device" else "device")
+            self.rig.set_class(chunk, cls)
             self.rig.flush_and_compare()
 
     @rule(delta=st.integers(-1000, 1000))
@@ -237,7 +239,7 @@ MODEL = Setup(
 @pytest.mark.timeout(120)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    placement=st.sampled_from(["device", "resident", "streamed"]),
+    placement=st.sampled_from(["device", "resident", "streamed", "visiting"]),
     clip_mode=st.sampled_from(["defer", "speculate", "auto"]),
     accumulation=st.integers(1, 2),
     h2d=st.sampled_from([None, 1e8, 3e6]),
@@ -285,7 +287,7 @@ def test_timing_changes_no_bit(
     rig.finish()
 
 
-@pytest.mark.parametrize("placement", ["device", "resident", "streamed"])
+@pytest.mark.parametrize("placement", ["device", "resident", "streamed", "visiting"])
 @pytest.mark.parametrize("clip_mode", ["defer", "speculate"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_the_norm_is_summed_in_parameter_order(placement: str, clip_mode: str, order: tuple[int, int]) -> None:
@@ -320,7 +322,7 @@ def test_gradients_of_the_next_batch_do_not_join_an_undecided_step() -> None:
     assert rig.engine.param_steps() == [1, 1, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("placement", ["device", "resident", "streamed"])
+@pytest.mark.parametrize("placement", ["device", "resident", "streamed", "visiting"])
 def test_dropping_gradients_of_earlier_micro_batches(placement: str) -> None:
     """Gradients that came in the first of two micro-batches only are being reduced when they are dropped: nothing is left of them."""
     rig = Rig(with_placement(MODEL, placement, accumulation=2, threads=2))

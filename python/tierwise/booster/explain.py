@@ -13,7 +13,15 @@ _BOUNDS = {
     "h2d": "copying parameters to the device",
     "d2h": "copying gradients to the host",
     "cpu_adam": "the CPU's optimizer step",
+    "streamed": "copying optimizer states to the device and back",
     "host_memory": "adding gradients to accumulators in host memory",
+}
+
+_STEPS = {
+    "device": "stepped on the device",
+    "streamed": "stepped on the device, states visiting from host memory",
+    "host": "stepped by the CPU",
+    "frozen": "frozen",
 }
 
 
@@ -35,7 +43,7 @@ def explain(runtime: Runtime) -> str:
     ]
     for (cls, home, sums), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
-        step = {"device": "stepped on the device", "host": "stepped by the CPU", "frozen": "frozen"}[cls]
+        step = _STEPS[cls]
         where = f"{home}, gradients added up on the {sums}" if sums else home
         lines.append(f"  {len(chunks)} {step}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):

@@ -43,7 +43,7 @@ def request(
     """The core's `PlanRequest` as a dict; `temporary_bytes` is what the device needs beside everything that is traced."""
     placement: object = "auto"
     if plugin.placement_policy == "static":
-        fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+        fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
         placement = {"static": {name: getattr(plugin, name) for name in fractions}}
     return {
         "device_budget": device_budget,

@@ -10,10 +10,24 @@ use serde::{Deserialize, Serialize};
 pub enum OptimizerClass {
     /// States on the device, stepped there.
     Device,
+    /// States in pinned host memory that visit the device piece by piece and are stepped there.
+    Streamed,
     /// States in pinned host memory, stepped by the CPU.
     Host,
     /// Nothing to step: every parameter of the chunk is frozen.
     Frozen,
+}
+
+impl OptimizerClass {
+    /// Whether the optimizer step runs on the device: its result is there, and so are the gradients that it reads.
+    pub fn steps_on_device(self) -> bool {
+        matches!(self, OptimizerClass::Device | OptimizerClass::Streamed)
+    }
+
+    /// Whether the optimizer states have their place in pinned host memory.
+    pub fn states_on_host(self) -> bool {
+        matches!(self, OptimizerClass::Streamed | OptimizerClass::Host)
+    }
 }
 
 /// How the parameters of a chunk reach the compute stream.
@@ -26,14 +40,14 @@ pub enum ParamHome {
     Streamed,
 }
 
-/// Placement of one chunk. A `Device`-class chunk is always `Resident`.
+/// Placement of one chunk. A chunk that is stepped on the device is always `Resident`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ChunkPlan {
     /// Where its optimizer step runs.
     pub class: OptimizerClass,
     /// How its parameters reach the compute stream.
     pub home: ParamHome,
-    /// Where the gradients of several micro-batches are added up: a device-class chunk's always on the device, a host-class chunk's there
+    /// Where the gradients of several micro-batches are added up: always on the device if they are stepped there, a host-class chunk's there
     /// too where its fp32 accumulator fits; it is then sent to the host once per step instead of once per micro-batch.
     pub accumulate: Tier,
 }
@@ -50,7 +64,7 @@ impl ChunkPlan {
     /// A placement that adds up gradients where the optimizer step runs.
     pub const fn new(class: OptimizerClass, home: ParamHome) -> Self {
         let accumulate = match class {
-            OptimizerClass::Device => Tier::Device,
+            OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
             OptimizerClass::Host | OptimizerClass::Frozen => Tier::Host,
         };
         ChunkPlan { class, home, accumulate }
@@ -84,6 +98,9 @@ pub struct DeviceBytes {
     pub states: u64,
     /// The slab that streamed chunks pass through.
     pub stream_slab: u64,
+    /// Buffers that the states of streamed chunks pass through.
+    #[serde(default)]
+    pub staging: u64,
     /// fp32 accumulators on the device (only with gradient accumulation).
     pub accumulators: u64,
     /// Gradients alive at the peak.
@@ -97,7 +114,8 @@ pub struct DeviceBytes {
 impl DeviceBytes {
     /// Sum over all purposes.
     pub fn total(&self) -> u64 {
-        self.resident_params + self.states + self.stream_slab + self.accumulators + self.gradients + self.activations + self.reserve
+        let fixed = self.resident_params + self.states + self.stream_slab + self.staging + self.accumulators;
+        fixed + self.gradients + self.activations + self.reserve
     }
 }
 
@@ -106,7 +124,7 @@ impl DeviceBytes {
 pub struct HostBytes {
     /// Parameters whose home is the host.
     pub params: u64,
-    /// Optimizer states of host-class chunks.
+    /// Optimizer states of host-class and streamed chunks.
     pub states: u64,
     /// Kept gradients or fp32 accumulators of host-class chunks.
     pub gradients: u64,
@@ -139,10 +157,12 @@ impl HostBytes {
         if host || placement.home == ParamHome::Streamed {
             bytes.params = host_region_bytes(layout.param_bytes(chunk));
         }
-        if host {
+        if placement.class.states_on_host() {
             let numel = layout.chunks[chunk.index()].state_numel;
             // Master completion and both moments are regions of their own.
             bytes.states = host_region_bytes(numel * layout.precision.master_bytes()) + 2 * host_region_bytes(numel * 4);
+        }
+        if host {
             bytes.gradients = host_region_bytes(if accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) });
         }
         bytes
@@ -191,6 +211,6 @@ pub struct Plan {
     pub fetches: Vec<PlannedFetch>,
     /// Predicted seconds of one optimizer step, from the speeds given.
     pub predicted_step_s: f64,
-    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h` or `cpu_adam`.
+    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h`, `cpu_adam` or `streamed`.
     pub bound_by: String,
 }

@@ -18,6 +18,7 @@ use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, Regions, host_sizes};
 use crate::record::Recorder;
+use crate::streaming::Streaming;
 use crate::workers::{Job, worker};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -106,7 +107,9 @@ impl Engine {
             places.push((take_places(&mut regions, sizes)?, DevicePlaces::default()));
         }
         let gradients = Gradients::new(&layout, host + norms, staging.map(|s| host + s));
+        let streaming = Streaming::new(layout.chunks.len(), plan.device.staging);
         let state = State {
+            streaming,
             written: vec![None; layout.chunks.len()],
             param_steps: vec![0; num_params],
             scheduler: Scheduler::new(layout, trace, plan, config.max_norm),
@@ -134,6 +137,7 @@ impl Engine {
         let (adam_jobs, start_adam) = worker(WorkerId::Adam, device.clock());
         let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
         let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
+        let (states_jobs, start_states) = worker(WorkerId::States, device.clock());
         let shared = Arc::new(Shared {
             clock: device.clock(),
             device,
@@ -143,11 +147,13 @@ impl Engine {
             adam_jobs,
             landing_jobs,
             optimizer_jobs,
+            states_jobs,
             state: Mutex::new(state),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let workers = vec![start_adam.start(shared.clone())?, start_landing.start(shared.clone())?, start_optimizer.start(shared.clone())?];
+        let workers = [start_adam, start_landing, start_optimizer, start_states];
+        let workers = workers.into_iter().map(|worker| worker.start(shared.clone())).collect::<Result<_>>()?;
         Ok(Engine { shared, workers, owner: std::process::id() })
     }
 
@@ -178,7 +184,7 @@ impl Drop for Engine {
         self.shared.stop.store(true, Ordering::Release);
         // Copies read and write memory that is about to be freed.
         let _ = self.shared.device.synchronize();
-        for jobs in [&self.shared.adam_jobs, &self.shared.landing_jobs, &self.shared.optimizer_jobs] {
+        for jobs in [&self.shared.adam_jobs, &self.shared.landing_jobs, &self.shared.optimizer_jobs, &self.shared.states_jobs] {
             let _ = jobs.send(Job::last());
         }
         for worker in std::mem::take(&mut self.workers) {

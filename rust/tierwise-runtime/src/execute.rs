@@ -25,7 +25,13 @@ impl Shared {
                         state.guards.protect(offset, end, event);
                     }
                 }
-                Action::Step { chunk, tier: Tier::Device, grad_scale } => self.step_on_device(state, chunk, grad_scale)?,
+                Action::Step { chunk, tier: Tier::Device, grad_scale } => {
+                    if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Streamed {
+                        self.step_streamed(state, chunk, grad_scale)?;
+                    } else {
+                        self.step_on_device(state, chunk, grad_scale)?;
+                    }
+                }
                 Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
                 Action::Undo { chunk } => self.undo(state, chunk)?,
@@ -37,7 +43,7 @@ impl Shared {
                 Action::Decided(decision) => state.decision = Some(decision),
                 Action::Forget { chunk } => {
                     let tickets = state.gradients.clear(chunk);
-                    if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Device {
+                    if state.scheduler.plan().chunks[chunk.index()].class.steps_on_device() {
                         // The norm may still be reading them.
                         let read = self.device.record(Queue::Optimizer)?;
                         self.finish_after(read, tickets)?;
@@ -50,7 +56,7 @@ impl Shared {
         Ok(())
     }
 
-    fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
+    pub(crate) fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
         self.optimizer_jobs.send(Job::new(Some(event), move |shared| {
             shared.lock().gradients.finish(tickets);
             shared.notify();
@@ -199,7 +205,7 @@ impl Shared {
 }
 
 /// One segment per parameter that got a gradient. `ahead` is added to the parameter's step count.
-fn segments(
+pub(crate) fn segments(
     state: &State,
     hyper: &Hyper,
     chunk: ChunkId,
@@ -227,7 +233,7 @@ fn segments(
         .collect()
 }
 
-fn count_steps(state: &mut State, chunk: ChunkId) {
+pub(crate) fn count_steps(state: &mut State, chunk: ChunkId) {
     let layout = state.scheduler.layout();
     for (param, _) in state.gradients.touched(layout, chunk) {
         state.param_steps[param.index as usize] += 1;
@@ -235,7 +241,7 @@ fn count_steps(state: &mut State, chunk: ChunkId) {
 }
 
 /// Bytes that a step of one element moves.
-fn traffic(precision: Precision) -> u64 {
+pub(crate) fn traffic(precision: Precision) -> u64 {
     precision.grad_bytes() + 2 * (precision.param_bytes() + precision.state_bytes())
 }
 

@@ -150,8 +150,12 @@ impl Shared {
         state.gradients.next_ticket += 1;
         let produced = self.device.record_compute(stream)?;
         let outcome = match class {
-            OptimizerClass::Device | OptimizerClass::Host if !leaves => self.to_device(state, chunk, &incoming, ticket, &produced, last),
-            OptimizerClass::Device | OptimizerClass::Host => self.to_host(state, chunk, &incoming, ticket, &produced, last),
+            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host if !leaves => {
+                self.to_device(state, chunk, &incoming, ticket, &produced, last)
+            }
+            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host => {
+                self.to_host(state, chunk, &incoming, ticket, &produced, last)
+            }
             OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
         };
         self.or_stop(state, outcome)?;
@@ -216,7 +220,7 @@ impl Shared {
         let reduced = self.device.record(Queue::Optimizer)?;
         let (done, jobs) = match state.scheduler.plan().chunks[chunk.index()].class {
             OptimizerClass::Host => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
-            OptimizerClass::Device | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
+            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
         };
         jobs.send(Job::new(Some(done), move |shared| {
             let sums = indices
@@ -324,7 +328,7 @@ impl Shared {
     /// Takes the norm of a chunk whose last gradient came in an earlier micro-batch.
     pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let plan = state.scheduler.plan();
-        if plan.chunks[chunk.index()].class == OptimizerClass::Device || plan.sums_on_device(chunk) {
+        if plan.chunks[chunk.index()].class.steps_on_device() || plan.sums_on_device(chunk) {
             return self.reduce_on_device(state, chunk);
         }
         let spans = host_spans(state, self.host, chunk)?;

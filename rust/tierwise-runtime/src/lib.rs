@@ -10,4 +10,5 @@ mod gradients;
 pub mod host_memory;
 mod memory;
 mod record;
+mod streaming;
 mod workers;

@@ -21,6 +21,18 @@ pub struct HostPlaces {
     pub grad: Option<u64>,
 }
 
+impl HostPlaces {
+    /// All payloads, in the order of [`host_sizes`].
+    pub fn offsets(&self) -> [Option<u64>; 5] {
+        [self.param, self.master, self.exp_avg, self.exp_avg_sq, self.grad]
+    }
+
+    /// The same from their offsets.
+    pub fn from_offsets([param, master, exp_avg, exp_avg_sq, grad]: [Option<u64>; 5]) -> Self {
+        HostPlaces { param, master, exp_avg, exp_avg_sq, grad }
+    }
+}
+
 /// Device payloads of one chunk: addresses, 0 if unbound.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DevicePlaces {
@@ -37,10 +49,14 @@ pub fn host_sizes(layout: &Layout, plan: &Plan, chunk: ChunkId, placement: Chunk
     let n = layout.chunks[chunk.index()].state_numel;
     let at_home = placement.class == OptimizerClass::Host || placement.home == ParamHome::Streamed;
     let param = if at_home { layout.param_bytes(chunk) } else { 0 };
-    if placement.class != OptimizerClass::Host {
+    if !placement.class.states_on_host() {
         return [param, 0, 0, 0, 0];
     }
-    let grad = if plan.accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) };
+    let grad = match placement.class {
+        OptimizerClass::Host if plan.accumulation > 1 => layout.grad_acc_bytes(chunk),
+        OptimizerClass::Host => layout.grad_bytes(chunk),
+        OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => 0,
+    };
     [param, n * layout.precision.master_bytes(), n * 4, n * 4, grad]
 }
 

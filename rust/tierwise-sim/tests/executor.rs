@@ -58,9 +58,24 @@ fn cases(hardware: &Hardware) -> Vec<Case> {
                 for clip_mode in [ClipMode::Defer, ClipMode::Speculate] {
                     for placement in [
                         Placement::Auto,
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 },
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 1.0 },
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.5, offload_param_frac: 0.2 },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 1.0,
+                            offload_param_frac: 0.0,
+                            stream_optim_frac: 0.0,
+                        },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 1.0,
+                            offload_param_frac: 1.0,
+                            stream_optim_frac: 0.0,
+                        },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 0.5,
+                            offload_param_frac: 0.2,
+                            stream_optim_frac: 0.0,
+                        },
                     ] {
                         cases.extend(case(model, 2, hardware, |request| {
                             request.device_budget = device_budget;

@@ -217,7 +217,7 @@ impl Scheduler {
     }
 
     pub(super) fn begin_step(&mut self, chunk: ChunkId, grad_scale: f32, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
-        let on_device = self.plan.chunks[chunk.index()].class == OptimizerClass::Device;
+        let on_device = self.plan.chunks[chunk.index()].class.steps_on_device();
         self.begin_write(chunk)?;
         if on_device {
             // Stream-ordered: whoever reads the parameters waits for the step's event.

@@ -53,6 +53,7 @@ impl Engine {
         value["slab_used_bytes"] = state.scheduler.slab_used().into();
         value["h2d_bytes"] = state.gradients.h2d_bytes.into();
         value["d2h_bytes"] = state.gradients.d2h_bytes.into();
+        value["states_visited_bytes"] = state.streaming.visited_bytes.into();
         Ok(value)
     }
 

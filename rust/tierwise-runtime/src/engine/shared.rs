@@ -7,6 +7,7 @@ use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, HostPlaces, Regions};
 use crate::record::Recorder;
+use crate::streaming::Streaming;
 use crate::workers::Worker;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -27,6 +28,7 @@ pub struct Shared {
     pub(crate) adam_jobs: Worker,
     pub(crate) landing_jobs: Worker,
     pub(crate) optimizer_jobs: Worker,
+    pub(crate) states_jobs: Worker,
     pub(crate) state: Mutex<State>,
     pub(super) changed: Condvar,
     pub(super) stop: AtomicBool,
@@ -41,6 +43,7 @@ pub struct State {
     /// Address of the undo record of every chunk that has one.
     pub(crate) undo_records: std::collections::BTreeMap<ChunkId, u64>,
     pub(crate) slab_address: u64,
+    pub(crate) streaming: Streaming,
     /// Latest event after which a chunk's device parameters are the current generation.
     pub(crate) written: Vec<Option<EventRef>>,
     /// Ranges of the slab whose last readers are this event.

@@ -33,6 +33,9 @@ impl Engine {
         if plan.stream_slab_bytes > 0 && state.slab_address == 0 {
             return Err(Error::Usage("no device memory was bound for the streaming slab".to_owned()));
         }
+        if let Some(problem) = state.streaming.missing(state.scheduler.layout(), state.scheduler.plan()) {
+            return Err(Error::Usage(problem));
+        }
         state.started = true;
         Ok(())
     }
@@ -247,9 +250,12 @@ impl Engine {
         state.scheduler.settle(&mut actions)?;
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
-        let state = self.shared.wait_until(state, keep_waiting, |state| !state.scheduler.is_busy() && !state.gradients.has_readers())?;
-        let queues = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer];
-        let events = queues.map(|queue| self.shared.device.record(queue));
+        let settled = |state: &mut State| {
+            let working = state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.is_away();
+            !working
+        };
+        let state = self.shared.wait_until(state, keep_waiting, settled)?;
+        let events = Queue::ALL.map(|queue| self.shared.device.record(queue));
         drop(state);
         for event in events {
             match event.and_then(|event| wait_for_event(&event, keep_waiting)) {

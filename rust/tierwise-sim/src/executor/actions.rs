@@ -23,7 +23,10 @@ impl Run<'_> {
                         self.guards.protect(offset, end, token);
                     }
                 }
-                Action::Step { chunk, tier: Tier::Device, .. } => self.step_on_device(chunk),
+                Action::Step { chunk, tier: Tier::Device, .. } => match self.setup.plan.chunks[chunk.index()].class {
+                    OptimizerClass::Streamed => self.step_streamed(chunk),
+                    _ => self.step_on_device(chunk),
+                },
                 Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
                 Action::Speculate { chunk, .. } => {
                     // Everything that the step overwrites is read and written once more.

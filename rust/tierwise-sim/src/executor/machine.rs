@@ -23,11 +23,25 @@ pub enum Lane {
     Reduce,
     /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
     Landing,
+    /// The copy stream of optimizer states that visit the device; work is bytes.
+    StatesIn,
+    /// The copy stream of optimizer states that go back; work is bytes.
+    StatesOut,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 8] =
-    [Lane::Compute, Lane::HostToDevice, Lane::DeviceToHost, Lane::Optimizer, Lane::HostAdam, Lane::Gather, Lane::Reduce, Lane::Landing];
+pub const LANES: [Lane; 10] = [
+    Lane::Compute,
+    Lane::HostToDevice,
+    Lane::DeviceToHost,
+    Lane::Optimizer,
+    Lane::HostAdam,
+    Lane::Gather,
+    Lane::Reduce,
+    Lane::Landing,
+    Lane::StatesIn,
+    Lane::StatesOut,
+];
 
 impl Lane {
     /// Its track of the timeline, named as the runtime names it.
@@ -41,6 +55,8 @@ impl Lane {
             Lane::Gather => "all-gather",
             Lane::Reduce => "reduce",
             Lane::Landing => "host norm",
+            Lane::StatesIn => "states in",
+            Lane::StatesOut => "states out",
         }
     }
 }
@@ -128,7 +144,7 @@ struct State<E> {
 pub struct Machine<'a, E> {
     hardware: &'a Hardware,
     now_ns: u64,
-    lanes: [State<E>; 8],
+    lanes: [State<E>; LANES.len()],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
 }
@@ -225,11 +241,16 @@ impl<'a, E> Machine<'a, E> {
     }
 
     /// Work per nanosecond of every lane, given who is busy.
-    fn rates(&self) -> [f64; 8] {
+    fn rates(&self) -> [f64; LANES.len()] {
         let busy = |lane: Lane| self.lanes[lane as usize].running.is_some();
         let h = self.hardware;
         let mut compute = 1.0;
-        if busy(Lane::DeviceToHost) {
+        let inwards = [Lane::HostToDevice, Lane::StatesIn].map(busy);
+        let outwards = [Lane::DeviceToHost, Lane::StatesOut].map(busy);
+        let any = |busy: [bool; 2]| busy.contains(&true);
+        // Two streams of one direction take turns on its link.
+        let turns = |busy: [bool; 2]| if busy == [true; 2] { 0.5 } else { 1.0 };
+        if any(outwards) {
             compute -= h.d2h_compute_tax;
         }
         if busy(Lane::HostAdam) {
@@ -241,17 +262,18 @@ impl<'a, E> Machine<'a, E> {
             compute *= 0.5;
             optimizer *= 0.5;
         }
-        let duplex = busy(Lane::HostToDevice) && busy(Lane::DeviceToHost);
+        let duplex = any(inwards) && any(outwards);
         let (h2d, d2h) = if duplex { (h.h2d_duplex_bytes_per_s, h.d2h_duplex_bytes_per_s) } else { (h.h2d_bytes_per_s, h.d2h_bytes_per_s) };
         // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
-        let left = h.host_memory_bytes_per_s - if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
+        let left = h.host_memory_bytes_per_s - if any(outwards) { d2h } else { 0.0 };
         let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
-        let wanted = [(Lane::HostToDevice, h2d), (Lane::HostAdam, adam), (Lane::Landing, h.host_stream_bytes_per_s)];
-        let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
+        let wanted = [(any(inwards), h2d), (busy(Lane::HostAdam), adam), (busy(Lane::Landing), h.host_stream_bytes_per_s)];
+        let total: f64 = wanted.iter().map(|&(busy, rate)| if busy { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         // Two collectives at once share the links.
         let collective = if busy(Lane::Gather) && busy(Lane::Reduce) { 0.5 } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, optimizer, adam * share / 1e9, collective, collective, landing]
+        let (h2d, d2h) = (h2d * share * turns(inwards) / 1e9, d2h * turns(outwards) / 1e9);
+        [compute, h2d, d2h, optimizer, adam * share / 1e9, collective, collective, landing, h2d, d2h]
     }
 }

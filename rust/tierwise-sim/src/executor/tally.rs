@@ -37,8 +37,8 @@ impl Tally {
                 self.compute_ns += ended.work as u64;
                 self.busy_compute_ns += busy;
             }
-            Lane::HostToDevice => self.h2d_bytes += ended.bytes,
-            Lane::DeviceToHost => self.d2h_bytes += ended.bytes,
+            Lane::HostToDevice | Lane::StatesIn => self.h2d_bytes += ended.bytes,
+            Lane::DeviceToHost | Lane::StatesOut => self.d2h_bytes += ended.bytes,
             Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
             Lane::Optimizer | Lane::HostAdam | Lane::Landing => {}
         }
