@@ -14,6 +14,7 @@ ds3tf (ZeRO-3 Twin-Flow, ratio 0.6), fsdp2 (CPUOffloadPolicy, fused CPU AdamW).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -169,7 +170,8 @@ def run_row(a: argparse.Namespace) -> None:
     ids = torch.randint(0, 32000, (a.micro_batch, a.seq), device="cuda")
     batch = {"input_ids": ids, "labels": ids}
     extra: dict[str, Any] = {"liger": kernels}
-    with sdpa_kernel([backend]):
+    # Ours chooses cuDNN's attention by its own option.
+    with contextlib.nullcontext() if ours and a.attention == "cudnn" else sdpa_kernel([backend]):
         _model, step, recomputed = ROWS[a.row](a, batch, accumulation, extra)
         setup = time.perf_counter() - start
         seconds, times, loss = timed(a, step)
@@ -278,6 +280,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         gradient_accumulation_steps=accumulation,
         micro_batch_size="auto" if a.planned else a.micro_batch,
         seq_len=a.seq,
+        enable_flash_attention=a.attention == "cudnn",
         enable_fused_normalization=True,
         enable_jit_fused=True,
         recompute=a.recompute if a.recompute in ("full", "none", "auto") else "auto",

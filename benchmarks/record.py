@@ -188,8 +188,10 @@ def executed(runtime: Any) -> dict[str, Any]:
     units = [runtime.grouping.units[unit].name for unit in runtime.trace.order]
     return {
         "host_chunks": [chunk.name for chunk, place in placed if place["class"] == "host"],
+        "device_summed_chunks": [chunk.name for chunk, place in placed if place["accumulate"] == "device" and place["class"] != "frozen"],
         "streamed_chunks": [chunk.name for chunk, place in placed if place["home"] == "streamed"],
-        "recomputed_units": [name for name, again in zip(units, plan["recompute"], strict=True) if again],
+        "recomputed_units": [name for name, how in zip(units, plan["activations"], strict=True) if how == "recompute"],
+        "rematerialized": runtime.saved.rematerialize,
         "stream_slab_bytes": plan["stream_slab_bytes"],
         "grad_in_flight_bytes": plan["grad_in_flight_bytes"],
         "undo_bytes": plan["undo_bytes"],
@@ -205,7 +207,7 @@ def traced(runtime: Any) -> dict[str, Any]:
     for unit, found in zip(runtime.trace.order, runtime.trace.units, strict=True):
         name = NUMBERS.sub("*", runtime.grouping.units[unit].name)
         kinds[name] = {"saved_bytes": found.saved_bytes, "input_bytes": found.input_bytes, "flops": found.flops}
-    return {"units": kinds, "outer_saved_bytes": runtime.trace.outer_saved_bytes, "temporary_bytes": runtime.temporary_bytes()}
+    return {"units": kinds, "outer_saved_bytes": runtime.trace.outer_saved_bytes, "temporary_bytes": runtime.temporary_bytes(runtime.trace)}
 
 
 def spans_of(timeline: str) -> Iterator[tuple[str, str, float, int]]:

@@ -79,7 +79,16 @@ class Configuration:
         """Options of `GeminiPlugin`."""
         static = PLACEMENTS.get(self.placement)
         placed: dict[str, Any] = {"placement_policy": "auto"} if static is None else {"placement_policy": "static", **static}
-        return {**placed, **self.budgets(), "recompute": self.recompute, "clip_mode": self.clip_mode, "max_norm": CLIPS[self.clip]}
+        # Offloaded activations are not among what is recorded.
+        offload = {"offload_activations": "none"}
+        return {
+            **placed,
+            **offload,
+            **self.budgets(),
+            "recompute": self.recompute,
+            "clip_mode": self.clip_mode,
+            "max_norm": CLIPS[self.clip],
+        }
 
     def request(self) -> dict[str, Any]:
         """The same in the schema of `validate`."""

@@ -164,6 +164,22 @@ class Engine:
     def touch(self, chunk: int, stream: int) -> int:
         """Makes a chunk readable outside the traced operations until the next enter, leave or end of backward; returns its slot offset."""
 
+    def send_activation(self, unit: int, address: int, nbytes: int, stream: int) -> int | None:
+        """Starts the copy of a storage that a unit saved into the activation region of the host slab; returns a ticket, or None if there is no
+        room. The storage must stay alive and unchanged until it has left."""
+
+    def activation_has_left(self, ticket: int, wait: bool, stream: int) -> bool:
+        """Whether a storage is on the host; with `wait`, once it is (the timeline says what `stream` would have done meanwhile)."""
+
+    def fetch_activation(self, ticket: int, address: int, stream: int) -> None:
+        """Starts the copy of a storage back to `address`. The memory must stay alive until a stream has waited for it."""
+
+    def await_activation(self, ticket: int, stream: int) -> None:
+        """Makes the compute stream wait for the latest `fetch_activation` of a storage."""
+
+    def free_activation(self, ticket: int) -> None:
+        """Gives the host memory of a storage back."""
+
     def generation(self, chunk: int) -> int:
         """How often the parameters of a chunk were rewritten."""
 
@@ -263,6 +279,11 @@ def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, m
     """Measures a directory as the NVMe tier; returns what would be used there, why not better and how fast it is, as JSON.
 
     Raises ValueError for a file system in memory and for too little room, TierwiseError if the disk refuses."""
+
+def simulate_plan(layout: Layout, trace: str, plan: str, request: str) -> str:
+    """Executes a plan of `plan` in virtual time, with the speeds of its request; returns the step (`Outcome` of tierwise-sim) as JSON.
+
+    Raises ValueError if plan, trace and layout do not belong together."""
 
 def sim_output(args: list[str]) -> tuple[int, str, str]:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code, what it printed and its messages."""

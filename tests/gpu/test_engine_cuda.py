@@ -37,7 +37,8 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
         {
             "version": 1,
             "chunks": [{"class": c, "home": h, "accumulate": "device" if c == "device" else sums} for c, h in classes],
-            "recompute": [False] * 3,
+            "activations": ["keep"] * 3,
+            "offload_window_bytes": 0,
             "stream_slab_bytes": slab,
             "grad_in_flight_bytes": 1_000_000,
             "accumulation": accumulation,

@@ -162,5 +162,5 @@ def _free_engines() -> Iterator[None]:
 @pytest.fixture
 def kit() -> Any:
     """The helpers of this file (tests are imported by path, so they cannot import it)."""
-    functions = (llama, batches, plugin, boosted, train, fit, plain_fit, tightest)
+    functions = (Result, llama, batches, plugin, boosted, train, fit, plain_fit, tightest)
     return types.SimpleNamespace(BATCH=BATCH, SEQ=SEQ, VOCAB=VOCAB, **{function.__name__: function for function in functions})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tierwise
+from tierwise import _core
 from tierwise.booster import Booster
 
 STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
@@ -213,6 +214,22 @@ def test_the_plan_is_explained_and_a_timeline_written(kit: Any, tmp_path: Any) -
     booster.timeline(tmp_path / "timeline.json")
     events = json.loads((tmp_path / "timeline.json").read_text())
     assert events
+
+
+def test_the_explanation_has_the_simulators_step(kit: Any) -> None:
+    # Streaming through a slow link is what the step waits for, and the simulator's executor says so.
+    options = {**STREAMED, "h2d_bytes_per_second": 2e7, "d2h_bytes_per_second": 1e12}
+    booster, *_ = kit.boosted(kit.llama(), precision="bf16", **options)
+    planned = booster._runtime.planned
+    arguments = planned.trace_json, planned.plan_json, json.dumps(planned.wanted)
+    step = json.loads(_core.simulate_plan(booster._runtime.layout, *arguments))
+    assert step["h2d_bytes"] > 0
+    assert step["stalls"]["parameter_fetch_ns"] + step["stalls"]["optimizer_step_ns"] > step["step_ns"] / 2
+    line = next(line for line in booster.explain().splitlines() if line.startswith("simulated step: "))
+    assert line.startswith(f"simulated step: {step['step_ns'] / 1e9:.3g} s")
+    assert "waiting for: " in line
+    with pytest.raises(ValueError, match="the plan is for"):
+        _core.simulate_plan(kit.boosted(kit.llama(layers=1), precision="bf16")[0]._runtime.layout, *arguments)
 
 
 def test_a_larger_budget_is_worth_what_the_plan_with_it_predicts(kit: Any) -> None:

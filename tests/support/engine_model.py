@@ -159,7 +159,8 @@ class Setup:
                     {"class": spec.cls, "home": spec.home, "accumulate": "device" if spec.sums_on_device else "host"}
                     for spec in self.chunks
                 ],
-                "recompute": [False] * len(self.unit_chunks()),
+                "activations": ["keep"] * len(self.unit_chunks()),
+                "offload_window_bytes": 0,
                 "stream_slab_bytes": self.slab_bytes(),
                 "grad_in_flight_bytes": self.grad_in_flight_bytes,
                 "accumulation": self.accumulation,

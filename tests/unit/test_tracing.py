@@ -153,8 +153,8 @@ def test_a_frozen_front_has_no_backward() -> None:
 
 def test_peak_with_and_without_recomputation() -> None:
     traced = run(llama())
-    nothing = traced.activation_peak_bytes([False] * 6)
-    layers = traced.activation_peak_bytes([False, True, True, True, False, False])
+    nothing = traced.activation_peak_bytes(["keep"] * 6)
+    layers = traced.activation_peak_bytes(["keep", *["recompute"] * 3, "keep", "keep"])
     assert nothing == sum(unit.saved_bytes for unit in traced.units) + traced.outer_saved_bytes
     assert layers < nothing
 

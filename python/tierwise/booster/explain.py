@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
+from tierwise import _core
 from tierwise.config import format_bytes
 from tierwise.gemini.planning import predicted_with
 from tierwise.gemini.runtime import Runtime
 
 _BOUNDS = {
     "compute": "computing",
-    "h2d": "copying parameters to the device",
-    "d2h": "copying gradients to the host",
+    "h2d": "copying parameters and activations to the device",
+    "d2h": "copying gradients and activations to the host",
     "cpu_adam": "the CPU's optimizer step",
     "streamed": "copying optimizer states to the device and back",
     "host_memory": "adding gradients to accumulators in host memory",
@@ -57,14 +59,33 @@ def explain(runtime: Runtime) -> str:
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
     if operation is not None:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")
-    counts = Counter(runtime.recompute[unit] for unit in runtime.trace.order if runtime.grouping.units[unit].recomputable)
-    lines.append(f"recomputed in backward: {counts[True]} of {counts[True] + counts[False]} layers")
+    kept = zip(runtime.trace.order, runtime.planned.plan["activations"], strict=True)
+    counts = Counter(how for unit, how in kept if runtime.grouping.units[unit].recomputable)
+    lines.append(
+        f"activations of {sum(counts.values())} layers: {counts['keep']} kept, {counts['recompute']} recomputed in backward, "
+        f"{counts['offload']} offloaded to the host"
+    )
+    if runtime.saved.rematerialize:
+        lines.append("of the other layers, outputs of normalizations and gated products are made again in backward")
     if not runtime.trace.exact:
         lines.append("activations are estimated: the model cannot be traced without data")
     bound = _BOUNDS.get(plan["bound_by"], plan["bound_by"])
     lines.append(f"predicted step: {plan['predicted_step_s']:.3g} s, bounded by {bound}")
+    lines.append(_simulated(runtime))
     lines.append(_next_gib(runtime))
     return "\n".join(lines)
+
+
+def _simulated(runtime: Runtime) -> str:
+    """The plan's step as the simulator's executor times it, with the speeds that the planner weighed."""
+    planned = runtime.planned
+    # The plan that runs, which a correction after the first step may have changed.
+    plan = json.dumps(runtime.memory.plan)
+    step = json.loads(_core.simulate_plan(runtime.layout, planned.trace_json, plan, json.dumps(planned.wanted)))
+    waits = {name.removesuffix("_ns").replace("_", " "): ns / 1e9 for name, ns in step["stalls"].items() if ns > step["step_ns"] * 1e-3}
+    computing = (step["compute_ns"] + step["slowdown_ns"]) / 1e9
+    waiting = "".join(f", {seconds:.3g} s waiting for: {name}" for name, seconds in sorted(waits.items(), key=lambda item: -item[1]))
+    return f"simulated step: {step['step_ns'] / 1e9:.3g} s, {computing:.3g} s computing{waiting}"
 
 
 def _next_gib(runtime: Runtime) -> str:

@@ -129,7 +129,7 @@ def losses(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
                 "tokens": tokens,
                 "hidden": hidden,
                 "vocab": sizes.vocab,
-                **_both(timer, forward, [x, weight], 15 * tokens // chunk_tokens(weight.shape, weight.device) + 15),
+                **_both(timer, forward, [x, weight], 15 * tokens // chunk_tokens(weight.shape, timer.device) + 15),
             }
             rows.append(row)
         log(f"loss {hidden} with {tokens} tokens: {row['forward_s'] * 1e3:.2f} ms forward, {row['backward_s'] * 1e3:.2f} ms backward")

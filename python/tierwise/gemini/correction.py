@@ -19,7 +19,8 @@ _TOLERANCE = 0.02
 
 def measured_activation_bytes(runtime: Runtime) -> int:
     """Peak of saved activations in the first step: counted on the emulated device, torch's peak minus what is held on CUDA."""
-    if runtime.counter is not None:
+    if runtime.target.emulated:
+        assert runtime.counter is not None
         return runtime.counter.peak_bytes
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
@@ -31,14 +32,18 @@ def measured_activation_bytes(runtime: Runtime) -> int:
 def correct(runtime: Runtime) -> None:
     """Plans again with the measured activations. Room that turned up takes optimizer states from the host, which changes no bit; the plan
     is otherwise kept, because one that ran within its budget needs no rescue."""
-    units = [runtime.recompute[unit] for unit in runtime.trace.order]
-    planned = runtime.trace.activation_peak_bytes(units)
+    kept = runtime.planned.plan["activations"]
+    if "offload" in kept:
+        # How much of the window was in use depends on the link's speed in that one step.
+        return
+    units = [how == "recompute" for how in kept]
+    planned = runtime.trace.activation_peak_bytes(kept)
     measured = measured_activation_bytes(runtime)
     if runtime.plugin.placement_policy != "auto" or not planned or not measured or measured > planned * (1 - _TOLERANCE):
         return
     from tierwise.gemini.planning import make_plan
 
-    wanted = {**runtime.planned.wanted, "recompute": {"units": units}}
+    wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none"}
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
     except (BudgetError, ValueError):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Unit
 from tierwise.gemini.gradients import BARE_BACKWARD
+from tierwise.gemini.offloaded import Visit
 from tierwise.gemini.tracing import tensors_in
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class _Backward:
     """A gradient of its outputs came; before that only a recomputation opened it."""
     recomputed: bool = False
     recomputed_bytes: int = 0
+    visit: Visit | None = None
+    """The forward that it belongs to, where activations are offloaded."""
 
     @property
     def over(self) -> bool:
@@ -106,6 +109,8 @@ class UnitHooks:
         # Not only for what is on the stack: an interrupt may have come between entering and writing it there.
         runtime.engine.forward_begin(runtime.target.stream())
         self._packing_owner = None
+        if runtime.saved.offload is not None:
+            runtime.saved.offload.reset()
 
     def _before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runtime = self._runtime
@@ -128,6 +133,8 @@ class UnitHooks:
         slots = runtime.engine.enter(runtime.unit_ids[index], False, runtime.target.stream())
         # At once: an interrupt between enter and append would leave the chunks in use for ever.
         self._stack.append(index)
+        if runtime.saved.offload is not None:
+            runtime.saved.offload.enter(index)
         runtime.map_chunks(slots)
 
     def _after(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -144,8 +151,9 @@ class UnitHooks:
             return  # Its enter failed: there is nothing to leave.
         self._stack.pop()
         try:
+            visit = None if runtime.saved.offload is None else runtime.saved.offload.leave()
             if output is not None and torch.is_grad_enabled():
-                self._watch(index, args, kwargs, output)
+                self._watch(index, args, kwargs, output, visit)
         finally:
             self._leave_forward(index)
 
@@ -153,12 +161,14 @@ class UnitHooks:
         runtime = self._runtime
         runtime.unmap_chunks(runtime.engine.leave(runtime.unit_ids[index], False, runtime.target.stream()))
 
-    def _watch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _watch(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, visit: Visit | None) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad and not t.is_leaf]
         if not outputs:
             return
         leaf = not any(t.requires_grad for t in tensors_in((args, kwargs)))
-        hook = torch.compiler.disable(self._once_per_backward(index, leaf, self._generations(index)))
+        if visit is not None and self._runtime.saved.offload is not None:
+            self._runtime.saved.offload.expect(visit)
+        hook = torch.compiler.disable(self._once_per_backward(index, leaf, self._generations(index), visit))
         for tensor in outputs:
             tensor.register_hook(hook)
 
@@ -167,7 +177,7 @@ class UnitHooks:
         generation = self._runtime.engine.generation
         return [generation(chunk) for chunk in self._units[index].chunks]
 
-    def _once_per_backward(self, index: int, leaf: bool, generations: list[int]) -> Callable[[Tensor], None]:
+    def _once_per_backward(self, index: int, leaf: bool, generations: list[int], visit: Visit | None) -> Callable[[Tensor], None]:
         fired = -1
 
         def enter(grad: Tensor) -> None:
@@ -175,7 +185,7 @@ class UnitHooks:
             task = torch._C._current_graph_task_id()
             if task != fired:
                 fired = task
-                self.enter_backward(index, leaf)
+                self.enter_backward(index, leaf, visit)
                 # After entering: that waits for steps which still run.
                 if self._generations(index) != generations:
                     raise TierwiseError(
@@ -187,7 +197,7 @@ class UnitHooks:
 
     # ---- backward -----------------------------------------------------------------------------------------------
 
-    def enter_backward(self, index: int, leaf: bool) -> None:
+    def enter_backward(self, index: int, leaf: bool, visit: Visit | None) -> None:
         """The first gradient of a unit's outputs is there."""
         if not self._runtime.gradients.in_backward:
             raise TierwiseError(BARE_BACKWARD)
@@ -197,6 +207,9 @@ class UnitHooks:
         state = self._open.get(index) or self._enter(index)
         state.entered = True
         state.leaf = leaf
+        if visit is not None and self._runtime.saved.offload is not None:
+            state.visit = visit
+            self._runtime.saved.offload.backward(visit)
 
     def recompute(self, index: int) -> None:
         """A unit's forward runs inside a backward: its backward is entered now, ahead of its turn, because what is saved now is not packed
@@ -232,6 +245,8 @@ class UnitHooks:
     def _leave_backward(self, index: int) -> None:
         runtime = self._runtime
         state = self._open.pop(index)
+        if state.visit is not None and runtime.saved.offload is not None:
+            runtime.saved.offload.left(state.visit)
         if state.recomputed_bytes and runtime.counter is not None:
             runtime.counter.add(-state.recomputed_bytes)
         runtime.unmap_chunks(runtime.engine.leave(runtime.unit_ids[index], True, runtime.target.stream()))

@@ -55,13 +55,14 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
     two = runtime.trace_only(*_rows(inputs, rows, 2)) if rows > 1 else one
     predicted: dict[int, float] = {}
     for size in sizes:
-        trace = _between(one, two, size)
-        wanted = runtime.request(trace, rows // size)
-        try:
-            plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
-        except BudgetError:
-            continue
-        predicted[size] = json.loads(plan)["predicted_step_s"]
+        for trace in runtime.variants(_between(one, two, size)):
+            wanted = runtime.request(trace, rows // size)
+            try:
+                plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
+            except BudgetError:
+                continue
+            seconds = json.loads(plan)["predicted_step_s"]
+            predicted[size] = min(predicted.get(size, seconds), seconds)
     if not predicted:
         # Says what is missing and what would fit.
         make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows))
@@ -83,13 +84,13 @@ def _between(one: ModelTrace, two: ModelTrace, rows: int) -> ModelTrace:
     def line(first: float, second: float) -> float:
         return first + (second - first) * (rows - 1)
 
-    units = [
-        UnitTrace(
-            saved_bytes=int(line(a.saved_bytes, b.saved_bytes)),
-            input_bytes=int(line(a.input_bytes, b.input_bytes)),
-            flops=line(a.flops, b.flops),
-        )
-        for a, b in zip(one.units, two.units, strict=True)
-    ]
+    def unit(a: UnitTrace, b: UnitTrace) -> UnitTrace:
+        fields = [field.name for field in dataclasses.fields(UnitTrace)]
+        found = UnitTrace(**{name: type(getattr(a, name))(line(getattr(a, name), getattr(b, name))) for name in fields})
+        # From some size on a tensor is worth a copy: that is no line.
+        offload = min(max(found.offload_bytes, 0), found.saved_bytes)
+        return dataclasses.replace(found, offload_bytes=offload, offload_host_bytes=max(found.offload_host_bytes, offload))
+
+    units = [unit(a, b) for a, b in zip(one.units, two.units, strict=True)]
     outer = int(line(one.outer_saved_bytes, two.outer_saved_bytes))
     return dataclasses.replace(one, units=units, outer_saved_bytes=outer, tokens=int(line(one.tokens, two.tokens)))

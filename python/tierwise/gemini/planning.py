@@ -51,6 +51,7 @@ def request(
         "reserve_bytes": plugin.reserve_bytes(device_budget, temporary_bytes),
         "placement": placement,
         "recompute": recompute,
+        "offload": plugin.offload_activations,
         "accumulation": accumulation,
         "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,
@@ -117,11 +118,14 @@ def _alternatives(
 ) -> list[str]:
     trace_json = trace.to_json(grouping, scale)
     found: list[str] = []
-    if wanted["recompute"] == "none" and _fits(layout, trace_json, {**wanted, "recompute": "full"}):
+    may_recompute = wanted["recompute"] == "none" and wanted["offload"] != "full"
+    if may_recompute and _fits(layout, trace_json, {**wanted, "recompute": "full"}):
         found.append("recompute='full'")
+    if wanted["offload"] == "none" and not found and _fits(layout, trace_json, {**wanted, "offload": "auto"}):
+        found.append("offload_activations='auto'")
     given = plugin.micro_batch_size if isinstance(plugin.micro_batch_size, int) else None
     size = given
-    recompute = "full" if wanted["recompute"] == "none" else wanted["recompute"]
+    recompute = "full" if may_recompute else wanted["recompute"]
     while size is not None and size > 1 and len(found) < 2:
         size //= 2
         smaller = trace.to_json(grouping, scale * size / (given or 1))

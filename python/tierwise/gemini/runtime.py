@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tierwise._core import BudgetError, Engine, Layout, TierwiseError
+from tierwise._core import BudgetError, Engine, EngineStoppedError, Layout, TierwiseError
 from tierwise.config import format_bytes
 from tierwise.gemini import correction, tracing
 from tierwise.gemini.chunking import Grouping
@@ -21,6 +21,7 @@ from tierwise.gemini.hyper import Hyper
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
 from tierwise.gemini.micro_batch import Choice, choose
+from tierwise.gemini.offload import ActivationOffload
 from tierwise.gemini.planning import Planned, make_plan, request
 from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
@@ -112,9 +113,29 @@ class Runtime:
                 "micro_batch_size='auto' is decided by the first batch of booster.train_step, or by the dataloader that booster.boost "
                 "gets; use one of them before calling the model, or give micro_batch_size a number"
             )
-        self.trace = self.trace_only(args, kwargs)
-        self.planned = make_plan(self.plugin, self.layout, self.grouping, self.trace, self.request(self.trace, self.accumulation))
+        self.trace, self.planned = self._plan(self.trace_only(args, kwargs))
         self._build()
+
+    def variants(self, trace: tracing.ModelTrace) -> list[tracing.ModelTrace]:
+        """The trace with everything kept, and where it has any, with outputs of cheap kernels made again in backward."""
+        if not trace.cheap_bytes or self.plugin.recompute == "none" or self.plugin.offload_activations == "full":
+            return [trace]
+        speeds = self.target.speeds(self.plugin, trace.tokens)
+        return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
+
+    def _plan(self, trace: tracing.ModelTrace) -> tuple[tracing.ModelTrace, Planned]:
+        """The faster plan of a trace's variants, with its variant. Raises BudgetError if none fits."""
+        found: list[tuple[tracing.ModelTrace, Planned]] = []
+        variants = self.variants(trace)
+        for variant in variants:
+            try:
+                planned = make_plan(self.plugin, self.layout, self.grouping, variant, self.request(variant, self.accumulation))
+            except BudgetError:
+                if variant is variants[-1] and not found:
+                    raise
+                continue
+            found.append((variant, planned))
+        return min(found, key=lambda pair: pair[1].plan["predicted_step_s"])
 
     @property
     def undecided(self) -> bool:
@@ -173,7 +194,7 @@ class Runtime:
         self.unit_ids = [0] * len(self.grouping.units)
         for position, unit in enumerate(self.trace.order):
             self.unit_ids[unit] = position
-            self.recompute[unit] = plan["recompute"][position]
+            self.recompute[unit] = plan["activations"][position] == "recompute"
         self.engine = Engine(
             self.layout,
             self.planned.trace_json,
@@ -188,10 +209,16 @@ class Runtime:
         lift = self.target.limit(self.planned.device_budget if self.plugin.device_budget is not None else None)
         weakref.finalize(self, lift).atexit = False
         self.memory = ChunkMemory(self.engine, self.layout, self.grouping, plan, self.target)
-        if self.target.emulated:
-            self.counter = ActivationCounter(self.account)
+        offloaded = {unit: at for at, unit in enumerate(self.trace.order) if plan["activations"][at] == "offload"}
+        if self.target.emulated or offloaded:
+            # On CUDA the counter must not hold on to the runtime for a limit that the allocator keeps.
+            self.counter = ActivationCounter(self.account if self.target.emulated else _uncounted)
             self.counter.excluded = {tensor.untyped_storage().data_ptr() for tensor in self.memory.resident.values()}
         self.saved = SavedTensors(self.engine, self.target, self.memory.slab, self.counter)
+        self.saved.rematerialize = any(unit.extra_flops for unit in self.trace.units)
+        if offloaded and self.counter is not None:
+            lasting = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
+            self.saved.offload = ActivationOffload(self.engine, self.target, self.counter, offloaded, plan["offload_window_bytes"], lasting)
         streamed = [chunk for chunk in range(self.layout.num_chunks) if chunk not in self.memory.resident]
         self.saved.set_sizes({chunk: self.layout.param_bytes(chunk) for chunk in streamed})
         self.gradients = Gradients(self.engine, self.grouping, self.trainable, self._shared_chunks(), self.target, self.account)
@@ -316,8 +343,14 @@ class Runtime:
             return
         try:
             self.engine.account(kind, delta_bytes)
+        except EngineStoppedError:
+            # What is freed after a failure is nobody's concern any more, and it may be freed anywhere.
+            if delta_bytes > 0:
+                raise
         except BudgetError:
-            # Gradients that the engine has not read yet may be all that is in the way.
+            # Gradients that the engine has not read yet, or activations on their way out, may be all that is in the way.
+            if self.saved.offload is not None:
+                self.saved.offload.wait_leaving()
             self.engine.flush()
             self.gradients.collect()
             self.engine.account(kind, delta_bytes)
@@ -425,9 +458,12 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """Counters of the engine and what Python counts beside it."""
+        if self.ready and self.saved.offload is not None:
+            self.saved.offload.settle()
         stats: dict[str, Any] = dict(self.engine.stats()) if self.ready else {}
         stats["optimizer_steps"] = self.steps
         stats["recomputed_units"] = sum(self.recompute)
+        stats["offloaded_units"] = self.planned.plan["activations"].count("offload") if self.ready else 0
         stats["loss_scale"] = None if self.scaler is None else self.scaler.scale
         if self.ready:
             stats["micro_batch_flops"] = 3.0 * self.trace.flops()
@@ -436,6 +472,7 @@ class Runtime:
             if self.counter is not None:
                 stats["activation_bytes"] = self.counter.live_bytes
                 stats["activation_peak_bytes"] = self.counter.peak_bytes
+            stats["offload_kept_bytes"] = 0 if self.saved.offload is None else self.saved.offload.kept_bytes
         return stats
 
     def residency(self) -> Any:
@@ -447,6 +484,10 @@ class Runtime:
 
     def __reduce__(self) -> str:
         raise TierwiseError("a boosted model cannot be pickled; use booster.save_model")
+
+
+def _uncounted(kind: str, delta_bytes: int) -> None:
+    """Where torch's allocator holds the limit, counting is for reports only."""
 
 
 def _rest(engine: Engine) -> None:

@@ -1,4 +1,5 @@
-"""What autograd saves: views of the streaming slab become (chunk, generation, offset), everything else is counted.
+"""What autograd saves: views of the streaming slab become (chunk, generation, offset), what the plan offloads goes to host memory,
+everything else is counted.
 
 Slots move and autograd remembers addresses, so a saved view of the slab would read another chunk's bytes in backward.
 """
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tierwise._core import Engine, TierwiseError
+from tierwise.gemini.offload import ActivationOffload
+from tierwise.gemini.offloaded import Offloaded
 from tierwise.gemini.target import Target
+from tierwise.kernels.rematerialize import Rematerialized, recipe_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class ActivationCounter:
         self._account = account
         self._storages: dict[int, list[int]] = {}
 
+    def holds(self, key: int) -> bool:
+        """Whether a saved tensor of this storage is kept."""
+        return key in self._storages
+
     def hold(self, tensor: Tensor, key: int, nbytes: int) -> Any:
         """Counts a saved tensor."""
         entry = self._storages.get(key)
@@ -92,12 +100,15 @@ class SavedTensors:
         self.mapped: dict[int, int] = {}
         """Streamed chunk -> first byte of the slot that it is in now."""
         self.counter = counter
+        self.offload: ActivationOffload | None = None
         self._engine = engine
         self._target = target
         self._slab = slab
         self._slab_pointer = -1 if slab is None else slab.untyped_storage().data_ptr()
         self._typed: dict[torch.dtype, Tensor] = {}
         self._sizes: dict[int, int] = {}
+        self.rematerialize = False
+        """Whether outputs of cheap kernels are made again instead of kept."""
         self._active: contextlib.ExitStack | None = None
         # torch.compile would compile them where a compiled block saves tensors, once per shape.
         self._hooks = torch.compiler.disable(self.pack), torch.compiler.disable(self.unpack)
@@ -110,7 +121,7 @@ class SavedTensors:
     @property
     def needed(self) -> bool:
         """Whether there is anything to pack or to count."""
-        return self._slab is not None or self.counter is not None
+        return self._slab is not None or self.counter is not None or self.rematerialize
 
     def set_sizes(self, sizes: dict[int, int]) -> None:
         """Bytes of every streamed chunk."""
@@ -136,7 +147,15 @@ class SavedTensors:
         pointer = storage.data_ptr()
         if pointer == self._slab_pointer:
             return self._reference(tensor)
+        if self.rematerialize:
+            recipe = recipe_of(tensor)
+            if recipe is not None:
+                return Rematerialized.of(tensor, recipe)
         if self.counter is not None and pointer and pointer not in self.counter.excluded:
+            if self.offload is not None and not self.counter.holds(pointer):
+                offloaded = self.offload.pack(tensor)
+                if offloaded is not None:
+                    return offloaded
             return self.counter.hold(tensor.detach(), pointer, storage.nbytes())
         return tensor.detach()
 
@@ -152,6 +171,11 @@ class SavedTensors:
         """The saved tensor, for a slab view where its chunk is now."""
         if isinstance(packed, _Counted):
             return packed.tensor
+        if isinstance(packed, Rematerialized):
+            return packed.tensor()
+        if isinstance(packed, Offloaded):
+            assert self.offload is not None
+            return self.offload.unpack(packed)
         if isinstance(packed, Tensor):
             return packed
         assert isinstance(packed, SlabRef) and self._slab is not None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from tierwise._core import Device, kernel_threads
+from tierwise._core import Device, HostBench, kernel_threads
 from tierwise.config import Speeds, available_memory_bytes, default_speeds, parse_bytes
 
 if TYPE_CHECKING:
@@ -20,8 +21,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _HALF_SPEED_TOKENS = 256
 """Tokens of a micro-batch at which a GPU reaches half its speed: 4,096 tokens were some 6 % slower than 32,768 on an H100."""
 
+_BENCH_NUMEL = 2**26
+"""Parameters on which the CPU's optimizer is measured: far more than its caches hold."""
+_BESIDE_COPIES = 0.8
+"""Share of its speed alone that the CPU's optimizer keeps while parameters are copied to the device from the same memory."""
+
 _LIMITS: dict[torch.device, int] = {}
 """How many limits every device's allocator was given."""
+
+
+@functools.cache
+def _host_adam_params(threads: int) -> float:
+    """Parameters per second that the CPU steps beside copies: measured, because the same machine is half as fast in a busy hour."""
+    bench = HostBench(_BENCH_NUMEL)
+    bench.rate("adam", 0.05, threads)
+    return bench.rate("adam", 0.15, threads) * _BESIDE_COPIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +117,13 @@ class Target:
         return parse_bytes(plugin.host_budget) if plugin.host_budget is not None else int(available_memory_bytes() * 0.8)
 
     def speeds(self, plugin: GeminiPlugin, tokens: int) -> Speeds:
-        """Speeds for the planner: by device name, link speeds as the plugin gives them. Small micro-batches leave a GPU partly idle."""
+        """Speeds for the planner: by device name, link speeds as the plugin gives them, the CPU's optimizer beside CUDA as measured here.
+        Small micro-batches leave a GPU partly idle."""
         name = "emulated" if self.emulated else torch.cuda.get_device_name(self.torch_device)
-        speeds = default_speeds(name, kernel_threads(plugin.num_threads))
+        threads = kernel_threads(plugin.num_threads)
+        speeds = default_speeds(name, threads)
+        if not self.emulated and self.host_budget(plugin) > _BENCH_NUMEL * 14:
+            speeds = dataclasses.replace(speeds, host_adam_params=_host_adam_params(threads))
         return dataclasses.replace(
             speeds,
             flops=speeds.flops if self.emulated else speeds.flops * tokens / (tokens + _HALF_SPEED_TOKENS),

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,8 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Grouping, Unit
+from tierwise.gemini.offloaded import MIN_BYTES, REGION_BYTES
+from tierwise.kernels.rematerialize import recipe_of
 
 _log = logging.getLogger("tierwise")
+_ONE_AT_A_TIME = threading.Lock()
+"""The compiler's stance and the random state that a trace changes and restores are the process's."""
 
 
 @dataclasses.dataclass
@@ -31,6 +37,16 @@ class UnitTrace:
     saved_bytes: int = 0
     input_bytes: int = 0
     flops: float = 0.0
+    offload_bytes: int = 0
+    """Of `saved_bytes`: storages that are worth a copy to the host and that no other unit saves too."""
+    offload_host_bytes: int = 0
+    """What its offloaded storages take in host memory, shared ones included."""
+    cheap_bytes: int = 0
+    """Part of `saved_bytes` that cheap kernels can make again."""
+    cheap_traffic_bytes: int = 0
+    """Bytes of device memory that making it again moves."""
+    extra_flops: float = 0.0
+    """FLOPs whose time the making takes, where it is planned."""
 
 
 @dataclasses.dataclass
@@ -65,21 +81,44 @@ class ModelTrace:
                     "chunks": self._chunks(grouping, index),
                     "saved_bytes": int(traced.saved_bytes * scale),
                     "input_bytes": int(traced.input_bytes * scale),
+                    "offload_bytes": int(traced.offload_bytes * scale),
+                    "offload_host_bytes": math.ceil(traced.offload_host_bytes * scale),
                     "recomputable": unit.recomputable,
-                    "flops": traced.flops,
+                    "flops": traced.flops + traced.extra_flops,
                 }
             )
         ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
         return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": int(self.outer_saved_bytes * scale)})
 
-    def activation_peak_bytes(self, recompute: list[bool]) -> int:
-        """Most bytes of saved activations at once, if the units of the trace recompute like this."""
-        kept = [unit.input_bytes if again else unit.saved_bytes for unit, again in zip(self.units, recompute, strict=True)]
+    def rematerialized(self, flops_per_byte: float) -> ModelTrace:
+        """The same where outputs of cheap kernels are made again; `flops_per_byte` is how long moving a byte takes, in FLOPs."""
+        units = [
+            # The core's backward is twice the forward; all of the making is in backward.
+            dataclasses.replace(
+                unit,
+                saved_bytes=unit.saved_bytes - unit.cheap_bytes,
+                extra_flops=unit.cheap_traffic_bytes * flops_per_byte / 3,
+                # A recipe keeps its inputs on the device.
+                offload_bytes=0,
+                offload_host_bytes=0,
+            )
+            for unit in self.units
+        ]
+        return dataclasses.replace(self, units=units)
+
+    @property
+    def cheap_bytes(self) -> int:
+        """Bytes of one forward that cheap kernels can make again."""
+        return sum(unit.cheap_bytes for unit in self.units)
+
+    def activation_peak_bytes(self, kept: list[str]) -> int:
+        """Most bytes of saved activations at once, if the units of the trace "keep" or "recompute" theirs."""
+        held = [unit.input_bytes if how == "recompute" else unit.saved_bytes for unit, how in zip(self.units, kept, strict=True)]
         alive = self.outer_saved_bytes
         peak = 0
-        for unit, again in zip(range(len(self.units)), recompute, strict=True):
-            alive += kept[unit]
-            peak = max(peak, alive + (self.units[unit].saved_bytes if again else 0))
+        for unit, how, size in zip(self.units, kept, held, strict=True):
+            alive += size
+            peak = max(peak, alive + (unit.saved_bytes if how == "recompute" else 0))
         return peak
 
     def temporary_bytes(self) -> int:
@@ -142,7 +181,8 @@ def estimate(grouping: Grouping, tokens: int, dtype: torch.dtype) -> ModelTrace:
                 width = width or module.in_features
             else:
                 values += sum(2 * param.shape[-1] for param in module.parameters(recurse=False) if param.dim() > 0)
-        traced.append(UnitTrace(values * tokens * dtype.itemsize, width * tokens * dtype.itemsize, 2.0 * numel * tokens))
+        saved = values * tokens * dtype.itemsize
+        traced.append(UnitTrace(saved, width * tokens * dtype.itemsize, 2.0 * numel * tokens, saved, saved))
     order = list(range(len(grouping.units)))
     ops = [(unit, "forward") for unit in order] + [(unit, "backward") for unit in reversed(order)]
     return ModelTrace(order, traced, ops, 0, tokens, exact=False)
@@ -196,7 +236,9 @@ class _Recorder:
         self.regions: dict[int, set[int]] = {}
         self._region_hooks: list[object] = []
         self._params = params
-        self._seen: set[int] = set()
+        self._saved: dict[int, tuple[int, set[int]]] = {}
+        """Storage -> (bytes, units that save it); -1 stands for none."""
+        self._first: dict[int, int] = {}
         self._inputs: set[int] = set()
         self._stack: list[int] = []
         self._flops = flops
@@ -205,14 +247,37 @@ class _Recorder:
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._params and key not in self._seen:
-            self._seen.add(key)
+        if key in self._params:
+            return tensor.detach()
+        unit = self._stack[-1] if self._stack else -1
+        saved = self._saved.get(key)
+        if saved is None:
+            self._saved[key] = storage.nbytes(), {unit}
+            self._first[key] = unit
             self.alive.append(tensor.detach())
             if self._stack:
-                self.units[self._stack[-1]].saved_bytes += storage.nbytes()
+                traced = self.units[unit]
+                traced.saved_bytes += storage.nbytes()
+                recipe = recipe_of(tensor)
+                if recipe is not None:
+                    traced.cheap_bytes += storage.nbytes()
+                    traced.cheap_traffic_bytes += recipe.traffic_bytes
             else:
                 self.outer += storage.nbytes()
+        else:
+            saved[1].add(unit)
         return tensor.detach()
+
+    def count_offloadable(self, lasting: set[int]) -> None:
+        """What offloading would move; `lasting` storages are there anyway."""
+        for key, (nbytes, units) in self._saved.items():
+            first = self._first[key]
+            if first < 0 or nbytes < MIN_BYTES or key in lasting:
+                continue
+            traced = self.units[first]
+            traced.offload_host_bytes += -(-nbytes // REGION_BYTES) * REGION_BYTES
+            if units == {first}:
+                traced.offload_bytes += nbytes
 
     def _attribute_flops(self) -> None:
         total = float(self._flops.get_total_flops())
@@ -281,6 +346,7 @@ def _run(
     tokens: int,
 ) -> ModelTrace:
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_training_mode(model))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -291,8 +357,10 @@ def _run(
             value = torch.empty(param.shape, dtype=dtype, device=device, requires_grad=param.requires_grad)
             fake.update(dict.fromkeys(names, value))
         params = {value.untyped_storage()._cdata for value in fake.values()}
+        lasting: set[int] = set()
         for name, buffer in model.named_buffers(remove_duplicate=False):
             fake[name] = torch.empty_like(mode.from_tensor(buffer), device=device)
+            lasting.add(fake[name].untyped_storage()._cdata)
 
         def to_fake(tensor: Tensor) -> Tensor:
             target = dtype if tensor.is_floating_point() else tensor.dtype
@@ -306,6 +374,7 @@ def _run(
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor))
         output = torch.func.functional_call(model, fake, args, dict(kwargs))
         del output
+        recorder.count_offloadable(lasting)
     position = {unit: i for i, unit in enumerate(recorder.order)}
     called = [recorder.units[unit] for unit in recorder.order]
     # Units that this forward did not call are known to the engine too: another forward may call them.

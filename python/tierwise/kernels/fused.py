@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tierwise.kernels.rematerialize import Recipe, attach
+
 
 def liger_is_available() -> bool:
     """Whether liger-kernel is installed and Triton can run its kernels on a CUDA device."""
@@ -59,6 +61,11 @@ class _SavesLike(torch.autograd.Function):
         raise AssertionError("a trace has no backward")
 
 
+def _runs(tensor: torch.Tensor) -> bool:
+    """Whether the fused kernels, or what stands for them in a trace, take this tensor."""
+    return tensor.is_cuda or is_fake(tensor)
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no memory: a trace runs the model with such tensors, which claim to be on the device."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
@@ -73,15 +80,20 @@ def fuse_normalization(model: nn.Module) -> int:
         return 0
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
 
-    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    def run(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_fake(hidden_states):
             row = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
-            return _SavesLike.apply(hidden_states, self.weight, row)  # type: ignore[no-any-return]
-        if not hidden_states.is_cuda:
-            return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+            return _SavesLike.apply(hidden_states, module.weight, row)  # type: ignore[no-any-return]
         # Not in place: the gradient of the output may be read by others.
-        out: torch.Tensor = function.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)
-        return out
+        return function.apply(  # type: ignore[no-any-return]
+            hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", False
+        )
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _runs(hidden_states):
+            return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+        kept = hidden_states.detach()
+        return attach(run(self, hidden_states), Recipe(lambda: run(self, kept), 2 * kept.nbytes))
 
     return _replace(model, _is_rms_norm, forward)
 
@@ -92,12 +104,16 @@ def fuse_activations(model: nn.Module) -> int:
         return 0
     silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
 
+    def run(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return (_SavesLike if is_fake(gate) else silu_mul).apply(gate, up)  # type: ignore[no-any-return]
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if is_fake(x):
-            return self.down_proj(_SavesLike.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
-        if not x.is_cuda:
+        if not _runs(x):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
-        out: torch.Tensor = self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        kept = gate.detach(), up.detach()
+        product = attach(run(gate, up), Recipe(lambda: run(*kept), 3 * gate.nbytes))
+        out: torch.Tensor = self.down_proj(product)
         return out
 
     changed = _replace(model, _is_swiglu, forward)

@@ -4,6 +4,9 @@ use crate::layout::Layout;
 use crate::{ChunkId, OpId, Tier};
 use serde::{Deserialize, Serialize};
 
+/// Version of the schema.
+pub const VERSION: u32 = 2;
+
 /// Where the optimizer step of a chunk runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,6 +80,18 @@ impl ChunkPlan {
     }
 }
 
+/// How what a unit saves for its backward is kept until then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationPlan {
+    /// On the device.
+    Keep,
+    /// Not at all: its forward runs again in backward, from its inputs.
+    Recompute,
+    /// In pinned host memory: copied out in forward, back in backward ahead of its use.
+    Offload,
+}
+
 /// How gradient clipping and the host optimizer step overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -132,12 +147,15 @@ pub struct HostBytes {
     pub staging: u64,
     /// Undo records of speculated steps.
     pub undo: u64,
+    /// Offloaded activations of one micro-batch.
+    #[serde(default)]
+    pub activations: u64,
 }
 
 impl HostBytes {
     /// Sum over all purposes.
     pub fn total(&self) -> u64 {
-        self.params + self.states + self.gradients + self.staging + self.undo
+        self.params + self.states + self.gradients + self.staging + self.undo + self.activations
     }
 }
 
@@ -189,8 +207,10 @@ pub struct Plan {
     pub version: u32,
     /// Placement per chunk.
     pub chunks: Vec<ChunkPlan>,
-    /// Per unit: whether its forward is recomputed in backward.
-    pub recompute: Vec<bool>,
+    /// Per unit: how its activations are kept.
+    pub activations: Vec<ActivationPlan>,
+    /// Device bytes of offloaded activations that may be alive at once: on their way to the host, or back for the next backwards.
+    pub offload_window_bytes: u64,
     /// Bytes of the slab that streamed chunks pass through.
     pub stream_slab_bytes: u64,
     /// Gradients of host-class chunks that may be on their way to the host at once, in bytes.

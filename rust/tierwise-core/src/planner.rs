@@ -1,11 +1,12 @@
 //! The planner: turns a trace, a layout and hard budgets into a plan.
 //!
-//! The search has five levels: what is recomputed, how many chunks are streamed, the size of the slab, which share of the states in host
-//! memory visits the device to be stepped there, and how many chunks have their states on the device; with gradient accumulation also how
-//! many host-stepped chunks add up their gradients there. Each further chunk with
+//! The search has five levels: how activations are kept, how many chunks are streamed, the size of the slab, which share of the states in
+//! host memory visits the device to be stepped there, and how many chunks have their states on the device; with gradient accumulation also
+//! how many host-stepped chunks add up their gradients there. Each further chunk with
 //! states on the device needs more device memory, less host memory and never more time, so that level is a bisection. A larger budget only
 //! adds choices, so it never predicts a slower step.
 
+mod activations;
 mod dry_run;
 mod memory;
 mod placement;
@@ -15,6 +16,7 @@ use crate::Tier;
 use crate::layout::Layout;
 use crate::plan::{ClipMode, DeviceBytes, HostBytes, Plan, host_region_bytes};
 use crate::trace::Trace;
+use activations::Activations;
 use memory::Memory;
 use placement::{Group, Row};
 use serde::{Deserialize, Serialize};
@@ -68,6 +70,19 @@ pub enum Recompute {
     Units(Vec<bool>),
 }
 
+/// Which units' activations are offloaded to host memory. What recomputes is not offloaded too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Offload {
+    /// None.
+    #[default]
+    None,
+    /// The planner chooses, layer by layer.
+    Auto,
+    /// Every layer.
+    Full,
+}
+
 /// What to plan for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanRequest {
@@ -81,6 +96,9 @@ pub struct PlanRequest {
     pub placement: Placement,
     /// Which units recompute.
     pub recompute: Recompute,
+    /// Which units' activations are offloaded.
+    #[serde(default)]
+    pub offload: Offload,
     /// Micro-batches per optimizer step.
     pub accumulation: u32,
     /// Where host-stepped chunks add up the gradients of micro-batches, or the planner's choice.
@@ -126,11 +144,11 @@ pub enum PlanError {
     Invalid(String),
 }
 
-/// Version of the plan's schema.
-const VERSION: u32 = 1;
-
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
+
+/// Host memory traffic of a speculated step beside that of a plain one: its undo record is read, written, and read before it is written.
+const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
 
 /// Bytes of device memory traffic of one optimizer step per parameter.
 const OPTIMIZER_BYTES: f64 = 26.0;
@@ -140,23 +158,11 @@ const ACCUMULATE_BYTES: f64 = 10.0;
 
 /// One point of the search.
 struct Candidate<'a> {
-    recompute: &'a Activations,
+    activations: &'a Activations,
     row: Row,
     slab: u64,
     tight: bool,
     step: Step,
-}
-
-/// Units that recompute, and what that means at every operation.
-struct Activations {
-    units: Vec<bool>,
-    /// Number of units that recompute.
-    count: usize,
-    /// Saved bytes alive at every operation.
-    bytes: Vec<u64>,
-    forward_flops: f64,
-    /// Forward, backward and recomputation of a micro-batch.
-    total_flops: f64,
 }
 
 /// Predicted seconds of a step.
@@ -169,34 +175,38 @@ struct Step {
 /// Finds the fastest plan within the budgets.
 pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
     let memory = Memory::new(layout, trace, request)?;
-    let levels = recompute_levels(&memory, request)?;
+    let levels = activations::levels(&memory, request)?;
     let mut best: Option<Candidate> = None;
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
     placement::for_each_group(&memory, request, |group| {
-        for recompute in &levels {
+        for activations in &levels {
+            if best.as_ref().is_some_and(|best| least_seconds(activations, request) > best.step.seconds) {
+                continue;
+            }
             for &(slab, tight) in &group.variants {
-                let device = |row: &Row| row.device_bytes(recompute, slab, tight, request.reserve_bytes);
+                let device = |row: &Row| row.device_bytes(activations, slab, tight, request.reserve_bytes);
                 let fitting = group.rows.partition_point(|row| device(row) <= request.device_budget);
                 let Some(last) = fitting.checked_sub(1) else {
                     let needed = device(&group.rows[0]);
                     if least_device.is_none_or(|(least, _, _)| needed < least) {
-                        let (breakdown, op) = group.rows[0].device_breakdown(recompute, slab, tight, request.reserve_bytes);
+                        let (breakdown, op) = group.rows[0].device_breakdown(activations, slab, tight, request.reserve_bytes);
                         least_device = Some((needed, breakdown, op));
                     }
                     continue;
                 };
                 let first = if group.monotone { last } else { 0 };
                 for row in &group.rows[first..=last] {
-                    if row.host.total() > request.host_budget {
-                        if least_host.is_none_or(|least| row.host.total() < least.total()) {
-                            least_host = Some(row.host);
+                    let host = HostBytes { activations: activations.host_bytes, ..row.host };
+                    if host.total() > request.host_budget {
+                        if least_host.is_none_or(|least| host.total() < least.total()) {
+                            least_host = Some(host);
                         }
                         continue;
                     }
-                    let step = predict(&memory, recompute, row, group, slab, tight, request);
-                    if best.as_ref().is_none_or(|best| is_better(recompute, row, step, best)) {
-                        best = Some(Candidate { recompute, row: row.clone(), slab, tight, step });
+                    let step = predict(&memory, activations, row, group, slab, tight, request);
+                    if best.as_ref().is_none_or(|best| is_better(activations, row, step, best)) {
+                        best = Some(Candidate { activations, row: row.clone(), slab, tight, step });
                     }
                 }
             }
@@ -225,14 +235,14 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
 pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanRequest) -> u64 {
     let find = || -> Result<u64, PlanError> {
         let memory = Memory::new(layout, trace, request)?;
-        let levels = recompute_levels(&memory, request)?;
+        let levels = activations::levels(&memory, request)?;
         let mut least = u64::MAX;
         placement::for_each_group(&memory, request, |group| {
-            let first = group.rows.partition_point(|row| row.host.total() > request.host_budget);
-            let Some(row) = group.rows.get(first) else { return };
-            for recompute in &levels {
+            for activations in &levels {
+                let first = group.rows.partition_point(|row| row.host.total() + activations.host_bytes > request.host_budget);
+                let Some(row) = group.rows.get(first) else { continue };
                 for &(slab, tight) in &group.variants {
-                    least = least.min(row.device_bytes(recompute, slab, tight, request.reserve_bytes));
+                    least = least.min(row.device_bytes(activations, slab, tight, request.reserve_bytes));
                 }
             }
         })?;
@@ -241,61 +251,30 @@ pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanReques
     find().unwrap_or(u64::MAX)
 }
 
-/// Faster, else fewer recomputed units, else fewer elements with states on the host, else fewer of them visiting the device, else fewer
-/// streamed bytes.
-fn is_better(recompute: &Activations, row: &Row, step: Step, best: &Candidate) -> bool {
+/// Faster, else fewer recomputed units, else fewer offloaded ones, else fewer elements with states on the host, else fewer of them visiting
+/// the device, else fewer streamed bytes.
+fn is_better(activations: &Activations, row: &Row, step: Step, best: &Candidate) -> bool {
     step.seconds
         .total_cmp(&best.step.seconds)
-        .then(recompute.count.cmp(&best.recompute.count))
+        .then(activations.recomputed.cmp(&best.activations.recomputed))
+        .then(activations.offloaded.cmp(&best.activations.offloaded))
         .then((row.cost.host_numel + row.cost.visiting_numel).cmp(&(best.row.cost.host_numel + best.row.cost.visiting_numel)))
         .then(row.cost.visiting_numel.cmp(&best.row.cost.visiting_numel))
         .then(row.cost.stream_bytes.cmp(&best.row.cost.stream_bytes))
         .is_lt()
 }
 
-/// The choices of recomputed units, from few to many.
-fn recompute_levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activations>, PlanError> {
-    let units = &memory.trace.units;
-    let none = vec![false; units.len()];
-    let choices = match &request.recompute {
-        Recompute::None => vec![none],
-        Recompute::Full => vec![units.iter().map(|u| u.recomputable).collect()],
-        Recompute::Units(chosen) => {
-            if chosen.len() != units.len() {
-                return Err(PlanError::Invalid(format!("recompute names {} units, the trace has {}", chosen.len(), units.len())));
-            }
-            if let Some((unit, _)) = units.iter().zip(chosen).find(|(unit, chosen)| **chosen && !unit.recomputable) {
-                return Err(PlanError::Invalid(format!("unit `{}` cannot be recomputed; leave it out of recompute", unit.name)));
-            }
-            vec![chosen.clone()]
-        }
-        Recompute::Auto => {
-            // Most bytes saved per FLOP first. Among equals the earliest: at the turn from forward to backward, where activations peak,
-            // a recomputed late unit is materialised again at once and frees nothing.
-            let mut order: Vec<usize> =
-                (0..units.len()).filter(|&u| units[u].recomputable && units[u].saved_bytes > units[u].input_bytes).collect();
-            let gain = |u: usize| (units[u].saved_bytes - units[u].input_bytes) as f64 / units[u].flops.max(1.0);
-            order.sort_by(|&a, &b| gain(b).total_cmp(&gain(a)).then(a.cmp(&b)));
-            placement::levels(order.len(), request.accumulation)
-                .into_iter()
-                .map(|count| {
-                    let mut chosen = none.clone();
-                    for &unit in &order[..count] {
-                        chosen[unit] = true;
-                    }
-                    chosen
-                })
-                .collect()
-        }
-    };
-    Ok(choices.into_iter().map(|units| memory.activations(units)).collect())
+/// Seconds that a step takes at least with these activations, wherever chunks are.
+fn least_seconds(activations: &Activations, request: &PlanRequest) -> f64 {
+    let stall = activations.stall.leaving + activations.stall.returning;
+    f64::from(request.accumulation) * (activations.total_flops / request.speeds.flops + stall)
 }
 
 /// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
-fn predict(memory: &Memory, recompute: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
+fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
     let speeds = &request.speeds;
     let accumulation = f64::from(request.accumulation);
-    let micro_batch = recompute.total_flops / speeds.flops;
+    let micro_batch = activations.total_flops / speeds.flops;
     // What is stepped or added up on the host costs the device about as much in copies as it would there.
     let optimizer = memory.state_numel as f64 * OPTIMIZER_BYTES / speeds.device_memory_bytes;
     let added = if request.accumulation > 1 { memory.state_numel as f64 * ACCUMULATE_BYTES / speeds.device_memory_bytes } else { 0.0 };
@@ -307,24 +286,26 @@ fn predict(memory: &Memory, recompute: &Activations, row: &Row, group: &Group, s
         0.0
     };
     // A deferred host step hides behind the first forward only, a speculated one behind the last backward too.
-    let forward = recompute.forward_flops / speeds.flops;
+    let forward = activations.forward_flops / speeds.flops;
     let speculated = if request.clip_mode == ClipMode::Defer || row.undo_bytes == 0 {
         0.0
     } else {
-        let share = (request.host_budget - row.host.total()) as f64 / row.undo_bytes as f64;
-        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(micro_batch - forward)
+        let share = (request.host_budget - row.host.total() - activations.host_bytes) as f64 / row.undo_bytes as f64;
+        let in_backward = (micro_batch - forward) / SPECULATION_COST;
+        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
-    let off_device = visiting::OffDevice::new(&row.cost, speeds, speculated);
+    let off_device = visiting::OffDevice::new(&row.cost, speeds, speculated, activations.host_bytes);
     let adam = (off_device.seconds() - forward).max(0.0);
     // Sums leave for the host during the last backward.
     let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
-    let h2d = stream + (row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 / speeds.h2d_bytes;
+    let moved = accumulation * activations.host_bytes as f64;
+    let h2d = stream + ((row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.h2d_bytes;
     let grads = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
-    let d2h = grads + (row.cost.sum_bytes + row.cost.visiting_bytes) as f64 / speeds.d2h_bytes;
+    let d2h = grads + ((row.cost.sum_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.d2h_bytes;
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
-    let stalled_h2d = if slab < group.prefetch_slab { stream } else { 0.0 };
-    let stalled_d2h = late_sums + if tight { grads } else { 0.0 };
+    let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
+    let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
     let serial = compute.max(accumulate) + adam + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h);
     let bound_by = if seconds > serial {
@@ -340,14 +321,14 @@ fn predict(memory: &Memory, recompute: &Activations, row: &Row, group: &Group, s
 }
 
 fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
-    let Candidate { recompute, row, mut slab, tight, step } = best;
+    let Candidate { activations, row, mut slab, tight, step } = best;
     if step.bound_by == "h2d" && slab > 0 {
         // What is left keeps chunks between their uses at the turns of the step, and lets copies run further ahead.
-        let left = request.device_budget - row.device_bytes(recompute, slab, tight, request.reserve_bytes);
+        let left = request.device_budget - row.device_bytes(activations, slab, tight, request.reserve_bytes);
         slab = (slab + left / row.slab_step * row.slab_step).min(row.streamed_bytes).max(slab);
     }
-    let (device, device_peak_op) = row.device_breakdown(recompute, slab, tight, request.reserve_bytes);
-    let mut host = row.host;
+    let (device, device_peak_op) = row.device_breakdown(activations, slab, tight, request.reserve_bytes);
+    let mut host = HostBytes { activations: activations.host_bytes, ..row.host };
     let undo_bytes = if request.clip_mode == ClipMode::Defer {
         0
     } else {
@@ -357,9 +338,10 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
     };
     host.undo = host_region_bytes(undo_bytes);
     let mut plan = Plan {
-        version: VERSION,
+        version: crate::plan::VERSION,
         chunks: row.chunks,
-        recompute: recompute.units.clone(),
+        activations: activations.units.clone(),
+        offload_window_bytes: activations.window_bytes,
         stream_slab_bytes: slab,
         grad_in_flight_bytes: row.in_flight_bytes[usize::from(tight)],
         accumulation: request.accumulation,

@@ -297,6 +297,9 @@ impl Scheduler {
                 reason: "its class changes only while it is idle, and only to one that is stepped on the device where its parameters are streamed",
             });
         }
+        if placement.class == class {
+            return Ok(());
+        }
         if streamed && state.slot.is_some() {
             self.drop_cache(chunk)?;
         }

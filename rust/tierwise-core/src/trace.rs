@@ -24,6 +24,12 @@ pub struct Unit {
     pub saved_bytes: u64,
     /// Bytes of its inputs that stay when it is recomputed.
     pub input_bytes: u64,
+    /// Bytes of `saved_bytes` that offloading takes off the device: storages worth a copy that no other unit saves too.
+    #[serde(default)]
+    pub offload_bytes: u64,
+    /// Bytes that its offloaded activations take in host memory, those that other units save too included.
+    #[serde(default)]
+    pub offload_host_bytes: u64,
     /// Whether it may be recomputed (a decoder layer may, an embedding may not).
     pub recomputable: bool,
     /// Floating-point operations of its forward.

@@ -5,24 +5,33 @@ mod common;
 use common::{GIB, h100, llama_7b, llama_70b, models};
 use proptest::prelude::*;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, OpId, Tier};
 
 /// Activations alive at an operation, by looking at every unit anew.
 fn activations_at(trace: &Trace, plan: &Plan, at: usize) -> u64 {
     let count = |unit: u32, phase: Phase, until: usize| trace.ops[..until].iter().filter(|op| op.unit == unit && op.phase == phase).count();
-    let mut bytes = 0;
+    let (mut bytes, mut away) = (0, 0);
     for (index, unit) in trace.units.iter().enumerate() {
         let forwards = count(index as u32, Phase::Forward, at + 1);
         // Its own backward still reads what was saved.
         let backwards = count(index as u32, Phase::Backward, at);
-        let kept = if plan.recompute[index] { unit.input_bytes } else { unit.saved_bytes };
-        bytes += forwards.saturating_sub(backwards) as u64 * kept;
+        let kept = match plan.activations[index] {
+            ActivationPlan::Keep => unit.saved_bytes,
+            ActivationPlan::Recompute => unit.input_bytes,
+            ActivationPlan::Offload => unit.saved_bytes - unit.offload_bytes,
+        };
+        let open = forwards.saturating_sub(backwards) as u64;
+        bytes += open * kept;
+        if plan.activations[index] == ActivationPlan::Offload {
+            away += open * unit.offload_bytes;
+        }
     }
+    bytes += away.min(plan.offload_window_bytes);
     let op = &trace.ops[at];
-    if op.phase == Phase::Backward && plan.recompute[op.unit as usize] {
+    if op.phase == Phase::Backward && plan.activations[op.unit as usize] == ActivationPlan::Recompute {
         bytes += trace.units[op.unit as usize].saved_bytes;
     }
     if !trace.ops[at + 1..].iter().any(|op| op.phase == Phase::Forward) {
@@ -99,6 +108,13 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
     }
     host.staging = if plan.accumulation > 1 { 2 * up(largest_grad, 4096) } else { 0 };
     host.undo = plan.host.undo;
+    let offloads = |unit: u32| plan.activations[unit as usize] == ActivationPlan::Offload;
+    let offloaded = trace.ops.iter().filter(|op| op.phase == Phase::Forward && offloads(op.unit));
+    host.activations = up(offloaded.map(|op| trace.units[op.unit as usize].offload_host_bytes).sum(), 4096);
+    for unit in trace.units.iter().enumerate().filter(|(unit, _)| offloads(*unit as u32)).map(|(_, unit)| unit) {
+        assert_ne!(request.offload, Offload::None);
+        assert!(2 * unit.offload_host_bytes <= plan.offload_window_bytes, "the window is too small for `{}`", unit.name);
+    }
     assert_eq!(plan.host, host);
     assert!(plan.undo_bytes <= plan.host.undo);
     assert_eq!(plan.device.resident_params, resident);
@@ -123,34 +139,38 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
 
 fn requests() -> impl Strategy<Value = PlanRequest> {
     let recompute = prop_oneof![1 => Just(Recompute::None), 1 => Just(Recompute::Full), 3 => Just(Recompute::Auto)];
+    let offload = prop_oneof![Just(Offload::None), Just(Offload::Auto), Just(Offload::Full)];
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let speed = || (0.0..4.0_f64).prop_map(|e| 10_f64.powf(e));
     let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64, 0.0..=1.0_f64));
     let speeds = (speed(), speed(), speed(), speed(), speed());
     let accumulate = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Device)), 1 => Just(Some(Tier::Host))];
     let accumulation = (1_u32..4, accumulate);
-    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, recompute, accumulation, clip, speeds, fractions).prop_map(
-        |(device_budget, host_budget, reserve_bytes, recompute, (accumulation, accumulate), clip_mode, speeds, fractions)| PlanRequest {
-            device_budget,
-            host_budget,
-            reserve_bytes,
-            placement: fractions.map_or(Placement::Auto, |(optim, param, stream)| Placement::Static {
-                shard_param_frac: 1.0,
-                offload_optim_frac: optim,
-                offload_param_frac: param * optim,
-                stream_optim_frac: stream * (1.0 - param),
-            }),
-            recompute,
-            accumulation,
-            accumulate,
-            clip_mode,
-            speeds: Speeds {
-                flops: 1e6 * speeds.0,
-                h2d_bytes: 1e4 * speeds.1,
-                d2h_bytes: 1e4 * speeds.2,
-                host_adam_params: 1e4 * speeds.3,
-                device_memory_bytes: 1e6 * speeds.4,
-            },
+    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, (recompute, offload), accumulation, clip, speeds, fractions).prop_map(
+        |(device_budget, host_budget, reserve_bytes, (recompute, offload), (accumulation, accumulate), clip_mode, speeds, fractions)| {
+            PlanRequest {
+                device_budget,
+                host_budget,
+                reserve_bytes,
+                placement: fractions.map_or(Placement::Auto, |(optim, param, stream)| Placement::Static {
+                    shard_param_frac: 1.0,
+                    offload_optim_frac: optim,
+                    offload_param_frac: param * optim,
+                    stream_optim_frac: stream * (1.0 - param),
+                }),
+                recompute,
+                offload,
+                accumulation,
+                accumulate,
+                clip_mode,
+                speeds: Speeds {
+                    flops: 1e6 * speeds.0,
+                    h2d_bytes: 1e4 * speeds.1,
+                    d2h_bytes: 1e4 * speeds.2,
+                    host_adam_params: 1e4 * speeds.3,
+                    device_memory_bytes: 1e6 * speeds.4,
+                },
+            }
         },
     )
 }
@@ -209,6 +229,44 @@ proptest! {
     }
 
     #[test]
+    fn more_host_memory_never_predicts_a_slower_step((layout, trace) in models(), request in requests()) {
+        let mut slowest = f64::INFINITY;
+        for host_budget in (0..=1_000_000).step_by(50_000) {
+            match plan(&layout, &trace, &PlanRequest { host_budget, ..request.clone() }) {
+                Ok(plan) => {
+                    prop_assert!(plan.predicted_step_s <= slowest);
+                    slowest = plan.predicted_step_s;
+                }
+                Err(_) => prop_assert!(slowest.is_infinite(), "{} bytes are too few, fewer were not", host_budget),
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_more_never_predicts_a_slower_step((layout, trace) in models(), request in requests()) {
+        let with = |offload| plan(&layout, &trace, &PlanRequest { offload, recompute: Recompute::None, ..request.clone() });
+        if let (Ok(auto), Ok(fixed)) = (with(Offload::Auto), with(Offload::None)) {
+            prop_assert!(auto.predicted_step_s <= fixed.predicted_step_s);
+        }
+        if let Ok(fixed) = with(Offload::Full) {
+            prop_assert!(with(Offload::Auto).unwrap().predicted_step_s <= fixed.predicted_step_s);
+        }
+    }
+
+    #[test]
+    fn faster_links_never_predict_a_slower_step((layout, trace) in models(), request in requests(), factor in 1.0..10.0_f64) {
+        let speeds = Speeds {
+            h2d_bytes: request.speeds.h2d_bytes * factor,
+            d2h_bytes: request.speeds.d2h_bytes * factor,
+            ..request.speeds
+        };
+        if let Ok(slow) = plan(&layout, &trace, &request) {
+            let fast = plan(&layout, &trace, &PlanRequest { speeds, ..request }).unwrap();
+            prop_assert!(fast.predicted_step_s <= slow.predicted_step_s * (1.0 + 1e-12));
+        }
+    }
+
+    #[test]
     fn what_is_planned_survives_json((layout, trace) in models(), request in requests()) {
         let layout_json = serde_json::to_string(&layout).unwrap();
         prop_assert_eq!(serde_json::from_str::<Layout>(&layout_json).unwrap(), layout.clone());
@@ -235,7 +293,7 @@ fn llama_7b_on_an_h100() {
     assert!(resident.windows(2).all(|pair| pair[0] == OptimizerClass::Device || pair[1] == OptimizerClass::Host), "{resident:?}");
     // Its host step hides behind the first forward.
     assert_eq!(plan.bound_by, "compute");
-    assert!(plan.recompute.iter().any(|r| *r));
+    assert!(plan.activations.contains(&ActivationPlan::Recompute));
 }
 
 #[test]
@@ -260,6 +318,54 @@ fn llama_70b_streams_without_waiting_wherever_the_slab_has_room_for_two() {
         assert_eq!(fetched, layout.ids().filter(streamed).collect());
     }
     assert!(roomy >= 4, "{roomy}");
+}
+
+fn count(plan: &Plan, kind: ActivationPlan) -> usize {
+    plan.activations.iter().filter(|kept| **kept == kind).count()
+}
+
+/// What the idle link carries for nothing is not recomputed, and more is not put on it.
+#[test]
+fn llama_7b_offloads_what_the_link_hides() {
+    let (layout, trace) = llama_7b(16_384);
+    let base = h100(80 * GIB, 200 * GIB);
+    let recomputing = plan(&layout, &trace, &base).unwrap();
+    let request = PlanRequest { offload: Offload::Auto, ..base };
+    let both = plan(&layout, &trace, &request).unwrap();
+    check_memory(&layout, &trace, &request, &both);
+    assert!(count(&both, ActivationPlan::Offload) > 0);
+    assert!(count(&both, ActivationPlan::Recompute) < count(&recomputing, ActivationPlan::Recompute));
+    assert!(both.predicted_step_s < recomputing.predicted_step_s * 0.99, "{} {}", both.predicted_step_s, recomputing.predicted_step_s);
+    let slow = |h2d_bytes, d2h_bytes| {
+        let speeds = Speeds { h2d_bytes, d2h_bytes, ..base.speeds };
+        plan(&layout, &trace, &PlanRequest { offload: Offload::Full, recompute: Recompute::None, speeds, ..h100(80 * GIB, 200 * GIB) })
+            .unwrap()
+    };
+    let (balanced, forward, backward) = (slow(1e15, 1e15), slow(1e15, 10e9), slow(10e9, 1e15));
+    assert_eq!(count(&balanced, ActivationPlan::Offload), 32);
+    assert_eq!(forward.bound_by, "d2h");
+    assert_eq!(backward.bound_by, "h2d");
+    // All of it goes over the slow link, at best while the device computes.
+    let moved = balanced.host.activations as f64;
+    for slow in [&forward, &backward] {
+        assert!(slow.predicted_step_s > moved / 10e9 && slow.predicted_step_s < moved / 10e9 + balanced.predicted_step_s);
+    }
+}
+
+/// The inputs of 80 recomputed layers are more than two layers' activations.
+#[test]
+fn llama_70b_fits_offloaded_where_nothing_else_fits() {
+    let (layout, trace) = llama_70b(16_384);
+    let minimum = |recompute, offload| minimum_device_bytes(&layout, &trace, &PlanRequest { recompute, offload, ..h100(0, 2000 * GIB) });
+    let recomputed = minimum(Recompute::Auto, Offload::None);
+    let offloaded = minimum(Recompute::None, Offload::Full);
+    assert!(offloaded < recomputed, "{offloaded} {recomputed}");
+    assert!(minimum(Recompute::Auto, Offload::Auto) <= offloaded);
+    // Without the host memory for it there is nothing to choose.
+    let host = |gib| plan(&layout, &trace, &PlanRequest { offload: Offload::Auto, ..h100(offloaded, gib * GIB) });
+    let fitting = host(2000).unwrap();
+    assert!(count(&fitting, ActivationPlan::Offload) > 40);
+    assert!(matches!(host(1100).unwrap_err(), PlanError::Host { .. }));
 }
 
 /// Gradients that are added up in host memory bound a micro-batch, however fast the device computes.

@@ -808,6 +808,8 @@ fn a_speculated_chunk_that_had_to_leave_is_undone_not_waited_for() {
         chunks,
         saved_bytes: 0,
         input_bytes: 0,
+        offload_bytes: 0,
+        offload_host_bytes: 0,
         recomputable: false,
         flops: 1.0,
     };

@@ -190,6 +190,26 @@ impl Engine {
         call_waiting(py, |keep| self.inner.backward_begin(grad_scale, keep))
     }
 
+    fn send_activation(&self, py: Python<'_>, unit: u32, address: u64, nbytes: u64, stream: u64) -> PyResult<Option<u64>> {
+        call(py, || self.inner.send_activation(unit, address, nbytes, ComputeStream(stream)))
+    }
+
+    fn activation_has_left(&self, py: Python<'_>, ticket: u64, wait: bool, stream: u64) -> PyResult<bool> {
+        call_waiting(py, |keep| self.inner.activation_has_left(ticket, wait, ComputeStream(stream), keep))
+    }
+
+    fn fetch_activation(&self, py: Python<'_>, ticket: u64, address: u64, stream: u64) -> PyResult<()> {
+        call(py, || self.inner.fetch_activation(ticket, address, ComputeStream(stream)))
+    }
+
+    fn await_activation(&self, py: Python<'_>, ticket: u64, stream: u64) -> PyResult<()> {
+        call_waiting(py, |keep| self.inner.await_activation(ticket, ComputeStream(stream), keep))
+    }
+
+    fn free_activation(&self, py: Python<'_>, ticket: u64) -> PyResult<()> {
+        call(py, || self.inner.free_activation(ticket))
+    }
+
     #[allow(clippy::needless_pass_by_value)] // Python lists arrive by value.
     fn grads(&self, py: Python<'_>, chunk: u32, grads: Vec<(usize, u64)>, stream: u64) -> PyResult<u64> {
         call_waiting(py, |keep| self.inner.grads(ChunkId(chunk), &grads, ComputeStream(stream), keep))

@@ -1,10 +1,23 @@
 //! The `tierwise-sim` command in this process.
 
+use crate::layout::Layout;
+use crate::parse;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::ffi::OsString;
 
 fn with_name(args: Vec<OsString>) -> impl Iterator<Item = OsString> {
     std::iter::once(OsString::from("tierwise-sim")).chain(args)
+}
+
+/// Executes a plan in virtual time.
+#[pyfunction]
+pub fn simulate_plan(py: Python<'_>, layout: &Layout, trace: &str, plan: &str, request: &str) -> PyResult<String> {
+    let (trace, plan, request) = (parse(trace, "trace")?, parse(plan, "plan")?, parse(request, "plan request")?);
+    let outcome = py
+        .detach(|| tierwise_sim::estimate::estimate(&layout.inner, &trace, &plan, &request))
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    serde_json::to_string(&outcome).map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
 /// Runs `tierwise-sim` with `args` (without the program's name) on this process's stdout and stderr; gives the exit code.

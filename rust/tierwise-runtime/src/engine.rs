@@ -3,6 +3,7 @@
 //! Callers' threads and workers take one lock, hand an event to the scheduler, and carry out its actions (which only enqueue) before they
 //! give the lock back. So actions reach the device in the order of decisions. Waiting always happens without the lock.
 
+mod activations;
 mod inspect;
 mod memory;
 mod shared;
@@ -12,6 +13,7 @@ pub use shared::{Shared, State};
 
 use memory::take_places;
 
+use crate::activations::Activations;
 use crate::device::{Device, EventRef, WorkerId};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
@@ -73,11 +75,11 @@ pub struct Engine {
 impl Engine {
     /// Maps the host slab of a plan and starts the workers.
     pub fn new(layout: Layout, trace: Trace, plan: Plan, device: Arc<dyn Device>, config: EngineConfig) -> Result<Self> {
-        if plan.chunks.len() != layout.chunks.len() || plan.recompute.len() != trace.units.len() {
+        if plan.chunks.len() != layout.chunks.len() || plan.activations.len() != trace.units.len() {
             return Err(Error::Usage(format!(
                 "the plan is for {} chunks and {} units, the model has {} and {}",
                 plan.chunks.len(),
-                plan.recompute.len(),
+                plan.activations.len(),
                 layout.chunks.len(),
                 trace.units.len()
             )));
@@ -90,8 +92,13 @@ impl Engine {
             .ids()
             .map(|c| host_sizes(&layout, &plan, c, plan.chunks[c.index()]).iter().map(|&b| host_region_bytes(b)).sum::<u64>())
             .sum();
-        let total =
-            chunk_bytes + 2 * staging_bytes + host_region_bytes(plan.undo_bytes) + host_region_bytes(config.host_spare_bytes) + norm_bytes;
+        let activation_bytes = host_region_bytes(plan.host.activations);
+        let total = chunk_bytes
+            + 2 * staging_bytes
+            + host_region_bytes(plan.undo_bytes)
+            + activation_bytes
+            + host_region_bytes(config.host_spare_bytes)
+            + norm_bytes;
         let mut host_budget = Budget::new(Tier::Host, config.host_budget);
         // The norms of parameters are bookkeeping, not payload: they do not count.
         host_budget.reserve(total - norm_bytes, "the host slab")?;
@@ -100,6 +107,7 @@ impl Engine {
         let norms = regions.take(norm_bytes)?;
         let staging = [regions.take(staging_bytes)?, regions.take(staging_bytes)?];
         let undo_base = regions.take(plan.undo_bytes)?;
+        let activation_base = regions.take(activation_bytes)?;
         let host = slab.as_ptr() as u64;
         let mut places = Vec::with_capacity(layout.chunks.len());
         for chunk in layout.ids() {
@@ -122,6 +130,7 @@ impl Engine {
             commit_event: None,
             release_event: None,
             gradients,
+            activations: Activations::new(host + activation_base, activation_bytes),
             hyper: Arc::default(),
             speculation_hyper: Arc::default(),
             commit_hyper: Arc::default(),

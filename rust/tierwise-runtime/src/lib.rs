@@ -1,5 +1,6 @@
 //! Runtime of Tierwise: devices, pinned slabs, workers and the engine that executes a plan.
 
+mod activations;
 pub mod cuda;
 pub mod device;
 pub mod emulated;

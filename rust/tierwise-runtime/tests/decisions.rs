@@ -6,8 +6,8 @@ mod virtual_device;
 use proptest::prelude::*;
 use std::sync::Arc;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
 use tierwise_core::streaming::pieces as visits;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
@@ -15,7 +15,7 @@ use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::AdamHyper;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
-use tierwise_sim::costs::Costs;
+use tierwise_sim::costs::{Costs, Launch};
 use tierwise_sim::executor::calls::{Call, calls};
 use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
 use tierwise_sim::hardware::{Hardware, preset};
@@ -54,6 +54,7 @@ impl Case {
             costs: &self.costs,
             hardware: &self.hardware,
             sharding: None,
+            transient_bytes: None,
             device_budget: PLENTY,
             host_budget: PLENTY,
             clips: self.clips,
@@ -104,12 +105,18 @@ impl Case {
                     Call::Enter(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
                         engine.enter(unit, phase, STREAM, &mut patience).unwrap();
-                        let again = if self.plan.recompute[unit as usize] { self.costs.forward_ns[unit as usize] } else { 0 };
+                        let again = if self.plan.activations[unit as usize] == ActivationPlan::Recompute {
+                            self.costs.forward_ns[unit as usize]
+                        } else {
+                            0
+                        };
                         device.compute(match phase {
                             Phase::Forward => self.costs.forward_ns[unit as usize],
                             Phase::Backward => self.costs.backward_ns[unit as usize] + again,
                         });
-                        device.spend(self.hardware.launch_ns);
+                        device.spend(
+                            self.costs.launch[unit as usize].ns(phase, self.plan.activations[unit as usize] == ActivationPlan::Recompute),
+                        );
                     }
                     Call::Leave(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
@@ -122,7 +129,10 @@ impl Case {
                         engine.grads(chunk, &grads, STREAM, &mut patience).unwrap();
                     }
                     Call::BackwardEnd => engine.backward_end(STREAM).unwrap(),
-                    Call::Commit => engine.commit(1.0, STREAM, &mut patience).unwrap(),
+                    Call::Commit => {
+                        engine.commit(1.0, STREAM, &mut patience).unwrap();
+                        device.spend(self.costs.commit_ns);
+                    }
                 }
             }
         }
@@ -170,6 +180,8 @@ fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
             chunks: reads,
             saved_bytes,
             input_bytes: saved_bytes / 4,
+            offload_bytes: 0,
+            offload_host_bytes: 0,
             recomputable: number > 0,
             flops: numel as f64 * 1e3,
         });
@@ -204,10 +216,11 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         reserve_bytes: 0,
         placement,
         recompute: Recompute::Auto,
+        offload: Offload::None,
         accumulation,
         accumulate: None,
         clip_mode,
-        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 2e10 },
+        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 4e10 },
     }
 }
 
@@ -215,8 +228,10 @@ fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, cl
     let (layout, trace) = model(sizes);
     let plan = plan(&layout, &trace, wanted).unwrap();
     let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
-    let backward_ns = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
-    Case { layout, trace, plan, costs: Costs { forward_ns, backward_ns }, hardware, clips }
+    let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
+    let launch = forward_ns.iter().map(|ns| Launch { forward_ns: [hardware.launch_ns, ns % 450], backward_ns: [ns % 770, 900] }).collect();
+    let costs = Costs { forward_ns, backward_ns, launch, commit_ns: hardware.launch_ns / 3 };
+    Case { layout, trace, plan, costs, hardware, clips }
 }
 
 const SIZES: [(u64, u64, bool); 6] =
@@ -276,6 +291,18 @@ fn states_visit_the_device() {
 }
 
 #[test]
+fn gradients_are_summed_on_either_side() {
+    for tier in [Tier::Device, Tier::Host] {
+        for (optim, param) in [(1.0, 0.0), (0.5, 0.0), (1.0, 1.0)] {
+            let wanted = PlanRequest { accumulate: Some(tier), ..request(fixed(optim, param), 3, ClipMode::Defer, PLENTY) };
+            let case = case(&SIZES, &wanted, slow([1.0; 4]), true);
+            assert!(case.plan.chunks.iter().any(|c| c.class == OptimizerClass::Host && c.accumulate == tier));
+            case.check();
+        }
+    }
+}
+
+#[test]
 fn parameters_are_streamed() {
     let (layout, trace) = model(&SIZES);
     let wanted = request(Placement::Auto, 1, ClipMode::Defer, PLENTY);
@@ -327,13 +354,14 @@ proptest! {
         accumulation in 1_u32..4,
         mode in 0_usize..3,
         recompute in 0_usize..3,
+        accumulate in prop::option::of(prop::sample::select(vec![Tier::Device, Tier::Host])),
         scale in prop::array::uniform4(0.1..8.0_f64),
         clips: bool,
     ) {
         let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
         let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
         let placement = if room.is_some() { Placement::Auto } else { visiting(optim.max(param), param, stream) };
-        let mut wanted = request(placement, accumulation, clip_mode, PLENTY);
+        let mut wanted = PlanRequest { accumulate, ..request(placement, accumulation, clip_mode, PLENTY) };
         wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
         if let Some(room) = room {
             let (layout, trace) = model(&sizes);

@@ -1,9 +1,13 @@
 //! How long every unit takes on a machine, and the speeds that the planner weighs.
 
+mod tables;
+
 use crate::collectives::Group;
 use crate::hardware::Hardware;
-use crate::models::{Built, Work};
+use crate::models::{Built, Kind, Work};
+use tables::{Pair, Tables};
 use tierwise_core::planner::Speeds;
+use tierwise_core::trace::Phase;
 
 /// Host memory bytes that one bf16 parameter's Adam step moves: gradient in, parameter and states in and out.
 pub const ADAM_BYTES_PER_PARAM: f64 = 26.0;
@@ -15,19 +19,47 @@ pub struct Costs {
     pub forward_ns: Vec<u64>,
     /// Backward without recomputation.
     pub backward_ns: Vec<u64>,
+    /// What the training thread takes to enqueue each.
+    pub launch: Vec<Launch>,
+    /// What the training thread takes for `optimizer.step()`.
+    pub commit_ns: u64,
+}
+
+/// Nanoseconds in which the training thread enqueues a unit's work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Launch {
+    /// Forward, and with a checkpoint around it.
+    pub forward_ns: [u64; 2],
+    /// Backward, and with its recomputation.
+    pub backward_ns: [u64; 2],
+}
+
+impl Launch {
+    /// The same for everything.
+    pub fn equal(ns: u64) -> Self {
+        Launch { forward_ns: [ns; 2], backward_ns: [ns; 2] }
+    }
+
+    /// Of one operation.
+    pub fn ns(&self, phase: Phase, recomputed: bool) -> u64 {
+        let of = if phase == Phase::Forward { self.forward_ns } else { self.backward_ns };
+        of[usize::from(recomputed)]
+    }
 }
 
 impl Costs {
-    /// Compute-bound kernels and element-wise kernels one after the other; backward does everything twice.
+    /// From what was measured on the machine, by size; where nothing was, from its single rates.
     pub fn new(built: &Built, hardware: &Hardware) -> Self {
-        let ns = |work: &Work, times: f64, matmul: f64, attention: f64| {
-            let seconds =
-                work.matmul_flops / matmul + work.attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s;
-            (times * seconds * 1e9).round() as u64
-        };
-        let forward = |w| ns(w, 1.0, hardware.matmul_forward_flops, hardware.attention_forward_flops);
-        let backward = |w| ns(w, 2.0, hardware.matmul_backward_flops, hardware.attention_backward_flops);
-        Costs { forward_ns: built.work.iter().map(forward).collect(), backward_ns: built.work.iter().map(backward).collect() }
+        let tables = hardware.measured.as_ref().and_then(Tables::new);
+        let pairs: Vec<Pair> = built.work.iter().map(|work| unit(work, hardware, tables.as_ref())).collect();
+        let ns = |seconds: f64| (seconds * 1e9).round() as u64;
+        let (launch, commit_ns) = launches(built, hardware);
+        Costs {
+            forward_ns: pairs.iter().map(|pair| ns(pair.forward_s)).collect(),
+            backward_ns: pairs.iter().map(|pair| ns(pair.backward_s)).collect(),
+            launch,
+            commit_ns,
+        }
     }
 
     /// Adds the exchanges inside units, which compute waits for. A reduction over tensor-parallel ranks is a reduce-scatter and an all-gather;
@@ -56,4 +88,68 @@ impl Costs {
             device_memory_bytes: hardware.device_memory_bytes_per_s,
         }
     }
+}
+
+/// Compute-bound kernels and element-wise kernels one after the other; without measurements backward does everything twice.
+fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
+    let Some(tables) = tables else {
+        let seconds = |matmul: f64, attention: f64| {
+            work.matmul_flops / matmul + work.attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s
+        };
+        return Pair {
+            forward_s: seconds(hardware.matmul_forward_flops, hardware.attention_forward_flops),
+            backward_s: 2.0 * seconds(hardware.matmul_backward_flops, hardware.attention_backward_flops),
+        };
+    };
+    let mut sum = Pair::default();
+    let mut add = |part: Pair| {
+        sum.forward_s += part.forward_s;
+        sum.backward_s += part.backward_s;
+    };
+    let rank = |part: Pair| Pair { forward_s: part.forward_s * work.share, backward_s: part.backward_s * work.share };
+    let mut products = work.products.as_slice();
+    if let (Kind::Head, [(hidden, vocab), rest @ ..]) = (work.kind, products)
+        && let Some(loss) = tables.loss(work.tokens, *hidden, *vocab)
+    {
+        add(rank(loss));
+        products = rest;
+    }
+    for &(inputs, outputs) in products {
+        add(rank(tables.product(work.tokens, inputs, outputs)));
+    }
+    let widths: u64 = work.attention_widths.iter().sum();
+    for &width in &work.attention_widths {
+        let flops = work.attention_flops * width as f64 / widths as f64;
+        add(tables.attention(work.seq, (width / work.heads).max(1), work.sequences * work.heads, flops));
+    }
+    // The loss was measured with its element-wise kernels.
+    if work.kind != Kind::Head || products.len() == work.products.len() {
+        let plain = work.memory_bytes / hardware.device_memory_bytes_per_s;
+        let fallback = Pair { forward_s: plain, backward_s: 2.0 * plain };
+        add(tables.element_wise(work.tokens, work.hidden, work.memory_bytes).unwrap_or(fallback));
+    }
+    sum
+}
+
+/// What the training thread takes per unit, and for a step.
+fn launches(built: &Built, hardware: &Hardware) -> (Vec<Launch>, u64) {
+    let Some(measured) = hardware.measured.as_ref().and_then(|m| m.launch) else {
+        return (vec![Launch::equal(hardware.launch_ns); built.work.len()], 0);
+    };
+    let others = built.work.iter().filter(|work| work.kind != Kind::Layer).count().max(1) as u64;
+    let launch = built
+        .work
+        .iter()
+        .map(|work| match work.kind {
+            Kind::Layer => Launch {
+                forward_ns: [measured.forward_ns, measured.checkpointed_forward_ns],
+                backward_ns: [measured.backward_ns, measured.checkpointed_backward_ns],
+            },
+            // What is outside the layers, embedding to loss, was measured together.
+            Kind::Embedding | Kind::Norm | Kind::Head => {
+                Launch { forward_ns: [measured.outside_forward_ns / others; 2], backward_ns: [measured.outside_backward_ns / others; 2] }
+            }
+        })
+        .collect();
+    (launch, measured.step_ns)
 }

@@ -7,6 +7,7 @@ mod actions;
 pub mod calls;
 mod collectives;
 pub mod machine;
+mod sharing;
 pub(crate) mod stalls;
 mod streaming;
 pub(crate) mod tally;
@@ -51,6 +52,8 @@ pub struct Setup<'a> {
     pub hardware: &'a Hardware,
     /// Collectives of the data-parallel group, if there is one.
     pub sharding: Option<&'a Sharding>,
+    /// Per unit: device bytes that its kernels need for themselves in forward and in backward; none if the plan's reserve stands for them.
+    pub transient_bytes: Option<&'a [[u64; 2]]>,
     /// Hard limit of device bytes.
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.
@@ -165,12 +168,13 @@ impl<'a> Run<'a> {
     fn new(setup: Setup<'a>) -> Result<Self, SimError> {
         let Setup { layout, trace, plan, costs, hardware, .. } = setup;
         let units = trace.units.len();
-        if plan.chunks.len() != layout.chunks.len() || [plan.recompute.len(), costs.forward_ns.len(), costs.backward_ns.len()] != [units; 3]
+        if plan.chunks.len() != layout.chunks.len()
+            || [plan.activations.len(), costs.forward_ns.len(), costs.backward_ns.len()] != [units; 3]
         {
             return Err(SimError::Mismatch(format!(
                 "the plan is for {} chunks and {} units, the costs for {} units; the model has {} and {units}",
                 plan.chunks.len(),
-                plan.recompute.len(),
+                plan.activations.len(),
                 costs.forward_ns.len(),
                 layout.chunks.len()
             )));
@@ -231,11 +235,12 @@ impl<'a> Run<'a> {
     fn drive(&mut self) -> Result<Option<Outcome>, SimError> {
         loop {
             loop {
-                let mut progress = self.advance_thread()?;
+                let mut progress = false;
                 while let Some(began) = self.machine.begin_one() {
                     self.began(began)?;
                     progress = true;
                 }
+                progress |= self.advance_thread()?;
                 if !progress {
                     break;
                 }

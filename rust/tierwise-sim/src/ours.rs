@@ -2,21 +2,23 @@
 
 use crate::executor::{Outcome, Setup, Sharding, SimError, simulate};
 use crate::pipeline::StageCost;
-use crate::request::{Error, Rank, Request};
+use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Placed {
-    /// Elements whose optimizer step the device runs.
+    /// Elements with optimizer states on the device, which steps them.
     pub device_stepped_numel: u64,
     /// Elements whose optimizer step the host runs.
     pub host_stepped_numel: u64,
+    /// Elements whose states visit the device from host memory, to be stepped there.
+    pub visiting_numel: u64,
     /// Elements whose parameters are streamed.
     pub streamed_numel: u64,
     /// Layers that are recomputed in backward.
@@ -140,9 +142,13 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
     let planned = PlanRequest {
         device_budget: request.device_budget,
         host_budget: request.host_budget,
-        reserve_bytes: request.reserve_bytes + buffers,
-        placement: Placement::Auto,
+        reserve_bytes: request.memory.reserve_bytes() + buffers,
+        placement: match request.memory {
+            Memory::Placed(placement) => placement,
+            Memory::Reserve(_) | Memory::Given(_) => Placement::Auto,
+        },
         recompute: request.recompute.clone(),
+        offload: Offload::None,
         accumulation,
         accumulate: None,
         clip_mode: request.clip_mode,
@@ -169,6 +175,10 @@ fn sharding(request: &Request, rank: &Rank) -> Sharding {
 fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>, Error> {
     let (rank, sharding, planned) = prepare(request, number)?;
     let reserve_bytes = planned.reserve_bytes;
+    if let Memory::Given(given) = &request.memory {
+        let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
+        return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0 }));
+    }
     let plan = match plan(&rank.built.layout, &rank.built.trace, &planned) {
         Ok(plan) => plan,
         Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
@@ -198,6 +208,10 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
         costs: &stage.rank.costs,
         hardware: &stage.rank.hardware,
         sharding: stage.sharding.as_ref(),
+        transient_bytes: match request.memory {
+            Memory::Reserve(_) => None,
+            Memory::Placed(_) | Memory::Given(_) => Some(&stage.rank.built.transient_bytes),
+        },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
         clips: request.clips,
@@ -205,7 +219,7 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
 }
 
 fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
-    stage.plan.recompute.iter().enumerate().filter(|(_, recomputed)| **recomputed).map(|(unit, _)| unit)
+    stage.plan.activations.iter().enumerate().filter(|(_, kept)| **kept == ActivationPlan::Recompute).map(|(unit, _)| unit)
 }
 
 /// FLOPs of a micro-batch's recomputation.
@@ -233,6 +247,7 @@ fn placed(stage: &Stage) -> Placed {
     Placed {
         device_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Device, true),
         host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
+        visiting_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Streamed, true),
         streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
         recomputed_units: recomputed(stage).count() as u64,
         recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,

@@ -3,13 +3,14 @@
 use crate::collectives::Group;
 use crate::costs::Costs;
 use crate::executor::SimError;
+use crate::given::GivenPlan;
 use crate::hardware::Hardware;
 use crate::models::{Built, Model, Share};
 use crate::parallel::Parallel;
 use crate::peers::Policy;
 use serde::Serialize;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::Recompute;
+use tierwise_core::planner::{Placement, Recompute};
 
 /// What to simulate.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,8 +33,8 @@ pub struct Request {
     pub device_budget: u64,
     /// Hard limit of host memory per GPU, in bytes.
     pub host_budget: u64,
-    /// Device bytes kept free for what no trace sees.
-    pub reserve_bytes: u64,
+    /// How memory is divided, and what is counted for kernels' own.
+    pub memory: Memory,
     /// Which layers recompute.
     pub recompute: Recompute,
     /// Whether a peer's host buffers are not pinned.
@@ -42,6 +43,27 @@ pub struct Request {
     pub clip_mode: ClipMode,
     /// Whether the gradient norm is above its limit in every step.
     pub clips: bool,
+}
+
+/// How memory is divided.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Memory {
+    /// By the planner, with so many device bytes kept free for what no trace sees.
+    Reserve(u64),
+    /// By fractions; what kernels need for themselves is counted where they run.
+    Placed(Placement),
+    /// As a recorded run did; what kernels need for themselves is counted where they run.
+    Given(GivenPlan),
+}
+
+impl Memory {
+    /// Device bytes kept free for the whole step.
+    pub fn reserve_bytes(&self) -> u64 {
+        match self {
+            Memory::Reserve(bytes) => *bytes,
+            Memory::Placed(_) | Memory::Given(_) => 0,
+        }
+    }
 }
 
 /// A request that contradicts itself.

@@ -13,12 +13,12 @@ fn json(output: &Output) -> serde_json::Value {
 const GOLDEN: [(&str, u64); 4] = [
     (
         "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
-        0x98ba_d2cd_73eb_981a,
+        0x51f5_f0a0_40d5_b38e,
     ),
-    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x39d1_432b_4a2f_62e2),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0xb06d_67f2_b58a_2def),
     (
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
-        0x3fe2_96e2_d534_7f0c,
+        0x7a4f_2803_a499_9021,
     ),
     ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x4b1a_286e_3baa_c8e6),
 ];

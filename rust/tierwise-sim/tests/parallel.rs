@@ -25,7 +25,7 @@ fn request(model: &str, machine: &str, gpus: u64, tokens_per_step: u64) -> Reque
         seq: 4096,
         micro_batch: 1,
         tokens_per_step,
-        reserve_bytes: 2_000_000_000,
+        memory: tierwise_sim::request::Memory::Reserve(2_000_000_000),
         recompute: Recompute::Auto,
         pageable: false,
         clip_mode: ClipMode::Defer,

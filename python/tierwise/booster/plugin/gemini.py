@@ -66,6 +66,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Tokens per sequence, for the first plan. Without it and without a dataloader the first forward is what is planned for."""
     recompute: Literal["auto", "none", "full"] = "auto"
     """Which layers recompute their forward in backward."""
+    offload_activations: Literal["auto", "none", "full"] = "auto"
+    """Which layers keep what backward needs in pinned host memory: "auto": where the planner predicts a faster step, or nothing else fits;
+    "full": all that do not recompute. What a batch of other shapes has no room for there stays on the device."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
@@ -117,6 +120,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         self._one_of("clip_mode", ("defer", "speculate", "auto"))
         self._one_of("accumulate_on", ("auto", "device", "host"))
         self._one_of("recompute", ("auto", "none", "full"))
+        self._one_of("offload_activations", ("auto", "none", "full"))
+        if self.recompute == "full" and self.offload_activations == "full":
+            raise ValueError("recompute='full' leaves no activations for offload_activations='full'; set one of them to 'auto' or 'none'")
         self._one_of("device", ("auto", "cuda", "emulated"))
         for name in ("device_budget", "host_budget", "reserve"):
             value = getattr(self, name)

@@ -1,6 +1,6 @@
 //! The model of device memory: what is alive at every operation of a micro-batch.
 
-use super::{Activations, PlanError, PlanRequest};
+use super::{PlanError, PlanRequest};
 use crate::Tier;
 use crate::layout::Layout;
 use crate::plan::{ChunkPlan, OptimizerClass};
@@ -62,6 +62,12 @@ impl<'a> Memory<'a> {
             if !unit.flops.is_finite() || unit.flops < 0.0 {
                 return invalid(format!("unit `{}` has {} FLOPs", unit.name, unit.flops));
             }
+            if unit.offload_bytes > unit.saved_bytes.min(unit.offload_host_bytes) {
+                return invalid(format!(
+                    "unit `{}` offloads {} of {} saved bytes into {} host bytes; it cannot offload more than either",
+                    unit.name, unit.offload_bytes, unit.saved_bytes, unit.offload_host_bytes
+                ));
+            }
         }
         let unit_chunks: Vec<Vec<usize>> = trace
             .units
@@ -89,41 +95,6 @@ impl<'a> Memory<'a> {
         }
         let state_numel = layout.chunks.iter().map(|c| c.state_numel).sum();
         Ok(Memory { layout, trace, accumulation: request.accumulation, state_numel, unit_chunks, first_use, uses, backward })
-    }
-
-    /// Saved activations alive at every operation, and the FLOPs of a micro-batch.
-    pub fn activations(&self, recompute: Vec<bool>) -> Activations {
-        let ops = &self.trace.ops;
-        let end_of_forward = ops.iter().rposition(|op| op.phase == Phase::Forward).unwrap_or(0);
-        let mut open = vec![0_u32; self.trace.units.len()];
-        let mut alive = 0;
-        let mut bytes = Vec::with_capacity(ops.len());
-        let (mut forward_flops, mut total_flops) = (0.0, 0.0);
-        for (at, op) in ops.iter().enumerate() {
-            let index = op.unit as usize;
-            let unit = &self.trace.units[index];
-            let kept = if recompute[index] { unit.input_bytes } else { unit.saved_bytes };
-            let outer = if at >= end_of_forward { self.trace.outer_saved_bytes } else { 0 };
-            match op.phase {
-                Phase::Forward => {
-                    open[index] += 1;
-                    alive += kept;
-                    bytes.push(alive + outer);
-                    forward_flops += unit.flops;
-                    total_flops += unit.flops;
-                }
-                Phase::Backward => {
-                    bytes.push(alive + outer + if recompute[index] { unit.saved_bytes } else { 0 });
-                    // A backward without a traced forward frees nothing.
-                    if open[index] > 0 {
-                        open[index] -= 1;
-                        alive -= kept;
-                    }
-                    total_flops += unit.flops * if recompute[index] { 3.0 } else { 2.0 };
-                }
-            }
-        }
-        Activations { count: recompute.iter().filter(|r| **r).count(), units: recompute, bytes, forward_flops, total_flops }
     }
 
     /// Largest gradient of a host-class chunk that one operation completes: so much may be on its way while the next is produced.

@@ -1,8 +1,9 @@
 //! The placements that the search looks at: which chunks are streamed, and whose states are on the device.
 
+use super::activations::Activations;
 use super::memory::Memory;
 use super::visiting;
-use super::{Activations, Placement, PlanError, PlanRequest};
+use super::{Placement, PlanError, PlanRequest};
 use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, host_region_bytes};
 use crate::slab::SLOT_ALIGN;
 use crate::streaming::staging_bytes;
@@ -69,21 +70,22 @@ pub(super) struct Cost {
 
 impl Row {
     /// Device bytes at the peak.
-    pub fn device_bytes(&self, recompute: &Activations, slab: u64, tight: bool, reserve: u64) -> u64 {
-        let alive = recompute.bytes.iter().zip(&self.gradients[usize::from(tight)]).map(|(a, g)| a + g).max().unwrap_or(0);
+    pub fn device_bytes(&self, activations: &Activations, slab: u64, tight: bool, reserve: u64) -> u64 {
+        let alive = activations.bytes.iter().zip(&self.gradients[usize::from(tight)]).map(|(a, g)| a + g).max().unwrap_or(0);
         self.base.total() + slab + reserve + alive
     }
 
     /// Device bytes at the peak by purpose, and where the peak is.
-    pub fn device_breakdown(&self, recompute: &Activations, slab: u64, tight: bool, reserve: u64) -> (DeviceBytes, OpId) {
+    pub fn device_breakdown(&self, activations: &Activations, slab: u64, tight: bool, reserve: u64) -> (DeviceBytes, OpId) {
         let gradients = &self.gradients[usize::from(tight)];
         let mut peak = 0;
         for at in 1..gradients.len() {
-            if recompute.bytes[at] + gradients[at] > recompute.bytes[peak] + gradients[peak] {
+            if activations.bytes[at] + gradients[at] > activations.bytes[peak] + gradients[peak] {
                 peak = at;
             }
         }
-        let bytes = DeviceBytes { stream_slab: slab, gradients: gradients[peak], activations: recompute.bytes[peak], reserve, ..self.base };
+        let bytes =
+            DeviceBytes { stream_slab: slab, gradients: gradients[peak], activations: activations.bytes[peak], reserve, ..self.base };
         (bytes, OpId(peak as u32))
     }
 }

@@ -64,8 +64,8 @@ pub(super) struct OffDevice {
 }
 
 impl OffDevice {
-    /// What was `speculated` is done before the decision.
-    pub fn new(cost: &Cost, speeds: &Speeds, speculated: f64) -> Self {
+    /// What was `speculated` is done before the decision; activations that the forward sends to the host share the way out.
+    pub fn new(cost: &Cost, speeds: &Speeds, speculated: f64, activation_bytes: u64) -> Self {
         // The states are read once and written once.
         let visiting = 2.0 * cost.visiting_bytes as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES);
         let memory = cost.host_numel as f64 / speeds.host_adam_params - speculated + visiting;
@@ -75,7 +75,7 @@ impl OffDevice {
         // Parameters that the CPU rewrote, and about half of those that are fetched for this micro-batch, share the way in.
         let beside = cost.refresh_bytes + cost.stream_bytes / 2;
         let h2d = (cost.visiting_bytes + beside) as f64 / speeds.h2d_bytes;
-        let d2h = cost.visiting_bytes as f64 / speeds.d2h_bytes;
+        let d2h = (cost.visiting_bytes + activation_bytes) as f64 / speeds.d2h_bytes;
         OffDevice { memory, link: h2d.max(d2h) }
     }
 

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ChunkPlan, ClipMode, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Placement, PlanRequest, Recompute, Speeds};
+use tierwise_core::plan::{ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 
 pub const GIB: u64 = 1 << 30;
@@ -29,11 +29,14 @@ pub fn llama(layers: u64, hidden: u64, intermediate: u64, kv_hidden: u64, tokens
         .enumerate()
         .map(|(i, (name, numel))| {
             let is_layer = name.starts_with("layers");
+            let saved_bytes = if is_layer { tokens * (hidden * 16 + intermediate * 8) } else { tokens * hidden * 2 };
             Unit {
                 name: name.clone(),
                 chunks: vec![ChunkId(i as u32)],
-                saved_bytes: if is_layer { tokens * (hidden * 16 + intermediate * 8) } else { tokens * hidden * 2 },
+                saved_bytes,
                 input_bytes: tokens * hidden * 2,
+                offload_bytes: if is_layer { saved_bytes - tokens * 8 } else { 0 },
+                offload_host_bytes: if is_layer { saved_bytes } else { 0 },
                 recomputable: is_layer,
                 flops: if name == "embed" { 0.0 } else { 2.0 * tokens as f64 * *numel as f64 },
             }
@@ -63,6 +66,7 @@ pub fn h100(device_budget: u64, host_budget: u64) -> PlanRequest {
         reserve_bytes: 0,
         placement: Placement::Auto,
         recompute: Recompute::Auto,
+        offload: Offload::None,
         accumulation: 1,
         accumulate: None,
         clip_mode: ClipMode::Defer,
@@ -81,6 +85,8 @@ pub fn uniform(chunks: u32, numel: u64, placement: impl Fn(u32) -> ChunkPlan, sl
             chunks: vec![ChunkId(i)],
             saved_bytes: 0,
             input_bytes: 0,
+            offload_bytes: 0,
+            offload_host_bytes: 0,
             recomputable: true,
             flops: 1.0,
         })
@@ -95,7 +101,8 @@ pub fn bare_plan(chunks: Vec<ChunkPlan>, units: usize, slab_bytes: u64, accumula
     Plan {
         version: 1,
         chunks,
-        recompute: vec![false; units],
+        activations: vec![ActivationPlan::Keep; units],
+        offload_window_bytes: 0,
         stream_slab_bytes: slab_bytes,
         grad_in_flight_bytes: 0,
         accumulation,
@@ -119,7 +126,7 @@ pub fn models() -> impl Strategy<Value = (Layout, Trace)> {
     let precision = prop_oneof![3 => Just(Precision::Bf16), 1 => Just(Precision::Fp16), 1 => Just(Precision::Fp32)];
     let params = prop::collection::vec((1_u64..5000, prop::bool::weighted(0.8)), 1..4);
     let chunks = prop::collection::vec(params, 1..8);
-    let unit = (0_u64..60_000, 0_u64..10_000, any::<bool>(), 0.0..1e9_f64, prop::bool::weighted(0.9));
+    let unit = (0_u64..60_000, 0_u64..10_000, any::<bool>(), 0.0..1e9_f64, prop::bool::weighted(0.9), 0_u64..=100, 0_u64..5000);
     let units = prop::collection::vec(unit, 8);
     (precision, chunks, units, prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..3), 0_u64..20_000)
         .prop_map(|(precision, chunks, units, extra, outer_saved_bytes)| {
@@ -141,8 +148,18 @@ pub fn models() -> impl Strategy<Value = (Layout, Trace)> {
             );
             let mut trace_units: Vec<Unit> = (0..n)
                 .map(|i| {
-                    let (saved_bytes, input_bytes, recomputable, flops, _) = units[i];
-                    Unit { name: format!("m{i}"), chunks: vec![ChunkId(i as u32)], saved_bytes, input_bytes, recomputable, flops }
+                    let (saved_bytes, input_bytes, recomputable, flops, _, share, more) = units[i];
+                    let offload_bytes = saved_bytes * share / 100;
+                    Unit {
+                        name: format!("m{i}"),
+                        chunks: vec![ChunkId(i as u32)],
+                        saved_bytes,
+                        input_bytes,
+                        offload_bytes,
+                        offload_host_bytes: offload_bytes + more,
+                        recomputable,
+                        flops,
+                    }
                 })
                 .collect();
             for (unit, chunk) in extra {

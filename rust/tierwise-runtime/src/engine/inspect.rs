@@ -51,6 +51,11 @@ impl Engine {
         value["host_peak_bytes"] = state.host_budget.peak().into();
         value["host_budget_bytes"] = state.host_budget.limit().into();
         value["slab_used_bytes"] = state.scheduler.slab_used().into();
+        let (activations, peak) = state.activations.bytes();
+        value["host_activation_bytes"] = activations.into();
+        value["host_activation_peak_bytes"] = peak.into();
+        value["activation_out_bytes"] = state.activations.out_bytes.into();
+        value["activation_in_bytes"] = state.activations.in_bytes.into();
         value["h2d_bytes"] = state.gradients.h2d_bytes.into();
         value["d2h_bytes"] = state.gradients.d2h_bytes.into();
         value["states_visited_bytes"] = state.streaming.visited_bytes.into();

@@ -1,6 +1,7 @@
 //! What the engine's callers and workers share, and how they wait for each other.
 
 use super::{Hyper, KeepWaiting, POLL};
+use crate::activations::Activations;
 use crate::device::{Clock, Device, EventRef};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
@@ -53,6 +54,7 @@ pub struct State {
     /// Where the compute stream was when the latest unit was left.
     pub(crate) release_event: Option<EventRef>,
     pub(crate) gradients: Gradients,
+    pub(crate) activations: Activations,
     pub(crate) hyper: Arc<Hyper>,
     pub(crate) speculation_hyper: Arc<Hyper>,
     pub(crate) commit_hyper: Arc<Hyper>,

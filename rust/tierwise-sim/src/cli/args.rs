@@ -1,15 +1,17 @@
 //! The settings of a step, as options.
 
 use super::output::{Failure, usage};
-use crate::hardware::{self, Hardware};
-use crate::models::{self, Model};
+use crate::hardware::Hardware;
+use crate::models::Model;
 use crate::parallel::Parallel;
 use crate::peers::Policy;
 use crate::pipeline::Schedule;
-use crate::request::Request;
+use crate::recorded;
+use crate::request::{Memory, Request};
 use crate::units::parse_bytes;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
+use std::path::Path;
 use tierwise_core::plan::ClipMode;
 use tierwise_core::planner::Recompute;
 
@@ -156,7 +158,7 @@ impl StepArgs {
             tokens_per_step: self.tokens_per_step.unwrap_or(one_each),
             device_budget: self.device_budget.unwrap_or(hardware.device_memory_bytes),
             host_budget: self.host_budget.unwrap_or(share.host_memory_bytes),
-            reserve_bytes: self.reserve,
+            memory: Memory::Reserve(self.reserve),
             recompute: match self.recompute {
                 RecomputeArg::Auto => Recompute::Auto,
                 RecomputeArg::None => Recompute::None,
@@ -178,33 +180,9 @@ impl StepArgs {
 }
 
 pub fn find_model(name: &str) -> Result<Model, Failure> {
-    if let Some(model) = models::preset(name) {
-        return Ok(model);
-    }
-    let text = read_file("model", name, &models::names().join(", "))?;
-    let mut model = Model::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?;
-    if model.name.is_empty() {
-        name.clone_into(&mut model.name);
-    }
-    Ok(model)
+    recorded::find_model(name).map_err(usage)
 }
 
 pub fn find_hardware(name: &str, network: Option<&str>) -> Result<Hardware, Failure> {
-    let hardware = if let Some(hardware) = hardware::preset(name) {
-        hardware
-    } else {
-        let text = read_file("hardware", name, &hardware::names().join(", "))?;
-        Hardware::from_json(&text).map_err(|error| usage(format!("{name}: {error}")))?
-    };
-    let Some(network) = network else { return Ok(hardware) };
-    let known = hardware::networks();
-    let found = known.iter().find(|n| n.name == network).ok_or_else(|| {
-        let names = known.iter().map(|n| n.name.as_str()).collect::<Vec<_>>().join(", ");
-        usage(format!("unknown network `{network}`; known are {names}"))
-    })?;
-    Ok(hardware.on_network(found))
-}
-
-fn read_file(what: &str, name: &str, known: &str) -> Result<String, Failure> {
-    std::fs::read_to_string(name).map_err(|error| usage(format!("unknown {what} `{name}` and no such file ({error}); known are {known}")))
+    recorded::find_hardware(name, network, Path::new("")).map_err(usage)
 }

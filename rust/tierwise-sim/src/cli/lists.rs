@@ -26,7 +26,7 @@ pub fn models(format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
                         "name": m.name, "source": m.source, "num_params": m.num_params(), "num_hidden_layers": m.architecture.num_layers,
                         "hidden_size": m.architecture.hidden_size, "num_attention_heads": m.architecture.num_heads, "num_key_value_heads": m.architecture.num_kv_heads,
                         "vocab_size": m.architecture.vocab_size, "class": models::class_of(&m.model_type), "config": m.config(),
-                        "forward_matmul_flops_per_token": m.architecture.blocks.iter().map(|b| b.matmul_flops).sum::<u64>(),
+                        "forward_matmul_flops_per_token": m.architecture.blocks.iter().map(models::Block::matmul_flops).sum::<u64>(),
                     })
                 })
                 .collect();

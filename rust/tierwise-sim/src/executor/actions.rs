@@ -156,12 +156,13 @@ impl Run<'_> {
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
+                let (of_device, of_sums) = if on_host { (Vec::new(), vec![landed]) } else { (vec![landed], Vec::new()) };
+                let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), of_device);
                 if on_host {
                     // Sums that were taken on the device leave once; their norm was taken there too.
-                    let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), Vec::new());
-                    self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), vec![landed]);
-                } else {
-                    self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), vec![landed]);
+                    let copied =
+                        self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), Vec::new());
+                    self.enqueue(Lane::Landing, "norm", chunk, 0, 0.0, vec![copied], of_sums, Vec::new());
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! The machine in virtual time: one FIFO lane per CUDA stream and worker, with rates that depend on which of them are busy.
 
-use crate::costs::ADAM_BYTES_PER_PARAM;
+use super::sharing::{Rates, Speeds};
 use crate::hardware::Hardware;
 use std::collections::VecDeque;
 
@@ -142,7 +142,7 @@ struct State<E> {
 
 /// The lanes and the clock.
 pub struct Machine<'a, E> {
-    hardware: &'a Hardware,
+    speeds: Speeds<'a>,
     now_ns: u64,
     lanes: [State<E>; LANES.len()],
     /// When every task ended.
@@ -153,7 +153,7 @@ impl<'a, E> Machine<'a, E> {
     /// Idle at time 0.
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, last: None, idle_since_ns: 0 });
-        Machine { hardware, now_ns: 0, lanes, ended_ns: Vec::new() }
+        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new() }
     }
 
     /// Nanoseconds since the start.
@@ -241,39 +241,7 @@ impl<'a, E> Machine<'a, E> {
     }
 
     /// Work per nanosecond of every lane, given who is busy.
-    fn rates(&self) -> [f64; LANES.len()] {
-        let busy = |lane: Lane| self.lanes[lane as usize].running.is_some();
-        let h = self.hardware;
-        let mut compute = 1.0;
-        let inwards = [Lane::HostToDevice, Lane::StatesIn].map(busy);
-        let outwards = [Lane::DeviceToHost, Lane::StatesOut].map(busy);
-        let any = |busy: [bool; 2]| busy.contains(&true);
-        // Two streams of one direction take turns on its link.
-        let turns = |busy: [bool; 2]| if busy == [true; 2] { 0.5 } else { 1.0 };
-        if any(outwards) {
-            compute -= h.d2h_compute_tax;
-        }
-        if busy(Lane::HostAdam) {
-            compute -= h.host_adam_compute_tax;
-        }
-        let mut optimizer = h.device_memory_bytes_per_s / 1e9;
-        if busy(Lane::Compute) && busy(Lane::Optimizer) {
-            // They share the GPU: together they do as much as one after the other.
-            compute *= 0.5;
-            optimizer *= 0.5;
-        }
-        let duplex = any(inwards) && any(outwards);
-        let (h2d, d2h) = if duplex { (h.h2d_duplex_bytes_per_s, h.d2h_duplex_bytes_per_s) } else { (h.h2d_bytes_per_s, h.d2h_bytes_per_s) };
-        // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
-        let left = h.host_memory_bytes_per_s - if any(outwards) { d2h } else { 0.0 };
-        let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
-        let wanted = [(any(inwards), h2d), (busy(Lane::HostAdam), adam), (busy(Lane::Landing), h.host_stream_bytes_per_s)];
-        let total: f64 = wanted.iter().map(|&(busy, rate)| if busy { rate } else { 0.0 }).sum();
-        let share = if total > left { left / total } else { 1.0 };
-        // Two collectives at once share the links.
-        let collective = if busy(Lane::Gather) && busy(Lane::Reduce) { 0.5 } else { 1.0 };
-        let landing = h.host_stream_bytes_per_s * share / 1e9;
-        let (h2d, d2h) = (h2d * share * turns(inwards) / 1e9, d2h * turns(outwards) / 1e9);
-        [compute, h2d, d2h, optimizer, adam * share / 1e9, collective, collective, landing, h2d, d2h]
+    fn rates(&self) -> Rates {
+        self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some())
     }
 }

@@ -5,6 +5,7 @@ use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Run, SimError, WARM_UP_STEPS};
 use tierwise_core::OpId;
+use tierwise_core::plan::ActivationPlan;
 use tierwise_core::scheduler::{Event, Progress};
 use tierwise_core::trace::Phase;
 
@@ -51,7 +52,7 @@ impl Run<'_> {
                 self.apply(&Event::Leave { unit, phase })?;
                 if phase == Phase::Backward {
                     let trace_unit = &self.setup.trace.units[unit as usize];
-                    let recomputed = self.setup.plan.recompute[unit as usize];
+                    let recomputed = self.setup.plan.activations[unit as usize] == ActivationPlan::Recompute;
                     // What a recomputation saved is freed with the input that it started from.
                     let bytes = trace_unit.saved_bytes + if recomputed { trace_unit.input_bytes } else { 0 };
                     self.activations -= bytes;
@@ -74,6 +75,7 @@ impl Run<'_> {
                 let token = self.machine.record(Lane::Compute);
                 (self.commit, self.release) = (token, token);
                 self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
+                self.thread.ready_ns = self.machine.now_ns() + self.setup.costs.commit_ns;
             }
         }
         Ok(None)
@@ -92,7 +94,7 @@ impl Run<'_> {
         let (unit, phase) = self.op(op);
         let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
         let index = unit as usize;
-        let recomputed = plan.recompute[index];
+        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
         let saved = match (phase, recomputed) {
             (Phase::Forward, true) => trace.units[index].input_bytes,
             (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes,
@@ -129,7 +131,7 @@ impl Run<'_> {
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
         };
         self.compute(op, ns, waits);
-        self.thread.ready_ns = self.machine.now_ns() + self.setup.hardware.launch_ns;
+        self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);
         Ok(None)
     }
 
@@ -159,7 +161,11 @@ impl Run<'_> {
     pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
         let before = self.device.peak();
         let name = self.setup.trace.op_name(op);
-        self.device.reserve(saved + born, &name)?;
+        let (unit, phase) = self.op(op);
+        let transient = self.setup.transient_bytes.map_or(0, |bytes| bytes[unit as usize][phase as usize]);
+        self.device.reserve(saved + born + transient, &name)?;
+        // In the order of the allocator, which is the training thread's, nothing else is taken while they are there.
+        self.device.release(transient);
         self.activations += saved;
         self.gradients += born;
         if self.device.peak() > before {

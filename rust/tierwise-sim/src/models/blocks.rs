@@ -24,12 +24,34 @@ pub struct Attention {
     pub causal: bool,
 }
 
+/// Bytes that depend on the tokens, and that do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bytes {
+    /// Per token.
+    pub per_token: u64,
+    /// Once.
+    pub once: u64,
+}
+
+impl Bytes {
+    /// For so many tokens.
+    pub fn of(self, tokens: u64) -> u64 {
+        self.per_token * tokens + self.once
+    }
+
+    /// Of which every token has so many.
+    pub fn per_token(bytes: u64) -> Self {
+        Bytes { per_token: bytes, once: 0 }
+    }
+}
+
 /// What a block is to the schedule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kind {
     /// Looked up, not multiplied.
     Embedding,
     /// A layer: may be recomputed, may be split over pipeline stages.
+    #[default]
     Layer,
     /// The final norm.
     Norm,
@@ -48,14 +70,20 @@ pub struct Block {
     pub params: Vec<Tensor>,
     /// Earlier block whose parameters it reads too (tied weights).
     pub shares: Option<usize>,
-    /// FLOPs of matrix products.
-    pub matmul_flops: u64,
+    /// Its matrix products: input and output features.
+    pub products: Vec<(u64, u64)>,
     /// Its attentions.
     pub attention: Vec<Attention>,
     /// Bytes that element-wise kernels read and write.
     pub memory_bytes: u64,
     /// Bytes that autograd saves when nothing is recomputed.
     pub saved_bytes: u64,
+    /// Bytes that autograd saves once, however many tokens there are.
+    pub saved_once_bytes: u64,
+    /// Bytes that its kernels need for themselves in forward, beside what is saved.
+    pub forward_transient: Bytes,
+    /// The same in backward.
+    pub backward_transient: Bytes,
     /// Bytes that stay when it is recomputed.
     pub input_bytes: u64,
     /// All-reduces of a hidden vector per token in forward, with tensor parallelism.
@@ -63,6 +91,11 @@ pub struct Block {
 }
 
 impl Block {
+    /// FLOPs of its matrix products.
+    pub fn matmul_flops(&self) -> u64 {
+        self.products.iter().map(|(inputs, outputs)| 2 * inputs * outputs).sum()
+    }
+
     /// Elements of its own parameters.
     pub fn numel(&self) -> u64 {
         self.params.iter().map(|p| p.numel).sum()
@@ -138,10 +171,13 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         kind: Kind::Embedding,
         params,
         shares: None,
-        matmul_flops: 0,
+        products: Vec::new(),
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 8,
+        saved_once_bytes: 0,
+        forward_transient: Bytes::default(),
+        backward_transient: Bytes::default(),
         input_bytes: 8,
         reductions: 1,
     }
@@ -154,27 +190,37 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         kind: Kind::Norm,
         params,
         shares: None,
-        matmul_flops: 0,
+        products: Vec::new(),
         attention: Vec::new(),
         memory_bytes: 4 * width,
         saved_bytes: 2 * width,
+        saved_once_bytes: 0,
+        forward_transient: Bytes::default(),
+        backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
     }
 }
 
-/// The head with a chunked loss: it keeps its input and one chunk of fp32 logits, whose chunks are as many as make it about 4 `width` bytes
-/// per token; the logits are written and read once.
+/// Most logits of a chunk of the loss.
+const LOSS_CHUNK_LOGITS: u64 = 1 << 27;
+
+/// The head with a chunked loss, which computes its gradients in forward: it keeps its input, that input's gradient and the weight's in
+/// 16 bit; the logits are written and read once.
 pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Option<usize>) -> Block {
     Block {
         name: name.to_owned(),
         kind: Kind::Head,
         params,
         shares,
-        matmul_flops: 2 * vocab * width,
+        products: vec![(width, vocab)],
         attention: Vec::new(),
         memory_bytes: 8 * vocab,
-        saved_bytes: 6 * width,
+        saved_bytes: 4 * width,
+        saved_once_bytes: 2 * vocab * width,
+        // The weight's gradient in fp32, and the logits of a chunk in 16 bit.
+        forward_transient: Bytes { per_token: 0, once: 4 * vocab * width + 2 * LOSS_CHUNK_LOGITS.min(vocab * width) },
+        backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
     }
@@ -207,11 +253,14 @@ impl GptLayer {
             kind: Kind::Layer,
             params,
             shares: None,
-            matmul_flops: 2 * (4 * h * q + 2 * h * i),
+            products: vec![(h, 3 * q), (q, h), (h, i), (i, h)],
             attention: vec![Attention { width: q, kv_width: q, causal }],
             // Two norms (8 h), two residual sums (12 h), the activation (4 i).
             memory_bytes: 20 * h + 4 * i,
             saved_bytes: 8 * h + 8 * q + 4 * a + 4 * i + 16,
+            saved_once_bytes: 0,
+            forward_transient: Bytes::default(),
+            backward_transient: Bytes::per_token((8 * h + 8 * q + 4 * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: 2,
         }

@@ -1,14 +1,32 @@
 //! From blocks to what the planner reads: chunks, units, operations, and the work of every unit.
 
-use super::{Block, Kind, Model};
+use super::{Architecture, Block, Kind, Model};
 use std::ops::Range;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, Precision};
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 
 /// What a unit does in forward; backward does twice of each.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Work {
+    /// What the block is.
+    pub kind: Kind,
+    /// Tokens of the rank.
+    pub tokens: u64,
+    /// Tokens of a whole sequence.
+    pub seq: u64,
+    /// Sequences that the rank's tokens make up, rounded up.
+    pub sequences: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Heads of the model.
+    pub heads: u64,
+    /// Matrix products: input and output features, of all tensor-parallel ranks together.
+    pub products: Vec<(u64, u64)>,
+    /// Widths of all heads, per attention.
+    pub attention_widths: Vec<u64>,
+    /// Share of the products and of the attention that the rank computes.
+    pub share: f64,
     /// FLOPs of matrix products.
     pub matmul_flops: f64,
     /// FLOPs of attention; half of the full square if it is causal.
@@ -32,6 +50,8 @@ pub struct Built {
     pub trace: Trace,
     /// Per unit: work of one micro-batch in forward.
     pub work: Vec<Work>,
+    /// Per unit: bytes that its kernels need for themselves in forward and in backward.
+    pub transient_bytes: Vec<[u64; 2]>,
 }
 
 /// What one rank has of a model.
@@ -63,6 +83,7 @@ impl Model {
         let mut chunk_of: Vec<Option<ChunkId>> = vec![None; self.architecture.blocks.len()];
         let mut units = Vec::new();
         let mut work = Vec::new();
+        let mut transient_bytes = Vec::new();
         for at in share.blocks.clone() {
             let block = &self.architecture.blocks[at];
             let mut reads = Vec::new();
@@ -79,33 +100,46 @@ impl Model {
                 chunk_of[at] = Some(chunk);
                 reads.push(chunk);
             }
-            let of_unit = block_work(block, 2 * self.architecture.hidden_size, seq, tokens, share);
+            let of_unit = block_work(block, &self.architecture, seq, tokens, share);
             // Tensor-parallel ranks share the saved tokens of norms and residual sums too.
             let kept = |per_token: u64| (per_token * tokens).div_ceil(share.tensor) * share.in_flight;
             units.push(Unit {
                 name: block.name.clone(),
                 chunks: reads,
-                saved_bytes: kept(block.saved_bytes),
+                saved_bytes: kept(block.saved_bytes) + block.saved_once_bytes.div_ceil(share.tensor) * share.in_flight,
                 input_bytes: kept(block.input_bytes),
+                offload_bytes: 0,
+                offload_host_bytes: 0,
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
             });
+            transient_bytes.push([block.forward_transient, block.backward_transient].map(|bytes| bytes.of(tokens).div_ceil(share.tensor)));
             work.push(of_unit);
         }
         let count = units.len() as u32;
         let forward = (0..count).map(|unit| Op { unit, phase: Phase::Forward });
         let ops = forward.chain((0..count).rev().map(|unit| Op { unit, phase: Phase::Backward })).collect();
-        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work }
+        Built { layout: Layout::new(Precision::Bf16, chunks), trace: Trace { units, ops, outer_saved_bytes: 0 }, work, transient_bytes }
     }
 }
 
-fn block_work(block: &Block, hidden_bytes: u64, seq: u64, tokens: u64, share: &Share) -> Work {
+fn block_work(block: &Block, model: &Architecture, seq: u64, tokens: u64, share: &Share) -> Work {
+    let hidden_bytes = 2 * model.hidden_size;
     let per_rank = |per_token: u64| per_token as f64 * tokens as f64 / share.tensor as f64;
     // Queries and outputs have the width of all query heads, keys and values theirs; each is sent once, all but the rank's own part.
     let exchanged: u64 = block.attention.iter().map(|a| 2 * (2 * a.width + 2 * a.kv_width)).sum();
     let away = (share.sequence - 1) as f64 / share.sequence as f64;
     Work {
-        matmul_flops: per_rank(block.matmul_flops),
+        kind: block.kind,
+        tokens,
+        seq,
+        sequences: tokens.div_ceil(seq.max(1)).max(1),
+        hidden: model.hidden_size,
+        heads: model.num_heads,
+        products: block.products.clone(),
+        attention_widths: block.attention.iter().map(|a| a.width).collect(),
+        share: 1.0 / share.tensor as f64,
+        matmul_flops: per_rank(block.matmul_flops()),
         attention_flops: per_rank(block.attention_flops(seq)),
         memory_bytes: per_rank(block.memory_bytes),
         reduced_bytes: if share.tensor > 1 { (block.reductions * hidden_bytes) as f64 * tokens as f64 } else { 0.0 },

@@ -246,7 +246,7 @@ impl Step<'_> {
             + traits.buffer_bytes
             + gathered
             + moving
-            + self.request.reserve_bytes
+            + self.request.memory.reserve_bytes()
     }
 
     fn host_bytes(&self) -> u64 {

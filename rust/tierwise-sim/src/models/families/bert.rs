@@ -48,7 +48,7 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
         params = params.tensor("decoder.weight", vocab * h, true);
     }
     let mut last = head("cls.predictions", h, vocab, params.done(), tied.then_some(0));
-    last.matmul_flops += 2 * h * h;
+    last.products.push((h, h));
     // Input of the transform, of its activation and of its norm.
     last.saved_bytes += 6 * h;
     last.memory_bytes += 8 * h;

@@ -1,7 +1,7 @@
 //! LLaMA: RMSNorm, rotary embeddings, grouped queries, SwiGLU.
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Kind, Params, Tensor, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, Tensor, embedding, final_norm, head};
 use crate::models::config::Config;
 
 /// Sizes of a gated decoder layer; GLM shares it.
@@ -43,11 +43,14 @@ impl GatedLayer {
             kind: Kind::Layer,
             params,
             shares: None,
-            matmul_flops: 2 * (2 * h * q + 2 * h * kv + 3 * h * i),
+            products: vec![(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)],
             attention: vec![Attention { width: q, kv_width: kv, causal: true }],
             // Two norms (8 h), two residual sums (12 h), rotary embeddings (4 q + 4 kv), SwiGLU (6 i).
             memory_bytes: 20 * h + 4 * q + 4 * kv + 6 * i,
             saved_bytes: 8 * h + 4 * q + 4 * kv + 4 * self.heads + 6 * i + 8,
+            saved_once_bytes: 0,
+            forward_transient: Bytes::default(),
+            backward_transient: Bytes::per_token((8 * h + 4 * q + 4 * kv + 6 * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: 2,
         }

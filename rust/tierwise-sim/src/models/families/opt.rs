@@ -24,7 +24,7 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
     }
     let mut first = embedding("model.decoder", h, tables.done());
     if embed != h {
-        first.matmul_flops = 2 * embed * h;
+        first.products = vec![(embed, h)];
         first.saved_bytes += 2 * embed;
         first.input_bytes += 2 * embed;
     }
@@ -53,7 +53,7 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
     }
     let mut last = head("lm_head", embed, vocab, params.done(), tied.then_some(0));
     if embed != h {
-        last.matmul_flops += 2 * h * embed;
+        last.products.push((h, embed));
         last.saved_bytes += 2 * h;
         last.input_bytes += 2 * h;
     }

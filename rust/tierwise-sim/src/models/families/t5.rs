@@ -2,7 +2,7 @@
 //! transformers reads the field as "scale the decoder's output".
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Kind, Params, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, embedding, final_norm, head};
 use crate::models::config::Config;
 
 struct Sizes {
@@ -71,18 +71,24 @@ impl Sizes {
             all.push(Attention { width: q, kv_width: q, causal: false });
         }
         let halves = attentions + 1;
+        let mut products = [(h, q), (h, q), (h, q), (q, h)].repeat(attentions as usize);
+        products.extend(std::iter::repeat_n((h, i), inputs as usize));
+        products.push((i, h));
         Block {
             name: name.to_owned(),
             kind: Kind::Layer,
             params: params.done(),
             shares: None,
-            matmul_flops: 2 * (attentions * 4 * h * q + (inputs + 1) * h * i),
+            products,
             attention: all,
             // Per half a norm (4 h) and a residual sum (6 h); the activation.
             memory_bytes: halves * 10 * h + 2 * (inputs + 1) * i,
             // Per half the inputs of norm and projection (4 h) and the deviation (4); query, key, value, output and log-sum-exp per
             // attention; inputs and output of the activation.
             saved_bytes: halves * (4 * h + 4) + attentions * (8 * q + 4 * self.heads) + 2 * (inputs + 1) * i,
+            saved_once_bytes: 0,
+            forward_transient: Bytes::default(),
+            backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: halves,
         }

@@ -1,0 +1,187 @@
+//! How fast the lanes are while others are busy: as measured, where the machine was calibrated, else by a model of its memory.
+
+use super::machine::{LANES, Lane};
+use crate::costs::ADAM_BYTES_PER_PARAM;
+use crate::hardware::{Hardware, Sharing};
+
+/// Work per nanosecond of every lane.
+pub type Rates = [f64; LANES.len()];
+
+/// The rates of a machine.
+pub struct Speeds<'a> {
+    hardware: &'a Hardware,
+    /// By the set of busy actors: what was measured, if all of it was.
+    measured: Option<[Actors; 16]>,
+    /// Bytes of device memory traffic per nanosecond of the device's optimizer.
+    optimizer: f64,
+}
+
+/// Speeds of the actors of a set: bytes per nanosecond, of host memory traffic for Adam; compute's share.
+#[derive(Debug, Clone, Copy, Default)]
+struct Actors {
+    h2d: f64,
+    d2h: f64,
+    adam: f64,
+    compute: f64,
+}
+
+const NAMES: [&str; 4] = ["h2d", "d2h", "adam", "compute"];
+
+impl<'a> Speeds<'a> {
+    /// Of a machine.
+    pub fn new(hardware: &'a Hardware) -> Self {
+        let measured = hardware.measured.as_ref();
+        // One GPU's share of a node is less than what one GPU alone was measured with.
+        let table = measured.filter(|_| hardware.gpus_per_node == 1).and_then(|m| table(&m.sharing));
+        let adam = measured.and_then(|m| m.device_adam_params_per_s).map(|rate| rate * ADAM_BYTES_PER_PARAM);
+        Speeds { hardware, measured: table, optimizer: adam.unwrap_or(hardware.device_memory_bytes_per_s) / 1e9 }
+    }
+
+    /// The rates while these lanes are busy.
+    pub fn rates(&self, busy: impl Fn(Lane) -> bool) -> Rates {
+        // A link is busy whichever of its two streams is.
+        let either = |lane: Lane| match lane {
+            Lane::HostToDevice => busy(lane) || busy(Lane::StatesIn),
+            Lane::DeviceToHost => busy(lane) || busy(Lane::StatesOut),
+            other => busy(other),
+        };
+        let mut rates = match &self.measured {
+            Some(table) => self.as_measured(table, &either),
+            None => self.by_model(&either),
+        };
+        for (lane, states) in [(Lane::HostToDevice, Lane::StatesIn), (Lane::DeviceToHost, Lane::StatesOut)] {
+            // They take turns.
+            let turns = if busy(lane) && busy(states) { 0.5 } else { 1.0 };
+            rates[lane as usize] *= turns;
+            rates[states as usize] = rates[lane as usize];
+        }
+        if busy(Lane::Compute) && busy(Lane::Optimizer) {
+            // They share the GPU: together they do as much as one after the other.
+            rates[Lane::Compute as usize] *= 0.5;
+            rates[Lane::Optimizer as usize] *= 0.5;
+        }
+        if busy(Lane::Gather) && busy(Lane::Reduce) {
+            // Two collectives at once share the links.
+            rates[Lane::Gather as usize] = 0.5;
+            rates[Lane::Reduce as usize] = 0.5;
+        }
+        rates
+    }
+
+    fn as_measured(&self, table: &[Actors; 16], busy: &impl Fn(Lane) -> bool) -> Rates {
+        let host = busy(Lane::HostAdam) || busy(Lane::Landing);
+        let set = usize::from(busy(Lane::HostToDevice))
+            | usize::from(busy(Lane::DeviceToHost)) << 1
+            | usize::from(host) << 2
+            | usize::from(busy(Lane::Compute)) << 3;
+        let with = |bit: usize| &table[set | bit];
+        // Both kinds of host work run on the same threads, half each; either is slowed down by the others as Adam is.
+        let half = if busy(Lane::HostAdam) && busy(Lane::Landing) { 0.5 } else { 1.0 };
+        let slowed = with(4).adam / table[4].adam;
+        let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0]
+    }
+
+    fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
+        let h = self.hardware;
+        let mut compute = 1.0;
+        if busy(Lane::DeviceToHost) {
+            compute -= h.d2h_compute_tax;
+        }
+        if busy(Lane::HostAdam) {
+            compute -= h.host_adam_compute_tax;
+        }
+        let duplex = busy(Lane::HostToDevice) && busy(Lane::DeviceToHost);
+        let (h2d, d2h) = if duplex { (h.h2d_duplex_bytes_per_s, h.d2h_duplex_bytes_per_s) } else { (h.h2d_bytes_per_s, h.d2h_bytes_per_s) };
+        // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
+        let left = h.host_memory_bytes_per_s - if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
+        let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
+        let wanted = [(Lane::HostToDevice, h2d), (Lane::HostAdam, adam), (Lane::Landing, h.host_stream_bytes_per_s)];
+        let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
+        let share = if total > left { left / total } else { 1.0 };
+        let landing = h.host_stream_bytes_per_s * share / 1e9;
+        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0]
+    }
+}
+
+/// The measurements by set of actors; none unless every set was measured.
+fn table(rows: &[Sharing]) -> Option<[Actors; 16]> {
+    let mut table = [Actors::default(); 16];
+    for (set, actors) in table.iter_mut().enumerate().skip(1) {
+        let names: Vec<&str> = NAMES.into_iter().enumerate().filter(|(bit, _)| set >> bit & 1 == 1).map(|(_, name)| name).collect();
+        let row = rows.iter().find(|row| row.actors == names)?;
+        let rate = |bit: usize, rate: Option<f64>| if set >> bit & 1 == 1 { rate } else { Some(0.0) };
+        *actors = Actors {
+            h2d: rate(0, row.h2d_bytes_per_s)? / 1e9,
+            d2h: rate(1, row.d2h_bytes_per_s)? / 1e9,
+            adam: rate(2, row.adam_params_per_s)? * ADAM_BYTES_PER_PARAM / 1e9,
+            // Noise may make the busy machine the faster one.
+            compute: rate(3, row.compute_share)?.min(1.0),
+        };
+    }
+    Some(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hardware::{Measured, preset};
+
+    fn rows() -> Vec<Sharing> {
+        (1_usize..16)
+            .map(|set| {
+                let has = |bit: usize| set >> bit & 1 == 1;
+                let slower = 1.0 - 0.1 * (set.count_ones() - 1) as f64;
+                Sharing {
+                    actors: NAMES.into_iter().enumerate().filter(|(bit, _)| has(*bit)).map(|(_, name)| name.to_owned()).collect(),
+                    h2d_bytes_per_s: has(0).then_some(50e9 * slower),
+                    d2h_bytes_per_s: has(1).then_some(40e9 * slower),
+                    adam_params_per_s: has(2).then_some(5e9 * slower),
+                    compute_share: has(3).then_some(slower),
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn measured_sets_are_taken_as_they_are() {
+        let measured = Measured { sharing: rows(), device_adam_params_per_s: Some(1e11), ..Measured::default() };
+        let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
+        let speeds = Speeds::new(&hardware);
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+        let rates = speeds.rates(|lane| matches!(lane, Lane::Compute | Lane::HostToDevice | Lane::HostAdam));
+        near(rates[Lane::Compute as usize], 0.8);
+        near(rates[Lane::HostToDevice as usize], 40.0);
+        near(rates[Lane::HostAdam as usize], 26.0 * 4.0);
+        let rates = speeds.rates(|lane| matches!(lane, Lane::Optimizer | Lane::Landing | Lane::HostAdam));
+        near(rates[Lane::Optimizer as usize], 2600.0);
+        near(rates[Lane::HostAdam as usize], 26.0 * 2.5);
+        near(rates[Lane::Landing as usize], 60.0);
+    }
+
+    #[test]
+    fn two_streams_of_a_direction_take_turns_on_its_link() {
+        for hardware in [
+            preset("h100").unwrap(),
+            Hardware { measured: Some(Measured { sharing: rows(), ..Measured::default() }), ..preset("h100").unwrap() },
+        ] {
+            let speeds = Speeds::new(&hardware);
+            let rates = |lanes: &[Lane]| speeds.rates(|lane| lanes.contains(&lane));
+            let alone = rates(&[Lane::HostToDevice, Lane::DeviceToHost]);
+            let states = rates(&[Lane::StatesIn, Lane::StatesOut]);
+            let both = rates(&[Lane::HostToDevice, Lane::StatesIn, Lane::DeviceToHost]);
+            assert_eq!(states[Lane::StatesIn as usize], alone[Lane::HostToDevice as usize]);
+            assert_eq!(states[Lane::StatesOut as usize], alone[Lane::DeviceToHost as usize]);
+            assert_eq!(both[Lane::StatesIn as usize] + both[Lane::HostToDevice as usize], alone[Lane::HostToDevice as usize]);
+            assert_eq!(both[Lane::DeviceToHost as usize], alone[Lane::DeviceToHost as usize]);
+        }
+    }
+
+    #[test]
+    fn a_missing_set_falls_back_to_the_model() {
+        let mut sharing = rows();
+        sharing.remove(5);
+        assert!(table(&sharing).is_none());
+        assert!(table(&rows()).is_some());
+    }
+}

@@ -1,0 +1,107 @@
+//! A plan that was executed, as a recording names it, and the same plan for the simulator's chunks.
+
+use crate::models::Built;
+use serde::{Deserialize, Serialize};
+use tierwise_core::plan::{
+    ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan, host_region_bytes,
+};
+use tierwise_core::{OpId, Tier};
+
+/// The plan of a recorded run, by names of chunks and units.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct GivenPlan {
+    /// Chunks that the host steps.
+    pub host_chunks: Vec<String>,
+    /// Chunks whose gradients of several micro-batches are added up on the device.
+    pub device_summed_chunks: Vec<String>,
+    /// Chunks whose parameters are streamed.
+    pub streamed_chunks: Vec<String>,
+    /// Units that are recomputed.
+    pub recomputed_units: Vec<String>,
+    /// Whether outputs of cheap kernels were made again in backward.
+    #[serde(default)]
+    pub rematerialized: bool,
+    /// Bytes of the slab that streamed chunks pass through.
+    pub stream_slab_bytes: u64,
+    /// Gradients that may be on their way to the host at once, in bytes.
+    pub grad_in_flight_bytes: u64,
+    /// Bytes of undo records that may be alive at once.
+    pub undo_bytes: u64,
+}
+
+impl GivenPlan {
+    /// The plan for a model; an error names what the model does not have.
+    pub fn plan(&self, built: &Built, accumulation: u32, clip_mode: ClipMode) -> Result<Plan, String> {
+        let layout = &built.layout;
+        for (what, names) in
+            [("host", &self.host_chunks), ("device-summed", &self.device_summed_chunks), ("streamed", &self.streamed_chunks)]
+        {
+            if let Some(name) = names.iter().find(|name| layout.chunks.iter().all(|c| c.name != **name)) {
+                return Err(format!("the {what} chunk `{name}` is not in the model"));
+            }
+        }
+        if let Some(name) = self.recomputed_units.iter().find(|name| built.trace.units.iter().all(|u| u.name != **name)) {
+            return Err(format!("the recomputed unit `{name}` is not in the model"));
+        }
+        let has = |names: &[String], name: &str| names.iter().any(|n| n == name);
+        let chunks: Vec<ChunkPlan> = layout
+            .chunks
+            .iter()
+            .map(|chunk| ChunkPlan {
+                class: match chunk.state_numel {
+                    0 => OptimizerClass::Frozen,
+                    _ if has(&self.host_chunks, &chunk.name) => OptimizerClass::Host,
+                    _ => OptimizerClass::Device,
+                },
+                home: if has(&self.streamed_chunks, &chunk.name) { ParamHome::Streamed } else { ParamHome::Resident },
+                accumulate: if has(&self.device_summed_chunks, &chunk.name) { Tier::Device } else { Tier::Host },
+            })
+            .collect();
+        let activations = built
+            .trace
+            .units
+            .iter()
+            .map(|unit| if has(&self.recomputed_units, &unit.name) { ActivationPlan::Recompute } else { ActivationPlan::Keep })
+            .collect();
+        let mut plan = Plan {
+            version: tierwise_core::plan::VERSION,
+            chunks,
+            activations,
+            offload_window_bytes: 0,
+            stream_slab_bytes: self.stream_slab_bytes,
+            grad_in_flight_bytes: self.grad_in_flight_bytes,
+            accumulation,
+            clip_mode,
+            undo_bytes: self.undo_bytes,
+            device: DeviceBytes { stream_slab: self.stream_slab_bytes, ..DeviceBytes::default() },
+            device_peak_op: OpId(0),
+            host: HostBytes { undo: host_region_bytes(self.undo_bytes), ..HostBytes::default() },
+            fetches: Vec::new(),
+            predicted_step_s: 0.0,
+            bound_by: String::new(),
+        };
+        let mut largest = 0;
+        for chunk in layout.ids() {
+            let placed = plan.chunks[chunk.index()];
+            let on_host = HostBytes::of_chunk(layout, chunk, placed, accumulation);
+            plan.host.params += on_host.params;
+            plan.host.states += on_host.states;
+            plan.host.gradients += on_host.gradients;
+            if placed.home == ParamHome::Resident {
+                plan.device.resident_params += layout.param_bytes(chunk);
+            }
+            if placed.class == OptimizerClass::Device {
+                plan.device.states += layout.state_bytes(chunk);
+            }
+            if plan.sums_on_device(chunk) {
+                plan.device.accumulators += layout.grad_acc_bytes(chunk);
+            } else if placed.class == OptimizerClass::Host {
+                largest = layout.grad_bytes(chunk).max(largest);
+            }
+        }
+        if accumulation > 1 {
+            plan.host.staging = 2 * host_region_bytes(largest);
+        }
+        Ok(plan)
+    }
+}

@@ -1,0 +1,76 @@
+"""`tierwise calibrate` and `benchmarks/record.py` on this machine: their files are what the simulator reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tierwise
+from tierwise import _core
+from tierwise.cli import main
+
+_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def hardware(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hardware file of this machine, its CPU standing for the device."""
+    path = tmp_path_factory.mktemp("calibrated") / "here.json"
+    quick = ["--device", "emulated", "--host-numel", "200000", "--seconds", "1"]
+    assert main(["calibrate", "--out", str(path), "--name", "here", *quick]) == 0
+    return path
+
+
+@pytest.mark.timeout(300)
+def test_a_calibrated_machine_is_simulated(hardware: Path) -> None:
+    contents = json.loads(hardware.read_text())
+    measured = contents["measured"]
+    assert [row["actors"] for row in measured["sharing"]][:4] == [["h2d"], ["d2h"], ["adam"], ["compute"]]
+    assert len(measured["sharing"]) == 15
+    assert measured["host"][-1]["threads"] == _core.kernel_threads()
+    for table in ("products", "attention", "layers", "losses"):
+        for row in measured[table]:
+            assert all(value > 0 for value in row.values()), (table, row)
+    assert measured["launch"]["backward_ns"] > 1
+    result = tierwise.simulate("llama2-7b", hardware=hardware, host_budget="200GB", device_budget="100GB")
+    assert isinstance(result, tierwise.sim.Simulation)
+    assert result.hardware == "here"
+
+
+def test_a_calibration_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["calibrate", "--out", str(tmp_path / "x.json"), "--device", "emulated", "--host-numel", "1000000000000"])
+    assert refused.value.code == 2
+    assert "half of what is free" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
+    out = hardware.parent / "runs.json"
+    args = ["--hardware", str(hardware), "--out", str(out), "--list", "tiny", "--device", "emulated"]
+    # The package that is tested, wherever it was imported from.
+    path = os.pathsep.join([str(Path(tierwise.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ran = subprocess.run(
+        [sys.executable, str(_BENCHMARKS / "record.py"), *args], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"]
+    assert [run["recorded"]["fits"] for run in runs] == [True] * 5 + [False]
+    assert runs[2]["executed"]["streamed_chunks"]
+    assert runs[2]["executed"]["recomputed_units"] == [f"model.layers.{i}" for i in range(3)]
+    assert runs[3]["observed"]["per_step"]["speculated"] > 0
+    assert "BudgetError" in runs[5]["failed"]
+    code, text, log = _core.sim_output(["validate", str(out), "--format", "json"])
+    assert code == 0, log
+    found = json.loads(text)
+    assert [run["fits"] for run in found["runs"]] == [run["recorded"]["fits"] for run in runs]
+    for run in found["runs"][:5]:
+        # Bytes that nobody measures by a clock are predicted to the byte of the host's slab.
+        assert run["metrics"]["host_peak_bytes"]["error_percent"] == 0, run
