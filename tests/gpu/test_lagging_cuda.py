@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 STATIC: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0}
 STREAMED = {**STATIC, "offload_param_frac": 1.0}
+OFFLOADED: dict[str, Any] = {"recompute": "none", "offload_activations": "full"}
 CYCLES = 2_000_000
 """About a millisecond: longer than all copies of a layer take."""
 
@@ -72,8 +73,16 @@ def run(slow: bool, steps: int = 4, accumulation: int = 1, **options: Any) -> tu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [STATIC, STREAMED, {**STREAMED, "recompute": "full"}, {**STREAMED, "clip_mode": "speculate"}, {"placement_policy": "static"}],
-    ids=["host", "streamed", "recomputed", "speculating", "device"],
+    [
+        STATIC,
+        STREAMED,
+        {**STREAMED, "recompute": "full"},
+        {**STREAMED, "clip_mode": "speculate"},
+        {"placement_policy": "static"},
+        {"placement_policy": "static", **OFFLOADED},
+        {**STREAMED, **OFFLOADED},
+    ],
+    ids=["host", "streamed", "recomputed", "speculating", "device", "offloaded", "streamed and offloaded"],
 )
 def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accumulation: int) -> None:
     losses, weights, _ = run(slow=False, accumulation=accumulation, placement_policy="static")
@@ -83,6 +92,8 @@ def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accu
         assert torch.equal(value, theirs[name]), name
     if options.get("offload_param_frac"):
         assert stats["evictions"] > 0
+    if "offload_activations" in options:
+        assert stats["activation_in_bytes"] > 0
 
 
 def test_a_late_device_and_other_streams() -> None:
@@ -91,12 +102,12 @@ def test_a_late_device_and_other_streams() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got, theirs, _ = run(slow=True, **STREAMED)
+        got, theirs, _ = run(slow=True, **STREAMED, **OFFLOADED)
     assert got == losses
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("options", [STATIC, STREAMED], ids=["host", "streamed"])
+@pytest.mark.parametrize("options", [STATIC, STREAMED, {**STREAMED, **OFFLOADED}], ids=["host", "streamed", "offloaded"])
 def test_memory_goes_only_when_nothing_reads_it(options: dict[str, Any]) -> None:
     model = small_llama(layers=4)
     lag(model)
@@ -114,10 +125,10 @@ def test_memory_goes_only_when_nothing_reads_it(options: dict[str, Any]) -> None
 SCRIPT = """
 import sys
 from tests.gpu.llama import boosted, ids_of, small_llama
-from tests.gpu.test_lagging_cuda import STREAMED, lag
+from tests.gpu.test_lagging_cuda import OFFLOADED, STREAMED, lag
 model = small_llama(layers=4)
 lag(model)
-booster, model, optimizer = boosted(model, **STREAMED)
+booster, model, optimizer = boosted(model, **STREAMED, **OFFLOADED)
 for step in range(3):
     ids = ids_of(step)
     booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)

@@ -48,12 +48,16 @@ def train(precision: str, accumulation: int, max_norm: float | None, **options: 
 
 
 STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
+OFFLOADED = {"recompute": "none", "offload_activations": "full"}
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "again": {"placement_policy": "static"},
     "host optimizer": STATIC,
     "half and half": {"placement_policy": "static", "offload_optim_frac": 0.5},
     "streamed": {**STATIC, "offload_param_frac": 1.0},
     "streamed, recomputed": {**STATIC, "offload_param_frac": 1.0, "recompute": "full"},
+    "activations kept": {"placement_policy": "static", "recompute": "none", "offload_activations": "none"},
+    "activations offloaded": {"placement_policy": "static", **OFFLOADED},
+    "activations offloaded, streamed": {**STATIC, **OFFLOADED, "offload_param_frac": 1.0},
     "one thread": {**STATIC, "num_threads": 1},
     "two threads": {**STATIC, "num_threads": 2},
     "speculate": {**STATIC, "clip_mode": "speculate"},
@@ -72,6 +76,9 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
             assert torch.equal(value, theirs[key]), (name, key)
         if "streamed" in name:
             assert stats["fetches"] > 0
+        if "offloaded" in name:
+            assert 0 < stats["activation_in_bytes"] <= stats["activation_out_bytes"]
+            assert stats["offload_kept_bytes"] == stats["host_activation_bytes"] == 0
         if max_norm == 0.5:
             assert stats["clipped"] > 0
 
@@ -94,6 +101,29 @@ def test_the_budget_is_kept(precision: str) -> None:
     gc.collect()
     # The limit goes with the model.
     torch.empty(2 * budget, dtype=torch.uint8, device="cuda")
+
+
+def test_offloaded_activations_leave_the_device() -> None:
+    peaks = {}
+    for name, how in (("kept", {"recompute": "none", "offload_activations": "none"}), ("offloaded", OFFLOADED)):
+        booster, model, optimizer = boosted(small_llama(layers=12), placement_policy="static", **how)
+        gc.collect()
+        for step in range(3):
+            if step == 1:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            loss = model(input_ids=ids_of(step), labels=ids_of(step)).loss
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            booster.flush()
+        peaks[name] = torch.cuda.max_memory_allocated() - held
+        saved = sum(unit.offload_bytes for unit in booster._runtime.trace.units)
+        window = booster._runtime.planned.plan["offload_window_bytes"]
+        del booster, model, optimizer, loss
+        gc.collect()
+    # Of twelve layers two are on the device, and some of what autograd computes with.
+    assert peaks["offloaded"] < peaks["kept"] - saved // 2 + window, peaks
 
 
 def test_agrees_with_plain_adamw() -> None:

@@ -91,13 +91,13 @@ def boosted(model: Any, lr: float = 3e-3, weight_decay: float = 0.1, **options: 
     return booster, model, optimizer
 
 
-def train(model: Any, steps: int = 20, synchronous: bool = False, **options: Any) -> Result:
+def train(model: Any, steps: int = 20, synchronous: bool = False, rows: int = BATCH, seq: int = SEQ, **options: Any) -> Result:
     """Trains a causal LM; `synchronous` flushes after every step."""
-    booster, model, optimizer = boosted(model, **options)
+    booster, model, optimizer = boosted(model, **{"micro_batch_size": rows, "seq_len": seq, **options})
     accumulation = booster.plugin.gradient_accumulation_steps
     losses: list[float] = []
     norms: list[float] = []
-    data = iter(batches(steps * accumulation))
+    data = iter(batches(steps * accumulation, rows, seq))
     for _ in range(steps):
         for _ in range(accumulation):
             ids = next(data)

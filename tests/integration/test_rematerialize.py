@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -163,3 +165,13 @@ def test_a_trace_knows_both_variants() -> None:
     )
     again = trace.rematerialized(2.0)
     assert (again.units[0].saved_bytes, again.units[0].extra_flops, again.flops()) == (60, 60.0, 30.0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_model_is_freed(kit: Any, kernels: None, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0) if again else trace])
+    result = kit.train(kit.llama(), steps=2, precision="bf16", **FUSED)
+    runtime = weakref.ref(result.booster._runtime)
+    del result
+    gc.collect()
+    assert runtime() is None

@@ -79,6 +79,8 @@ def explain(runtime: Runtime) -> str:
 def _simulated(runtime: Runtime) -> str:
     """The plan's step as the simulator's executor times it, with the speeds that the planner weighed."""
     planned = runtime.planned
+    if "offload" in planned.plan["activations"]:
+        return "simulated step: none, the simulator does not execute offloaded activations"
     # The plan that runs, which a correction after the first step may have changed.
     plan = json.dumps(runtime.memory.plan)
     step = json.loads(_core.simulate_plan(runtime.layout, planned.trace_json, plan, json.dumps(planned.wanted)))

@@ -160,7 +160,7 @@ class ActivationOffload:
                 storage.state = State.BACK
             tensor = storage.tensor
             assert tensor is not None
-            if stream != storage.stream and storage.state is State.BACK:
+            if storage.stream not in (None, stream):
                 tensor.record_stream(torch.cuda.current_stream(self._target.torch_device))
             view = packed.view()
             self._fetch_ahead()
@@ -214,6 +214,8 @@ class ActivationOffload:
                     self._free(storage)
             while self._leaving and self._engine.activation_has_left(self._leaving[0].ticket, False, 0):
                 storage = self._leaving.popleft()
+                assert storage.tensor is not None
+                storage.settled_version = storage.tensor._version
                 if storage.state is State.RECLAIMED:
                     storage.state = State.BACK
                     continue
@@ -251,6 +253,7 @@ class ActivationOffload:
         elif storage.state in (State.RETURNING, State.BACK):
             if storage.state is State.RETURNING:
                 # The copy still writes it: the stream that it was allocated on does not go on before.
+                assert storage.stream is not None
                 self._engine.await_activation(storage.ticket, storage.stream)
             self._drop_tensor(storage)
             storage.state = State.OUT

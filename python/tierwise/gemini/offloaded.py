@@ -40,7 +40,7 @@ class State(enum.Enum):
 class Storage:
     """One storage of an offloaded unit. `tensor` is its device copy, which counts, in every state but OUT and FREED."""
 
-    __slots__ = ("key", "nbytes", "original", "saved", "state", "stream", "tensor", "ticket", "uses", "version")
+    __slots__ = ("key", "nbytes", "original", "saved", "settled_version", "state", "stream", "tensor", "ticket", "uses", "version")
 
     def __init__(self, tensor: Tensor, nbytes: int) -> None:
         storage = tensor.untyped_storage()
@@ -54,8 +54,15 @@ class Storage:
         self.ticket = -1
         self.uses = 0
         self.state = State.SAVED
-        self.stream = 0
+        self.stream: int | None = None
+        """The stream that `tensor` was fetched on; None: it is the tensor that was saved."""
+        self.settled_version = self.version
+        """The version when its copy to the host was done."""
         self.tensor: Tensor | None = tensor.detach()
+
+    def content_version(self) -> int:
+        """The version of the values that backward would read."""
+        return self.tensor._version if self.tensor is not None and self.stream is None else self.settled_version
 
     def has(self, tensor: Tensor) -> bool:
         """Whether it is, or will be, sent with the values of `tensor`, which lies in the same storage."""
@@ -87,7 +94,7 @@ class Part:
 class Offloaded:
     """What autograd keeps instead of a tensor in an offloaded storage."""
 
-    __slots__ = ("dropped", "dtype", "offset", "shape", "storage", "stride")
+    __slots__ = ("dropped", "dtype", "offset", "shape", "storage", "stride", "version")
 
     def __init__(self, dropped: collections.deque[Storage], storage: Storage, tensor: Tensor) -> None:
         self.dropped = dropped
@@ -96,10 +103,12 @@ class Offloaded:
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.offset = int(tensor.storage_offset())
+        self.version = tensor._version
 
     def view(self) -> Tensor:
         """The tensor, in the storage's device copy."""
         assert self.storage.tensor is not None
+        check_unchanged(self.shape, self.version, self.storage.content_version())
         there = self.storage.tensor.untyped_storage()
         return torch.empty(0, dtype=self.dtype, device=there.device).set_(there, self.offset, self.shape, self.stride)
 
@@ -118,6 +127,15 @@ class Visit:
         self.previous: weakref.ref[Visit] | None = None
         """The one whose backward comes next; it lives as long as its graph."""
         self.storages: list[Storage] = []
+
+
+def check_unchanged(shape: torch.Size, saved_version: int, version: int) -> None:
+    """Raises RuntimeError for a saved tensor that was changed in place: torch does not check what passes through saved-tensor hooks."""
+    if version != saved_version:
+        raise RuntimeError(
+            f"one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
+            f"{tuple(shape)} is at version {version}, backward needs version {saved_version}"
+        )
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -121,7 +121,7 @@ def _alternatives(
     may_recompute = wanted["recompute"] == "none" and wanted["offload"] != "full"
     if may_recompute and _fits(layout, trace_json, {**wanted, "recompute": "full"}):
         found.append("recompute='full'")
-    if wanted["offload"] == "none" and not found and _fits(layout, trace_json, {**wanted, "offload": "auto"}):
+    if wanted["offload"] == "none" and _fits(layout, trace_json, {**wanted, "offload": "auto"}):
         found.append("offload_activations='auto'")
     given = plugin.micro_batch_size if isinstance(plugin.micro_batch_size, int) else None
     size = given

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tierwise._core import Engine, TierwiseError
 from tierwise.gemini.offload import ActivationOffload
-from tierwise.gemini.offloaded import Offloaded
+from tierwise.gemini.offloaded import Offloaded, check_unchanged
 from tierwise.gemini.target import Target
 from tierwise.kernels.rematerialize import Rematerialized, recipe_of
 
@@ -33,13 +33,29 @@ class SlabRef:
     dtype: torch.dtype
 
 
-class _Counted:
+class _Saved:
+    """A saved tensor, and its version then: torch checks that only where no hooks are."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        self.version = 0 if tensor.is_inference() else tensor._version
+
+    def unchanged(self) -> Tensor:
+        """The tensor. Raises RuntimeError if it was changed in place."""
+        if not self.tensor.is_inference():
+            check_unchanged(self.tensor.shape, self.version, self.tensor._version)
+        return self.tensor
+
+
+class _Counted(_Saved):
     """A saved tensor whose storage counts as an activation while this lives."""
 
-    __slots__ = ("counter", "key", "tensor")
+    __slots__ = ("counter", "key")
 
     def __init__(self, tensor: Tensor, key: int, counter: ActivationCounter) -> None:
-        self.tensor = tensor
+        super().__init__(tensor)
         self.key = key
         self.counter = counter
 
@@ -156,8 +172,8 @@ class SavedTensors:
                 offloaded = self.offload.pack(tensor)
                 if offloaded is not None:
                     return offloaded
-            return self.counter.hold(tensor.detach(), pointer, storage.nbytes())
-        return tensor.detach()
+            return self.counter.hold(tensor, pointer, storage.nbytes())
+        return _Saved(tensor)
 
     def _reference(self, tensor: Tensor) -> SlabRef:
         start = int(tensor.storage_offset()) * tensor.dtype.itemsize
@@ -169,8 +185,8 @@ class SavedTensors:
 
     def unpack(self, packed: Any) -> Tensor:
         """The saved tensor, for a slab view where its chunk is now."""
-        if isinstance(packed, _Counted):
-            return packed.tensor
+        if isinstance(packed, _Saved):
+            return packed.unchanged()
         if isinstance(packed, Rematerialized):
             return packed.tensor()
         if isinstance(packed, Offloaded):

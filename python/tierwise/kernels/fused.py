@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,7 +94,9 @@ def fuse_normalization(model: nn.Module) -> int:
         if not _runs(hidden_states):
             return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
         kept = hidden_states.detach()
-        return attach(run(self, hidden_states), Recipe(lambda: run(self, kept), 2 * kept.nbytes))
+        # Weakly: a tensor that autograd holds hides a cycle through it from the collector.
+        module = weakref.ref(self)
+        return attach(run(self, hidden_states), Recipe(lambda: run(module(), kept), 2 * kept.nbytes))
 
     return _replace(model, _is_rms_norm, forward)
 

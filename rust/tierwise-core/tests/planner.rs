@@ -345,8 +345,13 @@ fn llama_7b_offloads_what_the_link_hides() {
     assert_eq!(count(&balanced, ActivationPlan::Offload), 32);
     assert_eq!(forward.bound_by, "d2h");
     assert_eq!(backward.bound_by, "h2d");
+    // Less than a step's worth of copies, but more than forward, a third of it, or backward hides.
+    let (computed, moved) = (balanced.predicted_step_s, balanced.host.activations as f64);
+    let late_out = slow(1e15, moved / (0.6 * computed)).predicted_step_s / computed;
+    let late_in = slow(moved / (0.8 * computed), 1e15).predicted_step_s / computed;
+    assert!((1.15..1.3).contains(&late_out), "{late_out}");
+    assert!((1.05..1.2).contains(&late_in), "{late_in}");
     // All of it goes over the slow link, at best while the device computes.
-    let moved = balanced.host.activations as f64;
     for slow in [&forward, &backward] {
         assert!(slow.predicted_step_s > moved / 10e9 && slow.predicted_step_s < moved / 10e9 + balanced.predicted_step_s);
     }

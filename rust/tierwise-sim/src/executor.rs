@@ -27,7 +27,7 @@ use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{OptimizerClass, Plan};
+use tierwise_core::plan::{ActivationPlan, OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::{Phase, Trace};
@@ -177,6 +177,12 @@ impl<'a> Run<'a> {
                 plan.activations.len(),
                 costs.forward_ns.len(),
                 layout.chunks.len()
+            )));
+        }
+        if let Some(unit) = plan.activations.iter().position(|kept| *kept == ActivationPlan::Offload) {
+            let name = &trace.units[unit].name;
+            return Err(SimError::Mismatch(format!(
+                "`{name}` offloads its activations, which is not simulated; plan with offload \"none\""
             )));
         }
         let mut device = Budget::new(Tier::Device, setup.device_budget);
