@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -351,4 +352,29 @@ def test_reading_beside_a_speculated_chunk_keeps_its_decided_copy() -> None:
     assert [state["slot"] is not None for state in json.loads(rig.engine.residency())] == [True, False, True]
     rig.forward([1])
     rig.commit()
+    rig.finish()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_states_come_in_again_only_when_they_are_back(precision: str) -> None:
+    """A slow way back: the next step finds a free buffer at once, but the states of the step before are not at home yet."""
+    setup = Setup(chunks=(ChunkSpec(((700, True),), "streamed", "resident"),), precision=precision, piece_numel=1024)
+    rig = Rig(replace(setup, d2h_bytes_per_second=2e5))
+    for number in range(4):
+        rig.step(number)
+    rig.finish()
+    assert rig.engine.stats()["states_visited_bytes"] == 4 * rig.layout.state_bytes(0)
+
+
+def test_a_class_changes_only_when_the_states_are_back() -> None:
+    """Between a step and its flush the states may be on the device: moving them then would lose the step."""
+    rig = Rig(Setup(chunks=(ChunkSpec(((700, True),), "streamed", "resident"),), d2h_bytes_per_second=2e4))
+    rig.step(1)
+    rig.engine.decision(True)
+    with pytest.raises(ValueError, match="the states of `chunk0` are still on the device; call flush before its class changes"):
+        rig.engine.set_class(0, "device")
+    rig.set_class(0, "device")
+    rig.step(2)
+    rig.set_class(0, "streamed")
+    rig.step(3)
     rig.finish()
