@@ -39,9 +39,9 @@ impl Streaming {
         Streaming { address: 0, staging_bytes, next: 0, left: Default::default(), back: vec![None; chunks], away: 0, visited_bytes: 0 }
     }
 
-    /// Whether states may be on the device.
-    pub fn is_away(&self) -> bool {
-        self.away > 0
+    /// Chunks whose states may be on the device.
+    pub fn away(&self) -> usize {
+        self.away
     }
 
     /// Whether the states of a chunk may be on the device.

@@ -251,7 +251,7 @@ impl Engine {
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
         let settled = |state: &mut State| {
-            let working = state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.is_away();
+            let working = state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.away() > 0;
             !working
         };
         let state = self.shared.wait_until(state, keep_waiting, settled)?;
