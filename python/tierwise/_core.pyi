@@ -12,7 +12,7 @@ class TierwiseError(RuntimeError):
 class BudgetError(TierwiseError):
     """A plan or an allocation does not fit a tier's budget.
 
-    Raised by `plan` with the attributes `tier` ("device" or "host"), `op` (str or None), `needed_bytes`, `budget_bytes`,
+    Raised by `plan` with the attributes `tier` ("device", "host" or "nvme"), `op` (str or None), `needed_bytes`, `budget_bytes`,
     `shortfall_bytes` and `breakdown` (dict of bytes by purpose).
     """
 
@@ -114,10 +114,13 @@ class Engine:
         max_norm: float | None = None,
         threads: int | None = None,
         host_spare_bytes: int = 0,
+        nvme_path: str | os.PathLike[str] | None = None,
+        nvme_budget: int = 0,
     ) -> Engine:
         """Maps, pre-faults and page-locks the host slab of `plan` (plus `host_spare_bytes` for later re-planning).
 
-        `device_budget` and `host_budget` are hard limits in bytes, checked by `bind`, `bind_slab` and `account`.
+        `device_budget` and `host_budget` are hard limits in bytes, checked by `bind`, `bind_slab` and `account`. A plan that spills needs
+        `nvme_path`, a directory where a spill file of at most `nvme_budget` bytes is made and allocated.
         """
 
     # ---- memory -------------------------------------------------------------------------------------------------
@@ -211,6 +214,13 @@ class Engine:
 
     def flush(self) -> None:
         """Waits until the visible state equals that of a synchronous optimizer."""
+
+    def read_spilled(self, chunk: int, payload: str, first: int, numel: int, address: int) -> None:
+        """Copies `numel` elements from `first` of a spilled payload ("param", "master", "exp_avg", "exp_avg_sq") to memory at `address`, piece
+        by piece; after `flush`. Raises ValueError for elements that are not spilled."""
+
+    def write_spilled(self, chunk: int, payload: str, first: int, numel: int, address: int) -> None:
+        """Replaces elements of a spilled payload with those at `address`; see `read_spilled`."""
 
     # ---- state --------------------------------------------------------------------------------------------------
     @property

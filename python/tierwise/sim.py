@@ -52,6 +52,8 @@ class Simulation:
     host_peak_bytes: int
     h2d_bytes: int
     d2h_bytes: int
+    nvme_read_bytes: int
+    nvme_written_bytes: int
 
     @property
     def fits(self) -> Literal[True]:
@@ -102,21 +104,23 @@ def simulate(
     tokens_per_step: int | None = None,
     device_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    nvme_budget: int | str | None = None,
     recompute: Recompute = "auto",
     clip_mode: ClipMode = "defer",
 ) -> Simulation | Shortage:
     """Plans and simulates one steady-state step.
 
     `model` is a preset's name or the path of a Hugging Face `config.json`; `hardware` a preset's name or the path of a hardware file.
-    Budgets are per GPU, in bytes or as text such as "75GiB"; what is left out is what the machine has. `seq` and `tokens_per_step` are
-    tokens, `micro_batch_size` sequences of a data-parallel rank.
+    Budgets are per GPU, in bytes or as text such as "75GiB"; what is left out is what the machine has, and
+    without `nvme_budget` nothing is spilled. `seq` and `tokens_per_step` are tokens, `micro_batch_size` sequences of a data-parallel rank.
 
     Raises ValueError for settings that contradict each other, with the values and what is allowed.
     """
     values = dict(
         model=os.fspath(model), hardware=os.fspath(hardware), network=network, policy=policy, gpus=gpus, tensor_parallel=tensor_parallel,
         sequence_parallel=sequence_parallel, pipeline=pipeline, schedule=schedule, zero=zero, seq=seq, micro_batch=micro_batch_size,
-        tokens_per_step=tokens_per_step, device_budget=device_budget, host_budget=host_budget, recompute=recompute, clip_mode=clip_mode,
+        tokens_per_step=tokens_per_step, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget,
+        recompute=recompute, clip_mode=clip_mode,
     )  # fmt: skip
     answer = _ask("run", values)
     return _simulation(answer) if answer["fits"] else _shortage(answer)
@@ -133,6 +137,7 @@ def search(
     seq: int = 4096,
     device_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    nvme_budget: int | str | None = None,
     recompute: Recompute = "auto",
     clip_mode: ClipMode = "defer",
 ) -> SearchResult | Shortage:
@@ -142,7 +147,8 @@ def search(
     """
     values = dict(
         model=os.fspath(model), hardware=os.fspath(hardware), network=network, policy=policy, gpus=gpus, seq=seq,
-        tokens_per_step=tokens_per_step, device_budget=device_budget, host_budget=host_budget, recompute=recompute, clip_mode=clip_mode,
+        tokens_per_step=tokens_per_step, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget,
+        recompute=recompute, clip_mode=clip_mode,
     )  # fmt: skip
     answer = _ask("search", values)
     if "best" not in answer:
@@ -185,6 +191,8 @@ def _simulation(answer: dict[str, Any]) -> Simulation:
         host_peak_bytes=step["host_peak_bytes"],
         h2d_bytes=step["h2d_bytes"],
         d2h_bytes=step["d2h_bytes"],
+        nvme_read_bytes=step["nvme_read_bytes"],
+        nvme_written_bytes=step["nvme_written_bytes"],
     )
 
 

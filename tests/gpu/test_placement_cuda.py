@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,35 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
             assert stats["offload_kept_bytes"] == stats["host_activation_bytes"] == 0
         if max_norm == 0.5:
             assert stats["clipped"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, 0.5)])
+def test_the_disk_changes_nothing(precision: str, accumulation: int, max_norm: float | None, tmp_path: Path) -> None:
+    """Moments and low halves, and parameters too, in a spill file. Skipped where pytest's directory is in memory."""
+    losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
+    spilling = {**STATIC, "nvme_path": tmp_path}
+    try:
+        with pytest.raises(BudgetError) as caught:
+            train(precision, accumulation, max_norm, **spilling, host_budget=1000)
+    except ValueError as error:
+        pytest.skip(str(error))
+    everything = caught.value.needed_bytes
+    params = sum(value.numel() * value.element_size() for name, value in weights.items()) * 11 // 10
+    variants: dict[str, tuple[dict[str, Any], str]] = {
+        "everything": ({"host_budget": everything}, "spilled"),
+        "moments and low halves": ({"host_budget": everything + params}, "resident"),
+        "streamed": ({"host_budget": everything + params, "offload_param_frac": 1.0}, "streamed"),
+        "speculating": ({"host_budget": (everything + params) * 3 // 2, "clip_mode": "speculate"}, "resident"),
+    }
+    for name, (options, home) in variants.items():
+        got, theirs, stats = train(precision, accumulation, max_norm, **{**spilling, **options})
+        assert got == losses, name
+        for key, value in weights.items():
+            assert torch.equal(value, theirs[key]), (name, key)
+        assert stats["nvme_written_bytes"] > 0, name
+        assert stats["host_peak_bytes"] <= stats["host_budget_bytes"], name
+        assert stats["nvme_payload_bytes"] * 15 <= stats["nvme_written_bytes"], (name, home)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

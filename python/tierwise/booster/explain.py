@@ -16,6 +16,7 @@ _BOUNDS = {
     "d2h": "copying gradients and activations to the host",
     "cpu_adam": "the CPU's optimizer step",
     "streamed": "copying optimizer states to the device and back",
+    "nvme": "the disk, which reads and writes what is spilled",
     "host_memory": "adding gradients to accumulators in host memory",
 }
 
@@ -23,8 +24,10 @@ _STEPS = {
     "device": "stepped on the device",
     "streamed": "stepped on the device, states visiting from host memory",
     "host": "stepped by the CPU",
+    "nvme": "stepped by the CPU with their states on the disk",
     "frozen": "frozen",
 }
+_HOMES = {"resident": "resident", "streamed": "streamed", "spilled": "resident, with their copy on the disk"}
 
 
 def explain(runtime: Runtime) -> str:
@@ -45,14 +48,22 @@ def explain(runtime: Runtime) -> str:
     ]
     for (cls, home, sums), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
-        step = _STEPS[cls]
-        where = f"{home}, gradients added up on the {sums}" if sums else home
-        lines.append(f"  {len(chunks)} {step}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+        where = f"{_HOMES[home]}, gradients added up on the {sums}" if sums else _HOMES[home]
+        lines.append(f"  {len(chunks)} {_STEPS[cls]}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
         used = sum(parts.values())
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
         lines.append(f"{tier}: {format_bytes(used)} of {format_bytes(budget)} ({listed or 'nothing'})")
+    nvme = plan["nvme"]
+    if nvme is not None:
+        limit = format_bytes(runtime.planned.wanted["nvme"]["budget"])
+        lines.append(
+            f"nvme: {format_bytes(nvme['file_bytes'])} of {limit} in {runtime.plugin.nvme_path} "
+            f"({format_bytes(nvme['payload_bytes'])} of states and room to rewrite them); "
+            f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
+            f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
+        )
     if runtime.choice is not None:
         sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
         lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")

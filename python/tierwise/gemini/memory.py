@@ -45,7 +45,7 @@ class ChunkMemory:
 
         for chunk, placed in enumerate(self.plan["chunks"]):
             param = states = accumulator = None
-            if placed["home"] == "resident":
+            if placed["home"] != "streamed":
                 param = self.resident[chunk] = zeros(self.layout.param_bytes(chunk))
             if placed["class"] == "device":
                 states = self.states[chunk] = zeros(self.layout.state_bytes(chunk))
@@ -127,15 +127,26 @@ class ChunkMemory:
 
     def read_param(self, chunk: int, position: int) -> Tensor:
         """The parameter where it is authoritative; a view, in the model's dtype. Call `engine.flush` first."""
-        if self.plan["chunks"][chunk]["class"] != "host" and chunk in self.resident:
+        if chunk in self.resident and (self.plan["chunks"][chunk]["class"] not in ("host", "nvme") or self._is_spilled(chunk, "param")):
             return self._view(self.resident[chunk], self.dtype, chunk, position)
         payload = self._host_payload(chunk, "param")
         assert payload is not None
         return self._view(payload, self.dtype, chunk, position)
 
+    def _is_spilled(self, chunk: int, payload: str) -> bool:
+        placed = self.plan["chunks"][chunk]
+        return placed["class"] == "nvme" and (payload != "param" or placed["home"] == "spilled")
+
     def read_state(self, chunk: int, position: int, payload: str) -> Tensor:
-        """A view of "master" (bf16: int16 low half), "exp_avg" or "exp_avg_sq"."""
-        dtype = _MASTER[self.precision] if payload == "master" else torch.float32
+        """The payload "master" (bf16: int16 low half), "exp_avg" or "exp_avg_sq": a view, or what the disk has in a fresh CPU tensor.
+
+        To change it there is `set_state`.
+        """
+        dtype = self._state_dtype(payload)
+        if self._is_spilled(chunk, payload):
+            value = torch.empty(self.shapes[chunk][position], dtype=dtype)
+            self.engine.read_spilled(chunk, payload, self.offsets[chunk][position], value.numel(), value.data_ptr())
+            return value
         host = self._host_payload(chunk, payload)
         if self.plan["chunks"][chunk]["class"] in ("host", "streamed"):
             assert host is not None
@@ -148,6 +159,20 @@ class ChunkMemory:
                 return self._view(self.states[chunk][start : start + size], dtype, chunk, position)
             start += size
         raise AssertionError(payload)
+
+    def _state_dtype(self, payload: str) -> torch.dtype:
+        return _MASTER[self.precision] if payload == "master" else torch.float32
+
+    def set_state(self, chunk: int, position: int, payload: str, value: Tensor) -> None:
+        """Sets "master", "exp_avg" or "exp_avg_sq" from a tensor of the same shape, or of one element."""
+        if not self._is_spilled(chunk, payload):
+            self.read_state(chunk, position, payload).copy_(value)
+            return
+        self._write_spilled(chunk, position, payload, value.to(device="cpu", dtype=self._state_dtype(payload)))
+
+    def _write_spilled(self, chunk: int, position: int, payload: str, value: Tensor) -> None:
+        value = value.expand(self.shapes[chunk][position]).contiguous()
+        self.engine.write_spilled(chunk, payload, self.offsets[chunk][position], value.numel(), value.data_ptr())
 
     def read_master(self, chunk: int, position: int) -> Tensor:
         """The fp32 master of a parameter, a fresh CPU tensor; exact."""
@@ -176,17 +201,20 @@ class ChunkMemory:
                 master = self.read_state(chunk, position, "master")
                 same = value.to(old.device) == old
                 fresh = torch.zeros_like(master) if self.precision == "bf16" else value.to(old.device).float()
-                master.copy_(torch.where(same, master, fresh))
+                self.set_state(chunk, position, "master", torch.where(same.to(master.device), master, fresh.to(master.device)))
             elif self.precision == "fp16":
-                self.read_state(chunk, position, "master").copy_(value)
+                self.set_state(chunk, position, "master", value)
             elif value.dtype == torch.bfloat16:
-                self.read_state(chunk, position, "master").zero_()
+                if self.started or not self._is_spilled(chunk, "master"):  # What was never written reads as zeros.
+                    self.set_state(chunk, position, "master", torch.zeros((), dtype=torch.int16))
             else:
                 full = value.to(device="cpu", dtype=torch.float32).contiguous()
                 value = torch.empty(full.shape, dtype=torch.bfloat16)
                 low = torch.empty(full.shape, dtype=torch.int16)
                 _core.split_master(full.data_ptr(), value.data_ptr(), low.data_ptr(), full.numel())
-                self.read_state(chunk, position, "master").copy_(low)
+                self.set_state(chunk, position, "master", low)
+        if trainable and self._is_spilled(chunk, "param"):
+            self._write_spilled(chunk, position, "param", value.to(device="cpu", dtype=self.dtype))
         host = self._host_payload(chunk, "param")
         if host is not None:
             self._view(host, self.dtype, chunk, position).copy_(value)
@@ -200,4 +228,4 @@ class ChunkMemory:
 
     def write_state(self, chunk: int, position: int, payload: str, value: Tensor) -> None:
         """Sets "exp_avg" or "exp_avg_sq" (fp32)."""
-        self.read_state(chunk, position, payload).copy_(value)
+        self.set_state(chunk, position, payload, value)

@@ -179,7 +179,7 @@ class GeminiOptimizer(Optimizer):
             counts[runtime.layout.param_indices(chunk)[position]] = steps.get(param, 0)
             if not steps.get(param):
                 for name in _STATES:
-                    runtime.memory.read_state(chunk, position, name).zero_()
+                    runtime.memory.set_state(chunk, position, name, torch.zeros(()))
         runtime.engine.set_param_steps(counts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from tierwise import _core
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin
 
 _MIB = 2**20
+_PLENTY = 2**46
+NVME_SPEEDS = {"read_bytes": 2.5e9, "write_bytes": 2e9}
+"""Bytes per second of a common NVMe disk that only reads, or only writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ def request(
 ) -> dict[str, Any]:
     """The core's `PlanRequest` as a dict; `temporary_bytes` is what the device needs beside everything that is traced."""
     placement: object = "auto"
+    nvme = nvme_request(plugin)
     if plugin.placement_policy == "static":
         fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
         placement = {"static": {name: getattr(plugin, name) for name in fractions}}
@@ -56,7 +61,19 @@ def request(
         "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,
         "speeds": dataclasses.asdict(speeds),
+        "nvme": nvme,
     }
+
+
+def nvme_request(plugin: GeminiPlugin) -> dict[str, Any] | None:
+    """The core's `NvmeRequest` as a dict, or None where nothing may be spilled. Its speeds are a common disk's: they only predict."""
+    if plugin.nvme_path is None:
+        return None
+    budget = plugin.nvme_budget
+    if budget is None:
+        disk = os.statvfs(plugin.nvme_path)
+        budget = disk.f_bavail * disk.f_frsize * 9 // 10
+    return {"budget": budget, **NVME_SPEEDS}
 
 
 def make_plan(
@@ -139,6 +156,10 @@ def _alternatives(
         found.append("gradient_accumulation_steps=1")
     if wanted["placement"] != "auto" and len(found) < 2 and _fits(layout, trace_json, {**wanted, "placement": "auto"}):
         found.append("placement_policy='auto'")
+    if error.tier == "nvme" and wanted["nvme"] is not None:
+        enough = -(-error.needed_bytes // _MIB)
+        if _fits(layout, trace_json, {**wanted, "nvme": {**wanted["nvme"], "budget": enough * _MIB}}):
+            found.insert(0, f"nvme_budget='{enough}MiB'")
     tier = "device_budget" if error.tier == "device" else "host_budget"
     for key in (tier, "device_budget", "host_budget"):
         if len(found) >= 2 or any(key in item for item in found):
@@ -153,11 +174,23 @@ def _alternatives(
         # Both tiers are short: each with room to spare in the other.
         plenty = {"device_budget": "host_budget", "host_budget": "device_budget"}
         for key, other in plenty.items():
-            value = _smallest(layout, trace_json, {**wanted, other: 2**46}, key, 0)
+            value = _smallest(layout, trace_json, {**wanted, other: _PLENTY}, key, 0)
             second = None if value is None else _smallest(layout, trace_json, {**wanted, key: value * _MIB}, other, 0)
             if value is not None and second is not None:
                 found.append(f"{key}='{value}MiB' with {other}='{second}MiB'")
     return found[:2]
+
+
+def _spilling(error: BudgetError, layout: Layout, trace_json: str, wanted: dict[str, Any]) -> str:
+    """What a disk would do about missing host memory, if it can do anything."""
+    if error.tier != "host" or wanted["nvme"] is not None:
+        return ""
+    try:
+        plan = json.loads(_core.plan(layout, trace_json, json.dumps({**wanted, "nvme": {"budget": _PLENTY, **NVME_SPEEDS}})))
+    except (BudgetError, ValueError):
+        return ""
+    size = format_bytes(plan["nvme"]["file_bytes"])
+    return f"; nvme_path=<a directory on an NVMe disk> makes it fit, with {size} of disk (limit it with nvme_budget)"
 
 
 def _explained(
@@ -177,7 +210,8 @@ def _explained(
     remedy = f"; these fit: {' or '.join(found)}" if found else "; no single setting makes it fit, raise both budgets"
     explained = BudgetError(
         f"needs {format_bytes(error.shortfall_bytes)} more {error.tier} memory{where}: "
-        f"{format_bytes(error.needed_bytes)} needed ({parts}), {format_bytes(error.budget_bytes)} allowed{remedy}"
+        f"{format_bytes(error.needed_bytes)} needed ({parts}), {format_bytes(error.budget_bytes)} allowed"
+        f"{_spilling(error, layout, trace.to_json(grouping, scale), wanted)}{remedy}"
     )
     for name in ("tier", "op", "needed_bytes", "budget_bytes", "shortfall_bytes", "breakdown"):
         setattr(explained, name, getattr(error, name))

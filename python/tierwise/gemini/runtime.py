@@ -204,6 +204,8 @@ class Runtime:
             host_budget=self.planned.host_budget,
             max_norm=self.plugin.max_norm,
             threads=self.plugin.num_threads,
+            nvme_path=self.plugin.nvme_path,
+            nvme_budget=0 if self.planned.wanted["nvme"] is None else self.planned.wanted["nvme"]["budget"],
         )
         # The limit goes with the model; at exit there is nobody left to whom it matters.
         lift = self.target.limit(self.planned.device_budget if self.plugin.device_budget is not None else None)

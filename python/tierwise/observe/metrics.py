@@ -47,6 +47,15 @@ class StepMetrics:
     wait_ms: float
     """Milliseconds that the compute stream waited for copies and optimizer steps in this step."""
 
+    nvme_bytes: int = 0
+    """Bytes of the spill file that hold data at the end of the step."""
+    nvme_read_bytes: int = 0
+    """Bytes read from the spill file in this step."""
+    nvme_written_bytes: int = 0
+    """Bytes written to the spill file in this step."""
+    nvme_wait_ms: float = 0.0
+    """Milliseconds that optimizer steps waited for reads in this step."""
+
     def to_json(self) -> str:
         """One line of JSON. Numbers that JSON has no word for become the strings "nan", "inf" and "-inf"."""
         return json.dumps({name: _plain(value) for name, value in dataclasses.asdict(self).items()}, allow_nan=False)
@@ -54,6 +63,10 @@ class StepMetrics:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_GROWING = ("wait_ns", "h2d_bytes", "d2h_bytes", "nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns")
+"""Counters of `Booster.stats()` that only grow."""
 
 
 class StepMeter:
@@ -72,7 +85,7 @@ class StepMeter:
 
     def start(self, stats: Mapping[str, Any] | None = None) -> None:
         """Starts the clock of the next step, after work that is no part of a step (loading, evaluation)."""
-        self._before = {name: int((stats or {}).get(name, self._before.get(name, 0))) for name in ("wait_ns", "h2d_bytes", "d2h_bytes")}
+        self._before = {name: int((stats or {}).get(name, self._before.get(name, 0))) for name in _GROWING}
         self._started = time.perf_counter()
 
     def measure(
@@ -108,6 +121,10 @@ class StepMeter:
             h2d_bytes=growth["h2d_bytes"],
             d2h_bytes=growth["d2h_bytes"],
             wait_ms=growth["wait_ns"] / 1e6,
+            nvme_bytes=int(stats.get("nvme_bytes", 0)),
+            nvme_read_bytes=growth["nvme_read_bytes"],
+            nvme_written_bytes=growth["nvme_written_bytes"],
+            nvme_wait_ms=growth["nvme_wait_ns"] / 1e6,
         )
 
 

@@ -23,11 +23,13 @@ def format_step(metrics: StepMetrics, total_steps: int | None = None) -> str:
     ]
     if metrics.learning_rate is not None:
         parts.append(f"lr {metrics.learning_rate:.2e}")
+    spilled = f"nvme {format_bytes(metrics.nvme_bytes)} ({format_bytes(metrics.nvme_read_bytes)} read)"
     parts += [
         f"{metrics.tokens_per_second:,.0f} tok/s",
         f"MFU {metrics.mfu:.1%}" if metrics.mfu is not None else "MFU n/a",
         f"device {format_bytes(metrics.device_bytes)} (peak {format_bytes(metrics.device_peak_bytes)})",
         f"host {format_bytes(metrics.host_bytes)}",
+        *([spilled] if metrics.nvme_bytes else []),
         f"wait {metrics.wait_ms:.0f} ms",
     ]
     return "  ".join(parts)

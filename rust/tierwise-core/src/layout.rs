@@ -156,6 +156,12 @@ impl Layout {
         self.chunks[chunk.index()].state_numel * self.precision.undo_bytes()
     }
 
+    /// Bytes of one spilled element: its states, and the parameter where that is spilled too.
+    pub fn spilled_bytes(&self, placement: crate::plan::ChunkPlan) -> u64 {
+        let param = if placement.home == crate::plan::ParamHome::Spilled { self.precision.param_bytes() } else { 0 };
+        param + self.precision.state_bytes()
+    }
+
     /// All chunk ids in order.
     pub fn ids(&self) -> impl Iterator<Item = crate::ChunkId> + use<> {
         (0..self.chunks.len() as u32).map(crate::ChunkId)

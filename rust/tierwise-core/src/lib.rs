@@ -12,6 +12,7 @@ pub mod planner;
 pub mod residency;
 pub mod scheduler;
 pub mod slab;
+pub mod staging;
 pub mod streaming;
 pub mod timeline;
 pub mod trace;

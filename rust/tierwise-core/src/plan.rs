@@ -17,6 +17,8 @@ pub enum OptimizerClass {
     Streamed,
     /// States in pinned host memory, stepped by the CPU.
     Host,
+    /// States in the spill file, stepped by the CPU while they pass through staging buffers.
+    Nvme,
     /// Nothing to step: every parameter of the chunk is frozen.
     Frozen,
 }
@@ -31,6 +33,11 @@ impl OptimizerClass {
     pub fn states_on_host(self) -> bool {
         matches!(self, OptimizerClass::Streamed | OptimizerClass::Host)
     }
+
+    /// Whether the CPU steps it: its gradients leave for the host.
+    pub fn on_cpu(self) -> bool {
+        matches!(self, OptimizerClass::Host | OptimizerClass::Nvme)
+    }
 }
 
 /// How the parameters of a chunk reach the compute stream.
@@ -41,6 +48,15 @@ pub enum ParamHome {
     Resident,
     /// Home in host memory; copied into the streaming slab before each use.
     Streamed,
+    /// A device copy at a fixed place, like `Resident`; the authoritative copy lies in the spill file with the states (`Nvme` class only).
+    Spilled,
+}
+
+impl ParamHome {
+    /// Whether the device has a copy at a fixed place.
+    pub fn is_resident(self) -> bool {
+        matches!(self, ParamHome::Resident | ParamHome::Spilled)
+    }
 }
 
 /// Placement of one chunk. A chunk that is stepped on the device is always `Resident`.
@@ -68,7 +84,7 @@ impl ChunkPlan {
     pub const fn new(class: OptimizerClass, home: ParamHome) -> Self {
         let accumulate = match class {
             OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
-            OptimizerClass::Host | OptimizerClass::Frozen => Tier::Host,
+            OptimizerClass::Host | OptimizerClass::Nvme | OptimizerClass::Frozen => Tier::Host,
         };
         ChunkPlan { class, home, accumulate }
     }
@@ -77,6 +93,13 @@ impl ChunkPlan {
     #[must_use]
     pub const fn accumulating(self, accumulate: Tier) -> Self {
         ChunkPlan { accumulate, ..self }
+    }
+}
+
+impl ChunkPlan {
+    /// Whether host memory holds the parameters.
+    pub fn has_host_params(self) -> bool {
+        self.home == ParamHome::Streamed || (self.class.on_cpu() && self.home == ParamHome::Resident)
     }
 }
 
@@ -150,12 +173,15 @@ pub struct HostBytes {
     /// Offloaded activations of one micro-batch.
     #[serde(default)]
     pub activations: u64,
+    /// Buffers that spilled states pass through.
+    #[serde(default)]
+    pub nvme_staging: u64,
 }
 
 impl HostBytes {
     /// Sum over all purposes.
     pub fn total(&self) -> u64 {
-        self.params + self.states + self.gradients + self.staging + self.undo + self.activations
+        self.params + self.states + self.gradients + self.staging + self.undo + self.activations + self.nvme_staging
     }
 }
 
@@ -171,8 +197,7 @@ impl HostBytes {
     /// What one chunk keeps in host memory (landing buffers and undo records are shared, so not here).
     pub fn of_chunk(layout: &Layout, chunk: ChunkId, placement: ChunkPlan, accumulation: u32) -> HostBytes {
         let mut bytes = HostBytes::default();
-        let host = placement.class == OptimizerClass::Host;
-        if host || placement.home == ParamHome::Streamed {
+        if placement.has_host_params() {
             bytes.params = host_region_bytes(layout.param_bytes(chunk));
         }
         if placement.class.states_on_host() {
@@ -180,11 +205,32 @@ impl HostBytes {
             // Master completion and both moments are regions of their own.
             bytes.states = host_region_bytes(numel * layout.precision.master_bytes()) + 2 * host_region_bytes(numel * 4);
         }
-        if host {
+        if placement.class.on_cpu() {
             bytes.gradients = host_region_bytes(if accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) });
         }
         bytes
     }
+}
+
+/// What lies in the spill file, and how it passes through host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NvmePlan {
+    /// Elements of a piece: what is read, stepped and written at once. The last piece of a chunk has fewer.
+    pub piece_numel: u64,
+    /// Bytes of one staging buffer.
+    pub buffer_bytes: u64,
+    /// Staging buffers; their bytes are `host.nvme_staging`.
+    pub buffers: u32,
+    /// Bytes of a block of the spill file.
+    pub block_bytes: u64,
+    /// Bytes of everything that is spilled.
+    pub payload_bytes: u64,
+    /// Size of the spill file: every piece, and as many again as are rewritten at once.
+    pub file_bytes: u64,
+    /// Bytes read in every step.
+    pub read_bytes: u64,
+    /// Bytes written in every step.
+    pub written_bytes: u64,
 }
 
 /// A fetch that the plan expects: which chunk enters which slot, when it is started and when it is needed.
@@ -227,10 +273,13 @@ pub struct Plan {
     pub device_peak_op: OpId,
     /// Host memory, by purpose.
     pub host: HostBytes,
+    /// What is spilled, if anything is.
+    #[serde(default)]
+    pub nvme: Option<NvmePlan>,
     /// Expected fetches of one steady-state micro-batch.
     pub fetches: Vec<PlannedFetch>,
     /// Predicted seconds of one optimizer step, from the speeds given.
     pub predicted_step_s: f64,
-    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h`, `cpu_adam` or `streamed`.
+    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h`, `cpu_adam`, `streamed` or `nvme`.
     pub bound_by: String,
 }

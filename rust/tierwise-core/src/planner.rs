@@ -10,11 +10,12 @@ mod activations;
 mod dry_run;
 mod memory;
 mod placement;
+mod spill;
 mod visiting;
 
 use crate::Tier;
 use crate::layout::Layout;
-use crate::plan::{ClipMode, DeviceBytes, HostBytes, Plan, host_region_bytes};
+use crate::plan::{ClipMode, DeviceBytes, HostBytes, NvmePlan, Plan, host_region_bytes};
 use crate::trace::Trace;
 use activations::Activations;
 use memory::Memory;
@@ -83,6 +84,17 @@ pub enum Offload {
     Full,
 }
 
+/// The disk that may hold what host memory cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct NvmeRequest {
+    /// Hard limit of the spill file, in bytes.
+    pub budget: u64,
+    /// Bytes per second that it reads while it does not write.
+    pub read_bytes: f64,
+    /// Bytes per second that it writes while it does not read.
+    pub write_bytes: f64,
+}
+
 /// What to plan for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanRequest {
@@ -108,6 +120,9 @@ pub struct PlanRequest {
     pub clip_mode: ClipMode,
     /// Speeds.
     pub speeds: Speeds,
+    /// The disk, if states may be spilled.
+    #[serde(default)]
+    pub nvme: Option<NvmeRequest>,
 }
 
 /// Why no plan exists.
@@ -138,6 +153,18 @@ pub enum PlanError {
         shortfall: u64,
         /// What the bytes are for.
         breakdown: HostBytes,
+    },
+    /// The disk is too small for what host memory cannot hold.
+    #[error("needs {shortfall} more bytes of NVMe ({needed} needed, {budget} allowed)")]
+    Nvme {
+        /// Bytes needed.
+        needed: u64,
+        /// The budget.
+        budget: u64,
+        /// Bytes missing.
+        shortfall: u64,
+        /// What the spill file is for.
+        breakdown: NvmePlan,
     },
     /// The request contradicts itself or the trace.
     #[error("{0}")]
@@ -174,11 +201,13 @@ struct Step {
 
 /// Finds the fastest plan within the budgets.
 pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
-    let memory = Memory::new(layout, trace, request)?;
+    let mut memory = Memory::new(layout, trace, request)?;
     let levels = activations::levels(&memory, request)?;
+    memory.leave_room(&levels);
     let mut best: Option<Candidate> = None;
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
+    let mut least_nvme: Option<NvmePlan> = None;
     placement::for_each_group(&memory, request, |group| {
         for activations in &levels {
             if best.as_ref().is_some_and(|best| least_seconds(activations, request) > best.step.seconds) {
@@ -204,6 +233,13 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                         }
                         continue;
                     }
+                    let file_bytes = row.nvme.map_or(0, |nvme| nvme.file_bytes);
+                    if file_bytes > request.nvme.map_or(0, |nvme| nvme.budget) {
+                        if least_nvme.is_none_or(|least| file_bytes < least.file_bytes) {
+                            least_nvme = row.nvme;
+                        }
+                        continue;
+                    }
                     let step = predict(&memory, activations, row, group, slab, tight, request);
                     if best.as_ref().is_none_or(|best| is_better(activations, row, step, best)) {
                         best = Some(Candidate { activations, row: row.clone(), slab, tight, step });
@@ -212,6 +248,10 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
             }
         }
     })?;
+    if let (None, Some(breakdown)) = (&best, least_nvme) {
+        let (needed, budget) = (breakdown.file_bytes, request.nvme.map_or(0, |nvme| nvme.budget));
+        return Err(PlanError::Nvme { needed, budget, shortfall: needed - budget, breakdown });
+    }
     match (best, least_host, least_device) {
         (Some(best), _, _) => finish(layout, trace, request, best),
         (None, Some(breakdown), _) => Err(PlanError::Host {
@@ -234,12 +274,18 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
 /// The smallest `device_budget` for which [`plan`] finds a plan, the other limits being as requested; `u64::MAX` if none is large enough.
 pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanRequest) -> u64 {
     let find = || -> Result<u64, PlanError> {
-        let memory = Memory::new(layout, trace, request)?;
+        let mut memory = Memory::new(layout, trace, request)?;
         let levels = activations::levels(&memory, request)?;
+        memory.leave_room(&levels);
         let mut least = u64::MAX;
         placement::for_each_group(&memory, request, |group| {
+            let spilled = |row: &Row| row.nvme.map_or(0, |nvme| nvme.file_bytes);
             for activations in &levels {
-                let first = group.rows.partition_point(|row| row.host.total() + activations.host_bytes > request.host_budget);
+                let too_large = |row: &Row| {
+                    row.host.total() + activations.host_bytes > request.host_budget
+                        || spilled(row) > request.nvme.map_or(0, |nvme| nvme.budget)
+                };
+                let first = group.rows.partition_point(too_large);
                 let Some(row) = group.rows.get(first) else { continue };
                 for &(slab, tight) in &group.variants {
                     least = least.min(row.device_bytes(activations, slab, tight, request.reserve_bytes));
@@ -299,6 +345,11 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     // Sums leave for the host during the last backward.
     let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
+    // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk.
+    let disk = match (&row.nvme, &request.nvme) {
+        (Some(plan), Some(nvme)) => (spill::seconds(plan, nvme) - forward).max(0.0),
+        _ => 0.0,
+    };
     let moved = accumulation * activations.host_bytes as f64;
     let h2d = stream + ((row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.h2d_bytes;
     let grads = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
@@ -306,14 +357,14 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
-    let serial = compute.max(accumulate) + adam + stalled_h2d + stalled_d2h;
+    let serial = compute.max(accumulate) + adam.max(disk) + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h);
     let bound_by = if seconds > serial {
         if h2d >= d2h { "h2d" } else { "d2h" }
     } else {
-        [(off_device.bound_by(), adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
+        [("nvme", disk), (off_device.bound_by(), adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
             .into_iter()
-            .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *seconds > compute))
+            .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *name == "nvme" || *seconds > compute))
             .max_by(|a, b| a.1.total_cmp(&b.1))
             .map_or("compute", |(name, _)| name)
     };
@@ -350,6 +401,7 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         device,
         device_peak_op,
         host,
+        nvme: row.nvme,
         fetches: Vec::new(),
         predicted_step_s: step.seconds,
         bound_by: step.bound_by.to_owned(),

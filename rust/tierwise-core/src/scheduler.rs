@@ -84,7 +84,8 @@ impl Scheduler {
                     (OptimizerClass::Device | OptimizerClass::Streamed, _) | (OptimizerClass::Frozen, ParamHome::Resident) => {
                         Residency::At(Tier::Device)
                     }
-                    (OptimizerClass::Host, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
+                    (_, ParamHome::Spilled) => Residency::Cached { home: Tier::Nvme, cache: Tier::Device },
+                    (_, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
                     (_, ParamHome::Streamed) => Residency::At(Tier::Host),
                 },
                 slot: None,
@@ -287,6 +288,9 @@ impl Scheduler {
     pub fn set_class(&mut self, chunk: ChunkId, class: OptimizerClass) -> Result<(), ScheduleError> {
         let state = &self.chunks[chunk.index()];
         let placement = self.plan.chunks[chunk.index()];
+        if placement.class == OptimizerClass::Nvme || class == OptimizerClass::Nvme {
+            return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "the class of spilled chunks is the plan's" });
+        }
         if placement.class == OptimizerClass::Frozen {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
@@ -305,7 +309,7 @@ impl Scheduler {
         }
         self.plan.chunks[chunk.index()] = ChunkPlan::new(class, ParamHome::Resident);
         self.chunks[chunk.index()].param = match class {
-            OptimizerClass::Host => Residency::Cached { home: Tier::Host, cache: Tier::Device },
+            OptimizerClass::Host | OptimizerClass::Nvme => Residency::Cached { home: Tier::Host, cache: Tier::Device },
             OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => Residency::At(Tier::Device),
         };
         Ok(())

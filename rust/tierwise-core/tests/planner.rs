@@ -6,7 +6,7 @@ use common::{GIB, h100, llama_7b, llama_70b, models};
 use proptest::prelude::*;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ActivationPlan, ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, OpId, Tier};
 
@@ -62,12 +62,55 @@ fn gradients_at(layout: &Layout, trace: &Trace, plan: &Plan, at: usize) -> u64 {
             alive += bytes;
         }
         let stays = plan.accumulation > 1 && plan.chunks[chunk.index()].accumulate == Tier::Device;
-        if class == OptimizerClass::Host && !stays && last < at {
+        if class.on_cpu() && !stays && last < at {
             sent += bytes;
             largest = bytes.max(largest);
         }
     }
     alive + sent.min(plan.grad_in_flight_bytes.max(largest))
+}
+
+/// What lies in the spill file, piece by piece; gives the bytes of the buffers.
+fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
+    let spilled: Vec<ChunkId> = layout.ids().filter(|c| plan.chunks[c.index()].class == OptimizerClass::Nvme).collect();
+    let Some(nvme) = plan.nvme else {
+        assert_eq!(spilled, []);
+        return 0;
+    };
+    assert!(!spilled.is_empty() && nvme.file_bytes <= request.nvme.unwrap().budget);
+    let (mut payload, mut file, mut largest) = (0, 0, 0);
+    for &chunk in &spilled {
+        let param = if plan.chunks[chunk.index()].home == ParamHome::Spilled { layout.precision.param_bytes() } else { 0 };
+        let mut left = layout.chunks[chunk.index()].state_numel;
+        while left > 0 {
+            let bytes = left.min(nvme.piece_numel) * (param + layout.precision.state_bytes());
+            assert!(bytes <= nvme.buffer_bytes);
+            payload += bytes;
+            file += bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes;
+            largest = largest.max(bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes);
+            left -= left.min(nvme.piece_numel);
+        }
+    }
+    assert_eq!(nvme.payload_bytes, payload);
+    assert_eq!(nvme.file_bytes, file + u64::from(nvme.buffers) * largest);
+    assert!(nvme.buffers >= 2 && nvme.buffer_bytes.is_multiple_of(65536) && nvme.block_bytes.is_multiple_of(65536));
+    // The fewest that are needed, the latest-used first: without the earliest of them on the disk host memory would overflow.
+    let staging = u64::from(nvme.buffers) * nvme.buffer_bytes;
+    let back = |chunk: &ChunkId| {
+        let mut place = plan.chunks[chunk.index()];
+        let now = HostBytes::of_chunk(layout, *chunk, place, plan.accumulation).total();
+        place = match place.home {
+            ParamHome::Spilled => tierwise_core::plan::ChunkPlan { home: ParamHome::Resident, ..place },
+            _ => tierwise_core::plan::ChunkPlan { class: OptimizerClass::Host, ..place },
+        };
+        HostBytes::of_chunk(layout, *chunk, place, plan.accumulation).total() - now
+    };
+    let params = spilled.iter().any(|c| plan.chunks[c.index()].home == ParamHome::Spilled);
+    assert!(!params || layout.ids().all(|c| plan.chunks[c.index()].class != OptimizerClass::Host), "parameters are spilled last");
+    let used = plan.host.total() - plan.host.undo;
+    let spared = if spilled.len() == 1 && !params { staging } else { 0 };
+    assert!(spilled.iter().map(back).max().unwrap() + used - spared > request.host_budget, "something was spilled for nothing");
+    staging
 }
 
 /// Everything that the plan says about memory, from the definitions.
@@ -83,7 +126,8 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         assert_eq!(place.class == OptimizerClass::Frozen, numel == 0);
         assert!(!place.class.steps_on_device() || place.home == ParamHome::Resident);
         assert!(!place.class.steps_on_device() || place.accumulate == Tier::Device);
-        if place.home == ParamHome::Resident {
+        assert!(place.home != ParamHome::Spilled || place.class == OptimizerClass::Nvme);
+        if place.home != ParamHome::Streamed {
             resident += up(layout.param_bytes(chunk), 256);
         }
         if place.class == OptimizerClass::Device {
@@ -92,16 +136,17 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         if place.class == OptimizerClass::Streamed {
             largest_visit = largest_visit.max(layout.state_bytes(chunk));
         }
+        let on_cpu = matches!(place.class, OptimizerClass::Host | OptimizerClass::Nvme);
         assert!(numel > 0 || place.accumulate == Tier::Host);
         let sums_on_device = plan.accumulation > 1 && place.accumulate == Tier::Device;
         accumulators += if sums_on_device { numel * 4 } else { 0 };
-        if place.class == OptimizerClass::Host || place.home == ParamHome::Streamed {
+        if (on_cpu && place.home != ParamHome::Spilled) || place.home == ParamHome::Streamed {
             host.params += up(layout.param_bytes(chunk), 4096);
         }
         if matches!(place.class, OptimizerClass::Host | OptimizerClass::Streamed) {
             host.states += up(numel * layout.precision.master_bytes(), 4096) + 2 * up(numel * 4, 4096);
         }
-        if place.class == OptimizerClass::Host {
+        if on_cpu {
             host.gradients += up(if plan.accumulation > 1 { numel * 4 } else { layout.grad_bytes(chunk) }, 4096);
             largest_grad = if sums_on_device { largest_grad } else { largest_grad.max(layout.grad_bytes(chunk)) };
         }
@@ -115,6 +160,7 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         assert_ne!(request.offload, Offload::None);
         assert!(2 * unit.offload_host_bytes <= plan.offload_window_bytes, "the window is too small for `{}`", unit.name);
     }
+    host.nvme_staging = check_spilled(layout, request, plan);
     assert_eq!(plan.host, host);
     assert!(plan.undo_bytes <= plan.host.undo);
     assert_eq!(plan.device.resident_params, resident);
@@ -144,11 +190,22 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
     let speed = || (0.0..4.0_f64).prop_map(|e| 10_f64.powf(e));
     let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64, 0.0..=1.0_f64));
     let speeds = (speed(), speed(), speed(), speed(), speed());
+    let nvme = prop::option::of((0_u64..8_000_000, speed(), speed()));
     let accumulate = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Device)), 1 => Just(Some(Tier::Host))];
     let accumulation = (1_u32..4, accumulate);
-    (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, (recompute, offload), accumulation, clip, speeds, fractions).prop_map(
-        |(device_budget, host_budget, reserve_bytes, (recompute, offload), (accumulation, accumulate), clip_mode, speeds, fractions)| {
+    let numbers = (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000);
+    (numbers, (recompute, offload), accumulation, clip, speeds, fractions, nvme).prop_map(
+        |(
+            (device_budget, host_budget, reserve_bytes),
+            (recompute, offload),
+            (accumulation, accumulate),
+            clip_mode,
+            speeds,
+            fractions,
+            nvme,
+        )| {
             PlanRequest {
+                nvme: nvme.map(|(budget, read, write)| NvmeRequest { budget, read_bytes: 1e4 * read, write_bytes: 1e4 * write }),
                 device_budget,
                 host_budget,
                 reserve_bytes,
@@ -191,6 +248,11 @@ proptest! {
                 prop_assert_eq!(needed, breakdown.total());
                 prop_assert_eq!(needed, budget + shortfall);
                 prop_assert!(needed > request.host_budget);
+            }
+            Err(PlanError::Nvme { needed, budget, shortfall, breakdown }) => {
+                prop_assert_eq!(needed, breakdown.file_bytes);
+                prop_assert_eq!(needed, budget + shortfall);
+                prop_assert_eq!(budget, request.nvme.unwrap().budget);
             }
             Err(PlanError::Invalid(reason)) => prop_assert!(matches!(request.placement, Placement::Static { .. }), "{}", reason),
         }

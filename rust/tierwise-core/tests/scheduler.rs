@@ -333,8 +333,9 @@ impl World {
             plan.chunks.iter().zip(&initial).map(|(p, v)| if keep(p) { *v } else { POISON }).collect()
         };
         World {
-            host: off(|p| p.class == OptimizerClass::Host || p.home == ParamHome::Streamed),
-            device: off(|p| p.home == ParamHome::Resident),
+            // What is spilled counts as the host's here: the step that rewrites it sends it on.
+            host: off(|p| p.class.on_cpu() || p.home == ParamHome::Streamed),
+            device: off(|p| p.home.is_resident()),
             scheduler: Scheduler::new(layout, trace, plan, max_norm),
             choices: choices.into(),
             slots: vec![None; chunks],
@@ -521,7 +522,7 @@ impl World {
                     assert_ne!(self.device[chunk.index()], POISON);
                 }
                 Action::Refresh { chunk } => {
-                    assert_eq!(self.plan(*chunk), common::RESIDENT_HOST);
+                    assert!(self.plan(*chunk).class.on_cpu() && self.plan(*chunk).home.is_resident());
                     assert!(self.jobs[chunk.index()].is_empty(), "{chunk:?} is refreshed while it is rewritten");
                     self.device[chunk.index()] = self.host[chunk.index()];
                 }
@@ -541,7 +542,9 @@ impl World {
                         assert!(self.plan(*chunk).class.steps_on_device());
                         self.device[chunk.index()] = stepped(self.device[chunk.index()], grad, *grad_scale, hyper);
                     } else {
-                        assert_eq!(self.plan(*chunk).class, OptimizerClass::Host);
+                        let spilled = self.plan(*chunk).class == OptimizerClass::Nvme;
+                        assert!(self.plan(*chunk).class.on_cpu());
+                        assert_eq!(*tier, if spilled { Tier::Nvme } else { Tier::Host });
                         if self.jobs[chunk.index()].is_empty() {
                             self.slots[chunk.index()] = None;
                         }
@@ -549,6 +552,7 @@ impl World {
                     }
                 }
                 Action::Speculate { chunk, grad_scale, undo_offset } => {
+                    assert_eq!(self.plan(*chunk).class, OptimizerClass::Host, "spilled chunks wait for the decision");
                     let bytes = self.scheduler.layout().undo_bytes(*chunk);
                     assert!(undo_offset + bytes <= self.scheduler.plan().undo_bytes, "an undo record outside of its room");
                     for (offset, other, _) in self.undo.iter().flatten() {
@@ -615,8 +619,12 @@ impl World {
             let residency = self.scheduler.residency(chunk);
             let placement = self.plan(chunk);
             let slot = self.scheduler.slot(chunk);
-            let home =
-                if placement.class == OptimizerClass::Host || placement.home == ParamHome::Streamed { Tier::Host } else { Tier::Device };
+            let home = match placement.home {
+                ParamHome::Spilled => Tier::Nvme,
+                ParamHome::Streamed => Tier::Host,
+                ParamHome::Resident if placement.class.on_cpu() => Tier::Host,
+                ParamHome::Resident => Tier::Device,
+            };
             assert_eq!(residency.authority(), Some(home), "{chunk:?} {residency:?}");
             let in_slab = placement.home == ParamHome::Streamed && residency.tiers().any(|t| t == Tier::Device);
             assert_eq!(slot.is_some(), in_slab, "{chunk:?} {residency:?} {slot:?}");
@@ -644,7 +652,7 @@ impl World {
 
     /// Compute reads what a synchronous optimizer would have left there.
     fn read(&self, chunk: ChunkId) {
-        let there = self.plan(chunk).home == ParamHome::Resident || self.slots[chunk.index()].is_some();
+        let there = self.plan(chunk).home.is_resident() || self.slots[chunk.index()].is_some();
         assert!(there, "{chunk:?} is read without a slot");
         assert_eq!(self.device[chunk.index()], self.reference[chunk.index()], "{chunk:?} is not what it should be");
     }
@@ -785,7 +793,7 @@ impl World {
         assert!(!self.scheduler.is_busy());
         for chunk in self.scheduler.layout().ids() {
             let at = chunk.index();
-            let value = if self.plan(chunk).class == OptimizerClass::Host { self.host[at] } else { self.device[at] };
+            let value = if self.plan(chunk).class.on_cpu() { self.host[at] } else { self.device[at] };
             if self.plan(chunk).class != OptimizerClass::Frozen {
                 assert_eq!(value, self.reference[at], "{chunk:?} after the flush");
             }
@@ -857,7 +865,7 @@ struct Case {
 fn cases() -> impl Strategy<Value = Case> {
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let norm = prop_oneof![Just(None), Just(Some(1e9)), Just(Some(1.5))];
-    (models(), prop::collection::vec(0_u8..4, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
+    (models(), prop::collection::vec(0_u8..7, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
         |((layout, trace), kinds, accumulation, clip_mode, max_norm, slots, undo)| {
             let chunks: Vec<ChunkPlan> = layout
                 .chunks
@@ -867,10 +875,16 @@ fn cases() -> impl Strategy<Value = Case> {
                     let class = match kind {
                         _ if chunk.state_numel == 0 => OptimizerClass::Frozen,
                         0 => OptimizerClass::Device,
-                        3 => OptimizerClass::Streamed,
-                        _ => OptimizerClass::Host,
+                        1 | 2 => OptimizerClass::Host,
+                        6 => OptimizerClass::Streamed,
+                        _ => OptimizerClass::Nvme,
                     };
-                    ChunkPlan::new(class, if kind == 2 { ParamHome::Streamed } else { ParamHome::Resident })
+                    let home = match kind {
+                        2 | 3 => ParamHome::Streamed,
+                        4 if chunk.state_numel > 0 => ParamHome::Spilled,
+                        _ => ParamHome::Resident,
+                    };
+                    ChunkPlan::new(class, home)
                 })
                 .collect();
             let streamed = |c: &ChunkId| chunks[c.index()].home == ParamHome::Streamed;

@@ -5,11 +5,11 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// The seed of one block of one generation of a payload.
 pub fn seed(key: Key, generation: u64, block: u32) -> u64 {
-    let mut identity = [0u8; 17];
+    let mut identity = [0u8; 20];
     identity[..4].copy_from_slice(&key.chunk.to_le_bytes());
-    identity[4] = key.payload;
-    identity[5..13].copy_from_slice(&generation.to_le_bytes());
-    identity[13..].copy_from_slice(&block.to_le_bytes());
+    identity[4..8].copy_from_slice(&key.payload.to_le_bytes());
+    identity[8..16].copy_from_slice(&generation.to_le_bytes());
+    identity[16..].copy_from_slice(&block.to_le_bytes());
     xxh3_64_with_seed(&identity, 0)
 }
 

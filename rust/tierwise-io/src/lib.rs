@@ -49,8 +49,8 @@ use serde::{Deserialize, Serialize};
 pub struct Key {
     /// Index of the chunk.
     pub chunk: u32,
-    /// Which of the chunk's payloads; the engine numbers them.
-    pub payload: u8,
+    /// Which of the chunk's payloads, or which piece of them; the engine numbers them.
+    pub payload: u32,
 }
 
 impl std::fmt::Display for Key {

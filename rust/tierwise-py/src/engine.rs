@@ -15,6 +15,7 @@ use tierwise_core::trace::Phase;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{self, EngineConfig, Hyper};
 use tierwise_runtime::error::{Error, Result};
+use tierwise_runtime::spill::access::Access;
 
 /// A JSON value as Python objects.
 pub fn to_python<'py>(py: Python<'py>, value: &serde_json::Value) -> PyResult<Bound<'py, PyAny>> {
@@ -92,7 +93,7 @@ pub struct Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (layout, trace, plan, device, *, device_budget, host_budget, max_norm = None, threads = None, host_spare_bytes = 0))]
+    #[pyo3(signature = (layout, trace, plan, device, *, device_budget, host_budget, max_norm = None, threads = None, host_spare_bytes = 0, nvme_path = None, nvme_budget = 0))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -105,10 +106,12 @@ impl Engine {
         max_norm: Option<f64>,
         threads: Option<usize>,
         host_spare_bytes: u64,
+        nvme_path: Option<std::path::PathBuf>,
+        nvme_budget: u64,
     ) -> PyResult<Self> {
         let (trace, plan) = (parse(trace, "trace")?, parse(plan, "plan")?);
-        let config = EngineConfig { device_budget, host_budget, max_norm, threads, host_spare_bytes };
-        let inner = call(py, || engine::Engine::new(layout.inner.clone(), trace, plan, device.inner.clone(), config))?;
+        let config = EngineConfig { device_budget, host_budget, max_norm, threads, host_spare_bytes, nvme_path, nvme_budget };
+        let inner = call(py, || engine::Engine::new(layout.inner.clone(), trace, plan, device.inner.clone(), &config))?;
         Ok(Engine { inner })
     }
 
@@ -235,6 +238,14 @@ impl Engine {
     fn decision(&self, py: Python<'_>, wait: bool) -> PyResult<Option<(u64, f64, f64, bool)>> {
         let decision = call_waiting(py, |keep| self.inner.decision(wait, keep))?;
         Ok(decision.map(|d| (d.step, d.norm, d.coefficient, d.skipped)))
+    }
+
+    fn read_spilled(&self, py: Python<'_>, chunk: u32, payload: &str, first: u64, numel: u64, address: u64) -> PyResult<()> {
+        call_waiting(py, |keep| self.inner.spilled(ChunkId(chunk), payload, (first, numel), Access::Read(address), keep))
+    }
+
+    fn write_spilled(&self, py: Python<'_>, chunk: u32, payload: &str, first: u64, numel: u64, address: u64) -> PyResult<()> {
+        call_waiting(py, |keep| self.inner.spilled(ChunkId(chunk), payload, (first, numel), Access::Write(address), keep))
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {

@@ -66,7 +66,12 @@ pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
         Error::Device { .. } => DeviceError::new_err(message),
         Error::HostMemory { .. } => PyMemoryError::new_err(message),
         Error::Stopped(_) => EngineStoppedError::new_err(message),
-        Error::Forked { .. } | Error::Interrupted | Error::Internal(_) => TierwiseError::new_err(message),
+        Error::Storage { source: tierwise_io::error::Error::InMemory { .. } | tierwise_io::error::Error::Usage(_), .. } => {
+            PyValueError::new_err(message)
+        }
+        Error::Storage { .. } | Error::Staging(_) | Error::Forked { .. } | Error::Interrupted | Error::Internal(_) => {
+            TierwiseError::new_err(message)
+        }
         Error::Usage(_) => PyValueError::new_err(message),
     }
 }
@@ -100,6 +105,17 @@ pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
             budget: *budget,
             shortfall: *shortfall,
             breakdown: json(serde_json::to_value(breakdown)),
+        },
+        PlanError::Nvme { needed, budget, shortfall, breakdown } => Numbers {
+            tier: "nvme",
+            op: None,
+            needed: *needed,
+            budget: *budget,
+            shortfall: *shortfall,
+            breakdown: serde_json::json!({
+                "states": breakdown.payload_bytes,
+                "copies_and_padding": breakdown.file_bytes - breakdown.payload_bytes,
+            }),
         },
         PlanError::Invalid(_) => return PyValueError::new_err(message),
     };

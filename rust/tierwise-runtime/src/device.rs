@@ -101,6 +101,12 @@ pub enum WorkerId {
     Optimizer,
     /// Passes on that states are back on the host.
     States,
+    /// Steps spilled chunks; waits for the disk, so no virtual clock drives it.
+    Spill,
+    /// Waits for reads of the disk.
+    Reads,
+    /// Waits for writes to the disk.
+    Writes,
 }
 
 /// Time that is not the machine's: how the engine's threads wait where a test decides how long everything takes.

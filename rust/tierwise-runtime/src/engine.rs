@@ -20,19 +20,22 @@ use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, Regions, host_sizes};
 use crate::record::Recorder;
+use crate::spill::{self, Spill};
 use crate::streaming::Streaming;
 use crate::workers::{Job, worker};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{Plan, host_region_bytes};
+use tierwise_core::plan::{NvmePlan, Plan, host_region_bytes};
 use tierwise_core::scheduler::Scheduler;
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::Trace;
 use tierwise_core::{ChunkId, Tier};
+use tierwise_io::store::{Slab, Store};
 use tierwise_kernels::{AdamHyper, Pool};
 
 /// How long a caller sleeps between looks at its own interrupt flag.
@@ -51,7 +54,7 @@ pub struct Hyper {
 }
 
 /// Limits and sizes of an engine.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub struct EngineConfig {
     /// Hard limit of device bytes.
     pub device_budget: u64,
@@ -63,18 +66,40 @@ pub struct EngineConfig {
     pub threads: Option<usize>,
     /// Host bytes kept for chunks that move there later.
     pub host_spare_bytes: u64,
+    /// Directory of the spill file, where the plan spills.
+    pub nvme_path: Option<PathBuf>,
+    /// Hard limit of the spill file's bytes.
+    pub nvme_budget: u64,
 }
 
 /// The engine of one rank.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     owner: u32,
 }
 
 impl Engine {
-    /// Maps the host slab of a plan and starts the workers.
-    pub fn new(layout: Layout, trace: Trace, plan: Plan, device: Arc<dyn Device>, config: EngineConfig) -> Result<Self> {
+    /// Maps the host slab of a plan, opens its spill file and starts the workers.
+    pub fn new(layout: Layout, trace: Trace, plan: Plan, device: Arc<dyn Device>, config: &EngineConfig) -> Result<Self> {
+        let path = config.nvme_path.clone();
+        Self::with_store(layout, trace, plan, device, config, |nvme, staging| {
+            let Some(path) = path else {
+                return Err(Error::Usage("the plan spills states, but no nvme_path was given".to_owned()));
+            };
+            spill::open(&path, nvme, staging)
+        })
+    }
+
+    /// An engine whose spill file the caller opens, given the plan and the memory to register: for tests over disks that fail.
+    pub fn with_store(
+        layout: Layout,
+        trace: Trace,
+        plan: Plan,
+        device: Arc<dyn Device>,
+        config: &EngineConfig,
+        open: impl FnOnce(&NvmePlan, Slab) -> Result<Store>,
+    ) -> Result<Self> {
         if plan.chunks.len() != layout.chunks.len() || plan.activations.len() != trace.units.len() {
             return Err(Error::Usage(format!(
                 "the plan is for {} chunks and {} units, the model has {} and {}",
@@ -93,7 +118,9 @@ impl Engine {
             .map(|c| host_sizes(&layout, &plan, c, plan.chunks[c.index()]).iter().map(|&b| host_region_bytes(b)).sum::<u64>())
             .sum();
         let activation_bytes = host_region_bytes(plan.host.activations);
-        let total = chunk_bytes
+        let spilled_bytes = plan.nvme.map_or(0, |nvme| u64::from(nvme.buffers) * nvme.buffer_bytes);
+        let total = spilled_bytes
+            + chunk_bytes
             + 2 * staging_bytes
             + host_region_bytes(plan.undo_bytes)
             + activation_bytes
@@ -104,6 +131,8 @@ impl Engine {
         host_budget.reserve(total - norm_bytes, "the host slab")?;
         let slab = HostSlab::new(total as usize, Some(device.clone()), pool.threads())?;
         let mut regions = Regions::new(total);
+        // First, at the slab's own alignment: the disk may ask for more than a region has.
+        let spill_base = regions.take(spilled_bytes)?;
         let norms = regions.take(norm_bytes)?;
         let staging = [regions.take(staging_bytes)?, regions.take(staging_bytes)?];
         let undo_base = regions.take(plan.undo_bytes)?;
@@ -114,6 +143,17 @@ impl Engine {
             let sizes = host_sizes(&layout, &plan, chunk, plan.chunks[chunk.index()]);
             places.push((take_places(&mut regions, sizes)?, DevicePlaces::default()));
         }
+        let mut nvme_budget = Budget::new(Tier::Nvme, config.nvme_budget);
+        let spill = match plan.nvme {
+            None => None,
+            Some(nvme) => {
+                nvme_budget.reserve(nvme.file_bytes, "the spill file")?;
+                // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
+                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, spilled_bytes as usize) };
+                let store = open(&nvme, staging)?;
+                Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget))
+            }
+        };
         let gradients = Gradients::new(&layout, host + norms, staging.map(|s| host + s));
         let streaming = Streaming::new(layout.chunks.len(), plan.device.staging);
         let state = State {
@@ -138,6 +178,7 @@ impl Engine {
             recorder: Recorder::default(),
             device_budget: Budget::new(Tier::Device, config.device_budget),
             host_budget,
+            spill,
             external: std::collections::BTreeMap::new(),
             failed: None,
             started: false,
@@ -147,26 +188,35 @@ impl Engine {
         let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
         let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
         let (states_jobs, start_states) = worker(WorkerId::States, device.clock());
+        let (spill_jobs, start_spill) = worker(WorkerId::Spill, None);
+        let (read_jobs, start_reads) = worker(WorkerId::Reads, None);
+        let (write_jobs, start_writes) = worker(WorkerId::Writes, None);
+        let spills = state.spill.is_some();
         let shared = Arc::new(Shared {
+            state: Mutex::new(state),
             clock: device.clock(),
             device,
             pool,
             host,
             slab,
             adam_jobs,
+            spill_jobs,
+            disk_jobs: [read_jobs, write_jobs],
             landing_jobs,
             optimizer_jobs,
             states_jobs,
-            state: Mutex::new(state),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let workers = [start_adam, start_landing, start_optimizer, start_states];
-        let workers = workers.into_iter().map(|worker| worker.start(shared.clone())).collect::<Result<_>>()?;
+        let mut wanted = vec![start_adam, start_landing, start_optimizer, start_states];
+        if spills {
+            wanted.extend([start_spill, start_reads, start_writes]);
+        }
+        let workers = wanted.into_iter().map(|worker| worker.start(shared.clone())).collect::<Result<Vec<_>>>()?;
         Ok(Engine { shared, workers, owner: std::process::id() })
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, State>> {
+    pub(crate) fn lock(&self) -> Result<MutexGuard<'_, State>> {
         let child = std::process::id();
         if child != self.owner {
             return Err(Error::Forked { owner: self.owner, child });
@@ -193,12 +243,19 @@ impl Drop for Engine {
         self.shared.stop.store(true, Ordering::Release);
         // Copies read and write memory that is about to be freed.
         let _ = self.shared.device.synchronize();
-        for jobs in [&self.shared.adam_jobs, &self.shared.landing_jobs, &self.shared.optimizer_jobs, &self.shared.states_jobs] {
+        let shared = &self.shared;
+        let [reads, writes] = &shared.disk_jobs;
+        let device_jobs = [&shared.adam_jobs, &shared.landing_jobs, &shared.optimizer_jobs, &shared.states_jobs];
+        for jobs in device_jobs.into_iter().chain([&shared.spill_jobs, reads, writes]) {
             let _ = jobs.send(Job::last());
         }
+        shared.notify();
         for worker in std::mem::take(&mut self.workers) {
             let _ = worker.join();
         }
+        // Cancels what the disk has, and waits until it has let go of the staging buffers.
+        let store = self.shared.lock().spill.as_mut().and_then(Spill::close);
+        drop(store);
         // What a worker was in the middle of may have started another copy.
         let _ = self.shared.device.synchronize();
     }

@@ -27,6 +27,17 @@ pub enum Error {
         /// What the system said.
         message: String,
     },
+    /// The disk, or the spill file on it, failed.
+    #[error("{what}: {source}")]
+    Storage {
+        /// What was read or written, by name.
+        what: String,
+        /// What the storage layer says: generation, place, error number, remedy.
+        source: tierwise_io::error::Error,
+    },
+    /// A staging buffer was used against its state.
+    #[error(transparent)]
+    Staging(#[from] tierwise_core::staging::StagingError),
     /// A worker failed earlier; the step is stopped with its error.
     #[error("the engine stopped: {0}")]
     Stopped(String),

@@ -7,7 +7,7 @@ use crate::memory::{StepBases, grad_dtype};
 use crate::workers::Job;
 use std::sync::Arc;
 use tierwise_core::layout::Precision;
-use tierwise_core::plan::OptimizerClass;
+use tierwise_core::plan::{OptimizerClass, ParamHome};
 use tierwise_core::scheduler::{Action, Event};
 use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::{AdamConstants, AdamSegment, GradDtype, adam, convert};
@@ -32,6 +32,7 @@ impl Shared {
                         self.step_on_device(state, chunk, grad_scale)?;
                     }
                 }
+                Action::Step { chunk, tier: Tier::Nvme, grad_scale } => self.step_spilled(state, chunk, grad_scale)?,
                 Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
                 Action::Undo { chunk } => self.undo(state, chunk)?,
@@ -91,6 +92,10 @@ impl Shared {
     }
 
     fn refresh(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
+        if state.scheduler.plan().chunks[chunk.index()].home == ParamHome::Spilled {
+            // Its step sent them piece by piece, out of the staging buffers.
+            return Ok(());
+        }
         if let Some(event) = &state.commit_event {
             self.device.queue_wait(Queue::HostToDevice, event)?;
         }

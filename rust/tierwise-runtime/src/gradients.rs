@@ -134,7 +134,7 @@ impl Shared {
                 return Err(Error::Usage(format!("no device memory was bound for {missing} of `{}`", chunk_layout.name)));
             }
         }
-        let leaves = class == OptimizerClass::Host && !sums_on_device;
+        let leaves = class.on_cpu() && !sums_on_device;
         if leaves {
             let limit = state.scheduler.plan().grad_in_flight_bytes;
             state = self.wait_until(state, keep_waiting, |state| {
@@ -150,13 +150,9 @@ impl Shared {
         state.gradients.next_ticket += 1;
         let produced = self.device.record_compute(stream)?;
         let outcome = match class {
-            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host if !leaves => {
-                self.to_device(state, chunk, &incoming, ticket, &produced, last)
-            }
-            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host => {
-                self.to_host(state, chunk, &incoming, ticket, &produced, last)
-            }
             OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
+            _ if leaves => self.to_host(state, chunk, &incoming, ticket, &produced, last),
+            _ => self.to_device(state, chunk, &incoming, ticket, &produced, last),
         };
         self.or_stop(state, outcome)?;
         Ok(ticket)
@@ -219,7 +215,7 @@ impl Shared {
         self.device.sum_squares(&spans, out as *mut f64)?;
         let reduced = self.device.record(Queue::Optimizer)?;
         let (done, jobs) = match state.scheduler.plan().chunks[chunk.index()].class {
-            OptimizerClass::Host => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
+            OptimizerClass::Host | OptimizerClass::Nvme => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
             OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
         };
         jobs.send(Job::new(Some(done), move |shared| {

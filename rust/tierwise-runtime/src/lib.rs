@@ -11,5 +11,6 @@ mod gradients;
 pub mod host_memory;
 mod memory;
 mod record;
+pub mod spill;
 mod streaming;
 mod workers;

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamLayout, Precision};
-use tierwise_core::plan::{ChunkPlan, OptimizerClass, ParamHome, Plan, host_region_bytes};
+use tierwise_core::plan::{ChunkPlan, OptimizerClass, Plan, host_region_bytes};
 use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
 
 /// Host payloads of one chunk: offsets in the host slab.
@@ -47,16 +47,15 @@ pub struct DevicePlaces {
 /// Byte sizes of the host payloads of a chunk in the order param, master, `exp_avg`, `exp_avg_sq`, grad; 0 if it has none there.
 pub fn host_sizes(layout: &Layout, plan: &Plan, chunk: ChunkId, placement: ChunkPlan) -> [u64; 5] {
     let n = layout.chunks[chunk.index()].state_numel;
-    let at_home = placement.class == OptimizerClass::Host || placement.home == ParamHome::Streamed;
-    let param = if at_home { layout.param_bytes(chunk) } else { 0 };
-    if !placement.class.states_on_host() {
-        return [param, 0, 0, 0, 0];
-    }
+    let param = if placement.has_host_params() { layout.param_bytes(chunk) } else { 0 };
     let grad = match placement.class {
-        OptimizerClass::Host if plan.accumulation > 1 => layout.grad_acc_bytes(chunk),
-        OptimizerClass::Host => layout.grad_bytes(chunk),
+        OptimizerClass::Host | OptimizerClass::Nvme if plan.accumulation > 1 => layout.grad_acc_bytes(chunk),
+        OptimizerClass::Host | OptimizerClass::Nvme => layout.grad_bytes(chunk),
         OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => 0,
     };
+    if !placement.class.states_on_host() {
+        return [param, 0, 0, 0, grad];
+    }
     [param, n * layout.precision.master_bytes(), n * 4, n * 4, grad]
 }
 
@@ -149,15 +148,22 @@ impl StepBases {
 
     /// The step of one parameter.
     pub fn segment(&self, precision: Precision, param: &ParamLayout, grad: u64, dtype: GradDtype, constants: AdamConstants) -> AdamSegment {
+        self.part(precision, param.offset, param.numel, grad, dtype, constants)
+    }
+
+    /// The step of `numel` elements from `first` of the chunk, whose gradients start at `grad`.
+    pub fn part(&self, precision: Precision, first: u64, numel: u64, grad: u64, dtype: GradDtype, constants: AdamConstants) -> AdamSegment {
         let master_bytes = precision.master_bytes();
+        // The base of a piece in the middle of a chunk lies before its buffer.
+        let at = |base: u64, bytes: u64| base.wrapping_add(first * bytes);
         AdamSegment {
             format: format(precision),
             grad_dtype: dtype,
-            numel: param.numel as usize,
-            param: (self.param + param.offset * precision.param_bytes()) as *mut u8,
-            master: if master_bytes == 0 { std::ptr::null_mut() } else { (self.master + param.offset * master_bytes) as *mut u8 },
-            exp_avg: (self.exp_avg + param.offset * 4) as *mut f32,
-            exp_avg_sq: (self.exp_avg_sq + param.offset * 4) as *mut f32,
+            numel: numel as usize,
+            param: at(self.param, precision.param_bytes()) as *mut u8,
+            master: if master_bytes == 0 { std::ptr::null_mut() } else { at(self.master, master_bytes) as *mut u8 },
+            exp_avg: at(self.exp_avg, 4) as *mut f32,
+            exp_avg_sq: at(self.exp_avg_sq, 4) as *mut f32,
             grad: grad as *const u8,
             constants,
         }

@@ -67,6 +67,9 @@ pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted
         WorkerId::Landing => "tierwise-landing",
         WorkerId::Optimizer => "tierwise-optimizer",
         WorkerId::States => "tierwise-states",
+        WorkerId::Spill => "tierwise-spill",
+        WorkerId::Reads => "tierwise-reads",
+        WorkerId::Writes => "tierwise-writes",
     };
     (Worker { jobs: sender, id, clock: clock.clone() }, Unstarted { name, jobs, id, clock })
 }

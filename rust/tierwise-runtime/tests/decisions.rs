@@ -57,6 +57,7 @@ impl Case {
             transient_bytes: None,
             device_budget: PLENTY,
             host_budget: PLENTY,
+            nvme_budget: u64::MAX,
             clips: self.clips,
         })
         .unwrap()
@@ -71,8 +72,8 @@ impl Case {
             memory.last().map_or(0, |m| m.as_ptr() as u64)
         };
         let config =
-            EngineConfig { device_budget: PLENTY, host_budget: PLENTY, max_norm: Some(1.0), threads: Some(1), host_spare_bytes: 0 };
-        let engine = Engine::new(self.layout.clone(), self.trace.clone(), self.plan.clone(), Arc::clone(&device) as _, config).unwrap();
+            EngineConfig { device_budget: PLENTY, host_budget: PLENTY, max_norm: Some(1.0), threads: Some(1), ..EngineConfig::default() };
+        let engine = Engine::new(self.layout.clone(), self.trace.clone(), self.plan.clone(), Arc::clone(&device) as _, &config).unwrap();
         for chunk in self.layout.ids() {
             let placed = self.plan.chunks[chunk.index()];
             let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
@@ -221,6 +222,7 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         accumulate: None,
         clip_mode,
         speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 4e10 },
+        nvme: None,
     }
 }
 

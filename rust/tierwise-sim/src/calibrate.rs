@@ -74,6 +74,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
         host_memory_bytes_per_s: (ADAM_BYTES * all.adam_params_per_s).max(2.0 * all.copy_bytes_per_s),
         host_stream_bytes_per_s: 2.0 * all.norm_numel_per_s,
         host_adam_params_per_s: all.adam_params_per_s,
+        nvme: disk.or(base.nvme),
         measured: Some(Measured { host, disk, ..Measured::default() }),
         ..base.clone()
     })

@@ -2,7 +2,7 @@
 
 use crate::costs::{ADAM_BYTES_PER_PARAM, Costs, Launch};
 use crate::executor::{Outcome, Setup, SimError, simulate};
-use crate::hardware::{Hardware, preset};
+use crate::hardware::{Disk, Hardware, preset};
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ClipMode, Plan};
 use tierwise_core::planner::{PlanRequest, Speeds};
@@ -12,7 +12,10 @@ use tierwise_core::trace::Trace;
 /// accepted, as its plan hopes.
 pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanRequest) -> Result<Outcome, SimError> {
     let speeds = &request.speeds;
-    let hardware = machine(speeds);
+    let hardware = Hardware {
+        nvme: request.nvme.map(|n| Disk { read_bytes_per_s: n.read_bytes, write_bytes_per_s: n.write_bytes }),
+        ..machine(speeds)
+    };
     let ns = |flops: f64| (flops / speeds.flops * 1e9).round() as u64;
     let costs = Costs {
         forward_ns: trace.units.iter().map(|unit| ns(unit.flops)).collect(),
@@ -31,6 +34,7 @@ pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanReque
         // What the plan takes was checked when it was made; what autograd saves differs from it where a model does.
         device_budget: u64::MAX,
         host_budget: u64::MAX,
+        nvme_budget: u64::MAX,
         clips: plan.clip_mode == ClipMode::Defer,
     })
 }
@@ -80,6 +84,7 @@ mod tests {
             offload: tierwise_core::planner::Offload::None,
             clip_mode: ClipMode::Defer,
             speeds: Speeds { flops: 6e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
+            nvme: None,
         };
         let step = |fraction| {
             let request = request(fraction);

@@ -8,6 +8,7 @@ pub mod calls;
 mod collectives;
 pub mod machine;
 mod sharing;
+mod spill;
 pub(crate) mod stalls;
 mod streaming;
 pub(crate) mod tally;
@@ -30,6 +31,7 @@ use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ActivationPlan, OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
+use tierwise_core::staging::StagingError;
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{OpId, Tier};
 use window::Window;
@@ -58,6 +60,8 @@ pub struct Setup<'a> {
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.
     pub host_budget: u64,
+    /// Hard limit of the spill file, in bytes.
+    pub nvme_budget: u64,
     /// Whether the gradient norm is above its limit in every step.
     pub clips: bool,
 }
@@ -87,6 +91,9 @@ pub enum SimError {
     /// The plan, the trace and the costs do not belong together.
     #[error("{0}")]
     Mismatch(String),
+    /// A staging buffer was used against its state: a defect.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
     /// Everybody waits for somebody.
     #[error("the training thread waits at {at} for something that never happens ({cause})")]
     Deadlock {
@@ -107,6 +114,12 @@ enum Effect {
         bytes: u64,
     },
     FreeStaging,
+    /// The disk has read into a staging buffer.
+    Read(u32),
+    /// The disk has written a staging buffer.
+    Written(u32),
+    /// The piece in a staging buffer was stepped.
+    Stepped(u32),
 }
 
 struct Run<'a> {
@@ -144,6 +157,7 @@ struct Run<'a> {
     /// Latest compute tasks: a gathered chunk takes the buffer of the last but one.
     latest_compute: [Option<Token>; 2],
     window: Option<Window>,
+    spilled: spill::Spilled,
 }
 
 /// Executes a plan until its steps repeat, and measures one.
@@ -199,6 +213,7 @@ impl<'a> Run<'a> {
         }
         let mut host = Budget::new(Tier::Host, setup.host_budget);
         host.reserve(plan.host.total(), "the host slab")?;
+        let spilled = spill::Spilled::new(&setup)?;
         let chunks = layout.chunks.len();
         let mut backward: Vec<Option<(OpId, OpId)>> = vec![None; chunks];
         for op in trace.ids().filter(|op| trace.ops[op.index()].phase == Phase::Backward) {
@@ -233,6 +248,7 @@ impl<'a> Run<'a> {
             compute_ended: 0,
             latest_compute: [None; 2],
             window: None,
+            spilled,
             setup,
         })
     }
@@ -307,6 +323,9 @@ impl<'a> Run<'a> {
                     self.free_gradients(bytes);
                 }
                 Effect::FreeStaging => self.staging_free += 1,
+                Effect::Read(buffer) => self.was_read(buffer)?,
+                Effect::Written(buffer) => self.was_written(buffer)?,
+                Effect::Stepped(buffer) => self.was_stepped(buffer)?,
             }
         }
         Ok(())

@@ -76,6 +76,9 @@ pub struct Hardware {
     pub host_adam_compute_tax: f64,
     /// Nanoseconds in which the training thread enqueues one unit's forward or backward.
     pub launch_ns: u64,
+    /// The node's NVMe disk, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nvme: Option<Disk>,
     /// GPUs of a node.
     pub gpus_per_node: u32,
     /// Between the GPUs of a node, if it has several.
@@ -176,6 +179,8 @@ impl Hardware {
             ("host_stream_bytes_per_s", self.host_stream_bytes_per_s),
             ("host_adam_params_per_s", self.host_adam_params_per_s),
         ];
+        rates.extend(self.nvme.map(|disk| ("nvme.read_bytes_per_s", disk.read_bytes_per_s)));
+        rates.extend(self.nvme.map(|disk| ("nvme.write_bytes_per_s", disk.write_bytes_per_s)));
         rates.extend(self.intra_node.map(|link| ("intra_node.bytes_per_s", link.bytes_per_s)));
         rates.extend(self.network.map(|link| ("network.bytes_per_s", link.bytes_per_s)));
         for (name, rate) in rates {
@@ -219,6 +224,10 @@ impl Hardware {
             host_stream_bytes_per_s: self.host_stream_bytes_per_s / of_host,
             host_adam_params_per_s: self.host_adam_params_per_s / of_host,
             host_memory_bytes: self.host_memory_bytes / u64::from(gpus),
+            nvme: self.nvme.map(|disk| Disk {
+                read_bytes_per_s: disk.read_bytes_per_s / of_host,
+                write_bytes_per_s: disk.write_bytes_per_s / of_host,
+            }),
             ..self.clone()
         }
     }

@@ -6,8 +6,8 @@ use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -15,10 +15,12 @@ use tierwise_core::timeline::Timeline;
 pub struct Placed {
     /// Elements with optimizer states on the device, which steps them.
     pub device_stepped_numel: u64,
-    /// Elements whose optimizer step the host runs.
+    /// Elements whose optimizer step the host runs, with states in its memory.
     pub host_stepped_numel: u64,
     /// Elements whose states visit the device from host memory, to be stepped there.
     pub visiting_numel: u64,
+    /// Elements that the host steps while their states pass by from the disk.
+    pub nvme_stepped_numel: u64,
     /// Elements whose parameters are streamed.
     pub streamed_numel: u64,
     /// Layers that are recomputed in backward.
@@ -29,6 +31,8 @@ pub struct Placed {
     pub device: DeviceBytes,
     /// Host memory, by purpose.
     pub host: HostBytes,
+    /// What is spilled, if anything is.
+    pub nvme: Option<NvmePlan>,
     /// Seconds of a step by the planner's formulas.
     pub predicted_step_s: f64,
     /// What bounds the step by the planner's formulas.
@@ -153,8 +157,21 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         accumulate: None,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
+        nvme: nvme(request, &rank)?,
     };
     Ok((rank, sharding, planned))
+}
+
+/// The disk, where something may be spilled.
+fn nvme(request: &Request, rank: &Rank) -> Result<Option<NvmeRequest>, Error> {
+    match (request.nvme_budget, rank.hardware.nvme) {
+        (0, _) => Ok(None),
+        (budget, Some(disk)) => Ok(Some(NvmeRequest { budget, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s })),
+        (_, None) => Err(Error::Usage(format!(
+            "nvme-budget is given, but {} has no disk; add \"nvme\": {{\"read_bytes_per_s\": ..., \"write_bytes_per_s\": ...}} to its file",
+            rank.hardware.name
+        ))),
+    }
 }
 
 fn sharding(request: &Request, rank: &Rank) -> Sharding {
@@ -183,6 +200,9 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         Ok(plan) => plan,
         Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
         Err(PlanError::Host { needed, shortfall, .. }) => return Ok(Err(Shortfall::host(needed, shortfall))),
+        Err(PlanError::Nvme { needed, shortfall, .. }) => {
+            return Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }));
+        }
         Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
     };
     let streams = plan.chunks.iter().any(|c| c.home == ParamHome::Streamed);
@@ -214,6 +234,7 @@ fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
         },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
+        nvme_budget: request.nvme_budget,
         clips: request.clips,
     })
 }
@@ -248,11 +269,13 @@ fn placed(stage: &Stage) -> Placed {
         device_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Device, true),
         host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
         visiting_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Streamed, true),
+        nvme_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Nvme, true),
         streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
         recomputed_units: recomputed(stage).count() as u64,
         recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,
         device: plan.device,
         host: plan.host,
+        nvme: plan.nvme,
         predicted_step_s: plan.predicted_step_s,
         bound_by: plan.bound_by.clone(),
     }

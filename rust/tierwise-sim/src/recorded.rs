@@ -85,6 +85,8 @@ pub struct Run {
     #[serde(default)]
     host_budget: Option<u64>,
     #[serde(default)]
+    nvme_budget: u64,
+    #[serde(default)]
     reserve_bytes: Option<u64>,
     #[serde(default = "by_planner")]
     placement: Placement,
@@ -253,6 +255,7 @@ impl File {
             tokens_per_step: run.tokens_per_step,
             device_budget: least(run.device_budget, hardware.device_memory_bytes),
             host_budget: run.host_budget.unwrap_or(share.host_memory_bytes),
+            nvme_budget: run.nvme_budget,
             memory,
             recompute: match run.recompute {
                 Recomputes::None => Recompute::None,

@@ -139,6 +139,10 @@ fn alternatives(request: &Request, short: &Shortfall) -> Vec<String> {
         if least < u64::MAX && fits(&Request { device_budget: least, ..request.clone() }) {
             found.push(format!("--device-budget {}MiB", least.div_ceil(1 << 20)));
         }
+    } else if short.tier == "nvme" {
+        if fits(&Request { nvme_budget: short.needed_bytes, ..request.clone() }) {
+            found.push(format!("--nvme-budget {}MiB", short.needed_bytes.div_ceil(1 << 20)));
+        }
     } else if fits(&Request { host_budget: short.needed_bytes, ..request.clone() }) {
         found.push(format!("--host-budget {}MiB", short.needed_bytes.div_ceil(1 << 20)));
     }
@@ -186,6 +190,7 @@ impl Report {
             ),
             ("host peak", format!("{} of {}", gigabytes(step.host_peak_bytes), gigabytes(asked.host_budget_bytes))),
             ("to device / to host", format!("{} / {}", gigabytes(step.h2d_bytes), gigabytes(step.d2h_bytes))),
+            ("from / to NVMe", format!("{} / {}", gigabytes(step.nvme_read_bytes), gigabytes(step.nvme_written_bytes))),
             ("collectives", seconds(step.communicated_ns)),
         ]);
         if let Some(plan) = &self.plan {
@@ -194,6 +199,7 @@ impl Report {
                 ("stepped on device", billions(plan.device_stepped_numel)),
                 ("stepped on host", billions(plan.host_stepped_numel)),
                 ("states visiting device", billions(plan.visiting_numel)),
+                ("stepped from NVMe", billions(plan.nvme_stepped_numel)),
                 ("streamed", billions(plan.streamed_numel)),
                 ("recomputed layers", format!("{} of {}", plan.recomputed_units, plan.recomputable_units)),
             ]);
@@ -207,7 +213,11 @@ impl Shortage {
     pub fn to_table(&self) -> String {
         let asked = &self.asked;
         let at = self.op.as_ref().map(|op| format!(" at {op}")).unwrap_or_default();
-        let budget = if self.tier == "device" { asked.device_budget_bytes } else { asked.host_budget_bytes };
+        let budget = match self.tier.as_str() {
+            "device" => asked.device_budget_bytes,
+            "nvme" => asked.nvme_budget_bytes,
+            _ => asked.host_budget_bytes,
+        };
         let remedy = if self.alternatives.is_empty() {
             "no single setting makes it fit; raise both budgets".to_owned()
         } else {

@@ -33,6 +33,8 @@ pub struct Request {
     pub device_budget: u64,
     /// Hard limit of host memory per GPU, in bytes.
     pub host_budget: u64,
+    /// Hard limit of the spill file per GPU, in bytes; 0: nothing is spilled.
+    pub nvme_budget: u64,
     /// How memory is divided, and what is counted for kernels' own.
     pub memory: Memory,
     /// Which layers recompute.
@@ -104,6 +106,8 @@ pub struct Asked {
     pub device_budget_bytes: u64,
     /// Hard limit of host memory per GPU, in bytes.
     pub host_budget_bytes: u64,
+    /// Hard limit of the spill file per GPU, in bytes.
+    pub nvme_budget_bytes: u64,
 }
 
 impl Request {
@@ -146,6 +150,7 @@ impl Request {
             tokens_per_step: self.tokens_per_step,
             device_budget_bytes: self.device_budget,
             host_budget_bytes: self.host_budget,
+            nvme_budget_bytes: self.nvme_budget,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The executor: nothing lost, nothing exceeded, nothing slower for being faster.
 
 use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Offload, Placement, PlanError, PlanRequest, Recompute, plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
 use tierwise_sim::executor::{Outcome, Setup, SimError, simulate};
 use tierwise_sim::hardware::{Hardware, preset, presets};
@@ -26,6 +26,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         accumulate: None,
         clip_mode: ClipMode::Defer,
         speeds: Costs::new(&built, hardware).speeds(&built, hardware),
+        nvme: None,
     };
     change(&mut request);
     match plan(&built.layout, &built.trace, &request) {
@@ -47,6 +48,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         transient_bytes: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
+        nvme_budget: u64::MAX,
         clips,
     })
 }
@@ -240,4 +242,46 @@ fn a_share_of_the_states_visiting_the_device_is_faster_than_the_cpu_alone() {
     let out = &outcomes[2];
     let at_once = busy(out, "host optimizer") + busy(out, "states in") - out.step_ns as f64 / 1e9;
     assert!(at_once > 0.3 * busy(out, "states in"), "{at_once} s of {} s and {} s", busy(out, "host optimizer"), busy(out, "states in"));
+}
+
+/// The same plan bytes in virtual time: read once and written once per step, and the step is no faster than the disk.
+#[test]
+fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
+    let hardware = preset("h100").unwrap();
+    let disk = hardware.nvme.unwrap();
+    let spilling = |device_budget: u64, host_budget: u64, placement: Placement| {
+        case("llama2-7b", 4, &hardware, |request| {
+            request.device_budget = device_budget;
+            request.host_budget = host_budget;
+            request.placement = placement;
+            request.nvme = Some(NvmeRequest { budget: 1 << 40, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s });
+        })
+        .unwrap()
+    };
+    let all = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+    let homes = [
+        (spilling(80_000_000_000, 28_000_000_000, all), ParamHome::Resident),
+        (spilling(80_000_000_000, 16_000_000_000, all), ParamHome::Spilled),
+        (spilling(40_000_000_000, 24 << 30, Placement::Auto), ParamHome::Streamed),
+    ];
+    for (case, home) in &homes {
+        let nvme = case.plan.nvme.unwrap();
+        let spilled = |c: &&tierwise_core::plan::ChunkPlan| c.class == OptimizerClass::Nvme;
+        assert!(case.plan.chunks.iter().filter(spilled).any(|c| c.home == *home), "{:?}", case.plan.host);
+        let outcome = run(case, &hardware, true).unwrap();
+        // The window begins at the end of a backward pass: what is read ahead may lie on either side.
+        let ahead = u64::from(nvme.buffers) * nvme.buffer_bytes;
+        assert!(outcome.nvme_read_bytes.abs_diff(nvme.payload_bytes) <= ahead, "{} of {}", outcome.nvme_read_bytes, nvme.payload_bytes);
+        assert!(outcome.nvme_written_bytes.abs_diff(nvme.payload_bytes) <= ahead);
+        let least = outcome.nvme_read_bytes as f64 / disk.read_bytes_per_s + outcome.nvme_written_bytes as f64 / disk.write_bytes_per_s;
+        let step = outcome.step_ns as f64 / 1e9;
+        // What it cannot hide: a backward pass, and the forward behind the last spilled layer.
+        assert!(step >= least * 0.999 && step <= least + outcome.compute_ns as f64 / 1e9 + 0.5, "{step} s, the disk alone {least} s");
+        assert!((case.plan.predicted_step_s / step - 1.0).abs() < 0.05, "{} predicted, {step} simulated", case.plan.predicted_step_s);
+        assert_eq!(case.plan.bound_by, "nvme");
+        assert!(outcome.host_peak_bytes <= case.request.host_budget);
+        assert!(outcome.timeline.spans.iter().any(|span| span.track == "nvme write"));
+    }
+    let without = Hardware { nvme: None, ..hardware };
+    assert!(matches!(run(&homes[0].0, &without, true), Err(SimError::Mismatch(m)) if m.contains("the machine has no disk")));
 }

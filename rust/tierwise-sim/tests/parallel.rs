@@ -19,6 +19,7 @@ fn request(model: &str, machine: &str, gpus: u64, tokens_per_step: u64) -> Reque
         model: models::preset(model).unwrap(),
         device_budget: hardware.device_memory_bytes,
         host_budget: hardware.per_gpu(parallel.gpus_on_node(&hardware)).host_memory_bytes,
+        nvme_budget: 0,
         hardware,
         parallel,
         policy: None,

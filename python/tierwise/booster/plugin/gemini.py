@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +50,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Hard limit of device bytes. None: what the GPU has free minus 2 %; on the emulated device 80 % of the free RAM."""
     host_budget: int | str | None = None
     """Hard limit of pinned host bytes. None: 80 % of the free RAM."""
+    nvme_path: str | os.PathLike[str] | None = None
+    """Directory on an NVMe disk for what host memory cannot hold. None: nothing is spilled. The spill file has no name and is gone when
+    the process ends, however it ends."""
+    nvme_budget: int | str | None = None
+    """Hard limit of the spill file's bytes; needs `nvme_path`. None: 90 % of what the directory's file system has free."""
     max_norm: float | None = None
     """Clip the global gradient norm to this. None: no clipping."""
     clip_mode: Literal["defer", "speculate", "auto"] = "defer"
@@ -124,10 +130,15 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         if self.recompute == "full" and self.offload_activations == "full":
             raise ValueError("recompute='full' leaves no activations for offload_activations='full'; set one of them to 'auto' or 'none'")
         self._one_of("device", ("auto", "cuda", "emulated"))
-        for name in ("device_budget", "host_budget", "reserve"):
+        for name in ("device_budget", "host_budget", "nvme_budget", "reserve"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse_bytes(value, name, minimum=0 if name == "reserve" else 1))
+        if self.nvme_path is not None:
+            if not isinstance(self.nvme_path, (str, os.PathLike)) or not os.path.isdir(self.nvme_path):
+                raise ValueError(f"nvme_path={self.nvme_path!r} is not a directory; name one on an NVMe disk")
+        elif self.nvme_budget is not None:
+            raise ValueError(f"nvme_budget={self.nvme_budget} needs nvme_path, the directory to spill to")
         self._flags("fused_loss", "enable_flash_attention", "enable_fused_normalization", "enable_jit_fused", "enable_all_optimization")
         self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")

@@ -62,6 +62,8 @@ pub(super) fn levels(memory: &Memory, request: &PlanRequest) -> Result<Vec<Activ
     let shares = OFFLOADED_SHARES[usize::from(given.is_some())];
     let counts: Vec<usize> = match request.offload {
         Offload::None => vec![0],
+        // With a disk in the plan host memory is short: what offloading took of it would have to be spilled.
+        Offload::Auto if request.nvme.is_some() => vec![0],
         Offload::Full => vec![candidates.len()],
         Offload::Auto => thinned(candidates.len(), shares),
     };

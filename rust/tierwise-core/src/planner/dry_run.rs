@@ -103,7 +103,7 @@ impl DryRun<'_> {
                         needed_at: OpId(needed_at as u32),
                     });
                 }
-                Action::Step { chunk, tier: crate::Tier::Host, .. } => steps.push(chunk),
+                Action::Step { chunk, tier: crate::Tier::Host | crate::Tier::Nvme, .. } => steps.push(chunk),
                 _ => {}
             }
         }

@@ -1,5 +1,6 @@
 //! The model of device memory: what is alive at every operation of a micro-batch.
 
+use super::activations::Activations;
 use super::{PlanError, PlanRequest};
 use crate::Tier;
 use crate::layout::Layout;
@@ -11,12 +12,17 @@ pub(super) struct Memory<'a> {
     pub layout: &'a Layout,
     pub trace: &'a Trace,
     pub accumulation: u32,
+    /// Host bytes that chunks may take before something is spilled.
+    pub host_budget: u64,
+    pub nvme: Option<super::NvmeRequest>,
     /// Elements with optimizer states.
     pub state_numel: u64,
     /// Per unit: its chunks, each once.
     pub unit_chunks: Vec<Vec<usize>>,
     /// Per chunk: first operation that reads it, `usize::MAX` if none does.
     pub first_use: Vec<usize>,
+    /// Chunks by their first use.
+    pub forward_order: Vec<usize>,
     /// Per chunk: number of operations that read it.
     pub uses: Vec<u64>,
     /// Per chunk: backward operations, if it has any and is trained.
@@ -47,6 +53,11 @@ impl<'a> Memory<'a> {
             if speed.is_nan() || speed <= 0.0 {
                 return invalid(format!("speed {name} is {speed}; it must be positive"));
             }
+        }
+        if let Some(nvme) = request.nvme
+            && !(nvme.read_bytes > 0.0 && nvme.write_bytes > 0.0)
+        {
+            return invalid(format!("the disk's speeds are {} and {} bytes/s; they must be positive", nvme.read_bytes, nvme.write_bytes));
         }
         if trace.ops.is_empty() {
             return invalid("the trace has no operations".to_owned());
@@ -93,8 +104,20 @@ impl<'a> Memory<'a> {
                 }
             }
         }
+        // Chunks that are used first get the fastest tier: their gradients come last and their parameters are needed first.
+        let mut forward_order: Vec<usize> = (0..chunks).collect();
+        forward_order.sort_by_key(|&c| (first_use[c], c));
         let state_numel = layout.chunks.iter().map(|c| c.state_numel).sum();
-        Ok(Memory { layout, trace, accumulation: request.accumulation, state_numel, unit_chunks, first_use, uses, backward })
+        let PlanRequest { accumulation, host_budget, nvme, .. } = *request;
+        Ok(Memory { layout, trace, accumulation, host_budget, nvme, state_numel, unit_chunks, first_use, forward_order, uses, backward })
+    }
+
+    /// What is spilled leaves room for offloaded activations.
+    pub fn leave_room(&mut self, levels: &[Activations]) {
+        if self.nvme.is_some() {
+            let most = levels.iter().map(|activations| activations.host_bytes).max().unwrap_or(0);
+            self.host_budget = self.host_budget.saturating_sub(most);
+        }
     }
 
     /// Largest gradient of a host-class chunk that one operation completes: so much may be on its way while the next is produced.
@@ -108,8 +131,8 @@ impl<'a> Memory<'a> {
     }
 
     /// Whether the gradients of a micro-batch leave for the host.
-    fn sends(&self, placement: ChunkPlan) -> bool {
-        placement.class == OptimizerClass::Host && !(self.accumulation > 1 && placement.accumulate == Tier::Device)
+    pub fn sends(&self, placement: ChunkPlan) -> bool {
+        placement.class.on_cpu() && !(self.accumulation > 1 && placement.accumulate == Tier::Device)
     }
 
     /// Gradients alive at every operation, those on their way to the host included.
@@ -132,7 +155,9 @@ impl<'a> Memory<'a> {
                     gone[self.first_use[chunk.index()] + 1] += bytes;
                 }
                 OptimizerClass::Frozen => gone[backward.first] += bytes,
-                OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host => gone[backward.last + 1] += bytes,
+                OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host | OptimizerClass::Nvme => {
+                    gone[backward.last + 1] += bytes;
+                }
             }
             if self.sends(placement) {
                 sent[backward.last + 1] += bytes;

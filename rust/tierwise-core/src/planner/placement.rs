@@ -2,9 +2,10 @@
 
 use super::activations::Activations;
 use super::memory::Memory;
+use super::spill;
 use super::visiting;
 use super::{Placement, PlanError, PlanRequest};
-use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, OptimizerClass, ParamHome, host_region_bytes};
+use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome};
 use crate::slab::SLOT_ALIGN;
 use crate::streaming::staging_bytes;
 use crate::{OpId, Tier};
@@ -33,6 +34,7 @@ pub(super) struct Group {
 pub(super) struct Row {
     pub chunks: Vec<ChunkPlan>,
     pub host: HostBytes,
+    pub nvme: Option<NvmePlan>,
     pub cost: Cost,
     /// Undo records of all host-class chunks.
     pub undo_bytes: u64,
@@ -93,13 +95,11 @@ impl Row {
 /// Calls `visit` with every group of placements that the request allows.
 pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: impl FnMut(&Group)) -> Result<(), PlanError> {
     let layout = memory.layout;
-    // Chunks that are used first get device states first: their gradients come last and their parameters are needed first.
-    let mut forward_order: Vec<usize> = (0..layout.chunks.len()).collect();
-    forward_order.sort_by_key(|&c| (memory.first_use[c], c));
+    let forward_order = &memory.forward_order;
     if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac, stream_optim_frac } = request.placement {
-        let mut chunks = fixed(memory, &forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
-        visiting::fixed(memory, &forward_order, stream_optim_frac, &mut chunks)?;
-        let rows = accumulate_levels(request, chunks.len()).into_iter().map(|sums| with_sums(&chunks, &forward_order, sums)).collect();
+        let mut chunks = fixed(memory, forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
+        visiting::fixed(memory, forward_order, stream_optim_frac, &mut chunks)?;
+        let rows = accumulate_levels(request, chunks.len()).into_iter().map(|sums| with_sums(&chunks, forward_order, sums)).collect();
         visit(&group(memory, rows, false));
         return Ok(());
     }
@@ -123,7 +123,7 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
             .filter(|&c| base[c].home == ParamHome::Resident && base[c].class == OptimizerClass::Host)
             .collect();
         for sums in accumulate_levels(request, base.len()) {
-            let base = with_sums(&base, &forward_order, sums);
+            let base = with_sums(&base, forward_order, sums);
             for &share in &shares {
                 let mut base = base.clone();
                 if !visiting::spread(memory, &eligible, share, &mut base) && share > 0.0 {
@@ -227,13 +227,13 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     Group { rows, monotone, variants, prefetch_slab }
 }
 
-fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64, staging: u64) -> Row {
+fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64, staging: u64) -> Row {
     let layout = memory.layout;
     let mut base = DeviceBytes { staging, ..DeviceBytes::default() };
     let mut host = HostBytes::default();
     let mut cost = Cost::default();
     let mut undo_bytes = 0;
-    let mut largest_grad = 0;
+    let nvme = spill::spill(memory, &mut chunks);
     for chunk in layout.ids() {
         let placement = chunks[chunk.index()];
         let of_chunk = HostBytes::of_chunk(layout, chunk, placement, memory.accumulation);
@@ -241,7 +241,7 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
         host.states += of_chunk.states;
         host.gradients += of_chunk.gradients;
         match placement.home {
-            ParamHome::Resident => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
+            ParamHome::Resident | ParamHome::Spilled => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
             ParamHome::Streamed => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
         }
         if memory.accumulation > 1 && placement.accumulate == Tier::Device {
@@ -253,30 +253,30 @@ fn row(memory: &Memory, chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: 
                 cost.visiting_numel += layout.chunks[chunk.index()].state_numel;
                 cost.visiting_bytes += layout.state_bytes(chunk);
             }
-            OptimizerClass::Host => {
+            OptimizerClass::Host | OptimizerClass::Nvme => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
-                undo_bytes += layout.undo_bytes(chunk);
+                if placement.class == OptimizerClass::Host {
+                    undo_bytes += layout.undo_bytes(chunk);
+                }
                 if memory.accumulation > 1 && placement.accumulate == Tier::Device {
                     cost.sum_bytes += layout.grad_acc_bytes(chunk);
                 } else {
                     cost.grad_bytes += layout.grad_bytes(chunk);
                     // The accumulator is read and written, the landed gradient too.
                     cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
-                    largest_grad = layout.grad_bytes(chunk).max(largest_grad);
                 }
-                if placement.home == ParamHome::Resident {
+                if placement.home.is_resident() {
                     cost.refresh_bytes += layout.param_bytes(chunk);
                 }
             }
             OptimizerClass::Frozen => {}
         }
     }
-    if memory.accumulation > 1 {
-        host.staging = 2 * host_region_bytes(largest_grad);
-    }
+    host.staging = spill::landing_bytes(memory, &chunks);
+    host.nvme_staging = nvme.map_or(0, |n| u64::from(n.buffers) * n.buffer_bytes);
     let ample = memory.in_flight_bytes(&chunks);
     let gradients = [memory.gradients(&chunks, ample), memory.gradients(&chunks, 0)];
-    Row { chunks, host, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
+    Row { chunks, host, nvme, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
 }
 
 /// The placement that fractions ask for: whole chunks, at least as many elements as asked for, the latest-used first.

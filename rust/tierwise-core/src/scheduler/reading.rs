@@ -3,7 +3,6 @@
 use super::event::{Action, Progress, ScheduleError};
 use super::state::{Grad, Verdict, Work};
 use super::{Scheduler, slot_bytes};
-use crate::plan::OptimizerClass;
 use crate::residency::Transition;
 use crate::trace::Phase;
 use crate::{ChunkId, Tier};
@@ -235,7 +234,7 @@ impl Scheduler {
 
     /// Whether the host rewrites the chunk's parameters before the trace wraps around.
     pub(super) fn is_rewritten(&self, chunk: ChunkId) -> bool {
-        self.plan.chunks[chunk.index()].class == OptimizerClass::Host && self.is_last_micro_step()
+        self.plan.chunks[chunk.index()].class.on_cpu() && self.is_last_micro_step()
     }
 
     pub(super) fn is_last_micro_step(&self) -> bool {

@@ -3,7 +3,7 @@
 use super::event::{Action, Decision, Progress, ScheduleError};
 use super::state::{Grad, Verdict, Work};
 use super::{CLIP_TOLERATED, CLIP_WINDOW, Commit, Scheduler};
-use crate::plan::{ClipMode, OptimizerClass, ParamHome};
+use crate::plan::{ClipMode, OptimizerClass};
 use crate::residency::{Residency, Transition};
 use crate::{ChunkId, Tier};
 
@@ -80,6 +80,7 @@ impl Scheduler {
         wanted
             && within
             && readable
+            // A spilled chunk waits for the decision: its undo record would be as large as what was spilled to save memory.
             && self.plan.chunks[chunk.index()].class == OptimizerClass::Host
             && self.undo_top + self.layout.undo_bytes(chunk) <= self.plan.undo_bytes
     }
@@ -217,7 +218,8 @@ impl Scheduler {
     }
 
     pub(super) fn begin_step(&mut self, chunk: ChunkId, grad_scale: f32, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
-        let on_device = self.plan.chunks[chunk.index()].class.steps_on_device();
+        let class = self.plan.chunks[chunk.index()].class;
+        let on_device = class.steps_on_device();
         self.begin_write(chunk)?;
         if on_device {
             // Stream-ordered: whoever reads the parameters waits for the step's event.
@@ -227,7 +229,11 @@ impl Scheduler {
         } else {
             self.chunks[chunk.index()].work = Work::Stepping;
         }
-        let tier = if on_device { Tier::Device } else { Tier::Host };
+        let tier = match class {
+            OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
+            OptimizerClass::Nvme => Tier::Nvme,
+            OptimizerClass::Host | OptimizerClass::Frozen => Tier::Host,
+        };
         actions.push(Action::Step { chunk, tier, grad_scale });
         Ok(())
     }
@@ -263,7 +269,7 @@ impl Scheduler {
         let state = &mut self.chunks[chunk.index()];
         state.work = Work::Idle;
         state.generation += 1;
-        if self.plan.chunks[chunk.index()].home == ParamHome::Resident {
+        if self.plan.chunks[chunk.index()].home.is_resident() {
             state.param.advance(chunk, "param", Transition::Cache(Tier::Device))?;
             actions.push(Action::Refresh { chunk });
         }

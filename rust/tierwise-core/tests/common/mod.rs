@@ -71,6 +71,7 @@ pub fn h100(device_budget: u64, host_budget: u64) -> PlanRequest {
         accumulate: None,
         clip_mode: ClipMode::Defer,
         speeds: Speeds { flops: 650e12, h2d_bytes: 45e9, d2h_bytes: 45e9, host_adam_params: 5.5e9, device_memory_bytes: 2.6e12 },
+        nvme: None,
     }
 }
 
@@ -111,6 +112,7 @@ pub fn bare_plan(chunks: Vec<ChunkPlan>, units: usize, slab_bytes: u64, accumula
         device: DeviceBytes::default(),
         device_peak_op: tierwise_core::OpId(0),
         host: HostBytes::default(),
+        nvme: None,
         fetches: Vec::new(),
         predicted_step_s: 0.0,
         bound_by: "compute".to_owned(),

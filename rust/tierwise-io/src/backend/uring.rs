@@ -31,6 +31,8 @@ pub struct Uring {
     landed: VecDeque<(Moving, std::result::Result<usize, i32>)>,
     wake: Arc<EventFd>,
     wake_armed: bool,
+    /// Woken since the last [`Backend::reap`]: the queue may have something that it did not have when it was last asked.
+    woken: bool,
     depth: usize,
     write_flags: i32,
     /// Registered ranges (address, bytes), in the order of their indices.
@@ -97,6 +99,7 @@ impl Uring {
             landed: VecDeque::new(),
             wake,
             wake_armed: false,
+            woken: false,
             depth,
             registered: Vec::new(),
             registered_note: None,
@@ -198,6 +201,7 @@ impl Uring {
         while let Some(entry) = self.ring.completion().next() {
             if entry.user_data() == WAKE {
                 self.wake_armed = false;
+                self.woken = true;
                 self.wake.clear();
             } else if let Some(moving) = self.moving.remove(&entry.user_data()) {
                 self.landed.push_back((moving, usize::try_from(entry.result()).map_err(|_| -entry.result())));
@@ -245,9 +249,10 @@ impl Backend for Uring {
             if let Some(moving) = self.moving.get_mut(&id) {
                 moving.checksum = moving.op.checksum_before();
             }
-        } else {
+        } else if !self.woken {
             self.wait(timeout)?;
         }
+        self.woken = false;
         Ok(())
     }
 
@@ -282,5 +287,28 @@ fn hint(errno: i32) -> &'static str {
         libc::ENOSYS => " (the kernel was built without it)",
         libc::ENOMEM => " (raise ulimit -l)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spill_file::Naming;
+    use std::time::Instant;
+
+    /// The wake-up that comes while `reap` gives the kernel its turn is as good as one that comes while it waits.
+    #[test]
+    fn a_wake_up_before_the_wait_is_not_lost() {
+        let directory = std::env::temp_dir();
+        let Ok(file) = SpillFile::create(&directory, 1 << 20, Naming::Anonymous) else { return };
+        let Ok(mut uring) = Uring::open(Arc::new(file), 4, &[]) else { return };
+        let mut ended = Vec::new();
+        uring.reap(Some(Duration::from_millis(1)), &mut ended).unwrap();
+        assert!(uring.wake_armed);
+        uring.waker().wake();
+        std::thread::sleep(Duration::from_millis(20));
+        let started = Instant::now();
+        uring.reap(Some(Duration::from_secs(20)), &mut ended).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(10), "the driver slept over a request");
     }
 }

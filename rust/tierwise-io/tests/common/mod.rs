@@ -86,7 +86,7 @@ impl Drop for Mount {
 }
 
 pub fn key(chunk: u32) -> Key {
-    Key { chunk, payload: (chunk % 3) as u8 }
+    Key { chunk, payload: chunk % 3 }
 }
 
 /// What a generation of a payload holds: different bytes for every identity.

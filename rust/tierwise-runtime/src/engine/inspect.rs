@@ -60,6 +60,9 @@ impl Engine {
         value["d2h_bytes"] = state.gradients.d2h_bytes.into();
         value["states_visiting_chunks"] = state.streaming.away().into();
         value["states_visited_bytes"] = state.streaming.visited_bytes.into();
+        if let Some(spill) = &state.spill {
+            spill.describe(&mut value)?;
+        }
         Ok(value)
     }
 

@@ -8,6 +8,7 @@ use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, HostPlaces, Regions};
 use crate::record::Recorder;
+use crate::spill::Spill;
 use crate::streaming::Streaming;
 use crate::workers::Worker;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use tierwise_kernels::Pool;
 
 /// What several threads share.
 pub struct Shared {
+    pub(crate) state: Mutex<State>,
     pub(crate) device: Arc<dyn Device>,
     pub(super) clock: Option<Arc<dyn Clock>>,
     pub(crate) pool: Pool,
@@ -27,11 +29,14 @@ pub struct Shared {
     pub(crate) host: u64,
     pub(crate) slab: HostSlab,
     pub(crate) adam_jobs: Worker,
+    /// Steps of spilled chunks, which wait for the disk.
+    pub(crate) spill_jobs: Worker,
+    /// Waits for reads, and for writes.
+    pub(crate) disk_jobs: [Worker; 2],
     pub(crate) landing_jobs: Worker,
     pub(crate) optimizer_jobs: Worker,
     pub(crate) states_jobs: Worker,
-    pub(crate) state: Mutex<State>,
-    pub(super) changed: Condvar,
+    pub(crate) changed: Condvar,
     pub(super) stop: AtomicBool,
 }
 
@@ -63,6 +68,7 @@ pub struct State {
     pub(crate) recorder: Recorder,
     pub(crate) device_budget: Budget,
     pub(crate) host_budget: Budget,
+    pub(crate) spill: Option<Spill>,
     pub(super) external: std::collections::BTreeMap<String, u64>,
     pub(super) failed: Option<Error>,
     pub(super) started: bool,
@@ -133,12 +139,12 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) fn healthy(state: &State) -> Result<()> {
+    pub(crate) fn healthy(state: &State) -> Result<()> {
         state.failed.clone().map_or(Ok(()), Err)
     }
 
     /// Waits until `ready` gives something.
-    fn wait_for<'a, T>(
+    pub(crate) fn wait_for<'a, T>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         keep_waiting: KeepWaiting<'_>,

@@ -4,6 +4,7 @@ use super::shared::State;
 use super::{Engine, Hyper, KeepWaiting, unknown_chunk, wait_for_event};
 use crate::device::{ComputeStream, Queue};
 use crate::error::{Error, Result};
+use crate::spill::Spill;
 use std::sync::{Arc, MutexGuard};
 use tierwise_core::ChunkId;
 use tierwise_core::plan::{OptimizerClass, ParamHome};
@@ -37,7 +38,7 @@ impl Engine {
             return Err(Error::Usage(problem));
         }
         state.started = true;
-        Ok(())
+        self.shared.read_ahead(&mut state)
     }
 
     /// Makes a unit's chunks readable on the compute stream; gives the slots of its streamed chunks.
@@ -251,8 +252,8 @@ impl Engine {
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
         let settled = |state: &mut State| {
-            let working = state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.away() > 0;
-            !working
+            let spilling = state.spill.as_ref().is_some_and(Spill::is_busy);
+            !(state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.away() > 0 || spilling)
         };
         let state = self.shared.wait_until(state, keep_waiting, settled)?;
         let events = Queue::ALL.map(|queue| self.shared.device.record(queue));

@@ -114,6 +114,9 @@ pub struct StepArgs {
     /// Limit of host memory per GPU; its share of what the machine has if left out.
     #[arg(long, value_parser = parse_bytes)]
     pub host_budget: Option<u64>,
+    /// Limit of the spill file per GPU, on a machine with an NVMe disk; nothing is spilled if left out.
+    #[arg(long, value_parser = parse_bytes)]
+    pub nvme_budget: Option<u64>,
     /// Device memory kept free for the CUDA context, workspaces and fragmentation.
     #[arg(long, value_parser = parse_bytes, default_value = "2GB")]
     pub reserve: u64,
@@ -159,6 +162,7 @@ impl StepArgs {
             device_budget: self.device_budget.unwrap_or(hardware.device_memory_bytes),
             host_budget: self.host_budget.unwrap_or(share.host_memory_bytes),
             memory: Memory::Reserve(self.reserve),
+            nvme_budget: self.nvme_budget.unwrap_or(0),
             recompute: match self.recompute {
                 RecomputeArg::Auto => Recompute::Auto,
                 RecomputeArg::None => Recompute::None,

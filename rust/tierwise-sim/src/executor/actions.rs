@@ -4,6 +4,7 @@ use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
 use tierwise_core::plan::OptimizerClass;
+use tierwise_core::plan::ParamHome;
 use tierwise_core::scheduler::{Action, Event, Progress};
 use tierwise_core::{ChunkId, Tier};
 
@@ -13,6 +14,8 @@ impl Run<'_> {
         for action in actions {
             match *action {
                 Action::Fetch { chunk, offset, demand, .. } => self.fetch(chunk, offset, demand),
+                // A spilled chunk's step sends its parameters piece by piece.
+                Action::Refresh { chunk } if self.setup.plan.chunks[chunk.index()].home == ParamHome::Spilled => {}
                 Action::Refresh { chunk } => {
                     let waits = self.commit.into_iter().collect();
                     self.copy_params(chunk, "refresh", waits, Cause::Optimizer);
@@ -27,6 +30,7 @@ impl Run<'_> {
                     OptimizerClass::Streamed => self.step_streamed(chunk),
                     _ => self.step_on_device(chunk),
                 },
+                Action::Step { chunk, tier: Tier::Nvme, .. } => self.step_spilled(chunk),
                 Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
                 Action::Speculate { chunk, .. } => {
                     // Everything that the step overwrites is read and written once more.
@@ -81,7 +85,7 @@ impl Run<'_> {
     }
 
     /// Bytes that one step of a chunk moves, its final gradient included.
-    fn step_bytes(&self, chunk: ChunkId) -> u64 {
+    pub(super) fn step_bytes(&self, chunk: ChunkId) -> u64 {
         let layout = self.setup.layout;
         let state = &layout.chunks[chunk.index()];
         self.final_grad_bytes(chunk) + 2 * state.state_numel * (layout.precision.param_bytes() + layout.precision.state_bytes())
@@ -116,7 +120,7 @@ impl Run<'_> {
         let bytes = self.setup.layout.grad_bytes(chunk);
         let accumulates = plan.accumulation > 1;
         let sums_on_device = plan.sums_on_device(chunk);
-        let on_host = plan.chunks[chunk.index()].class == OptimizerClass::Host;
+        let on_host = plan.chunks[chunk.index()].class.on_cpu();
         let leaves = on_host && !sums_on_device;
         if leaves {
             let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;

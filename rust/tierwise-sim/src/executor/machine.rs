@@ -23,6 +23,10 @@ pub enum Lane {
     Reduce,
     /// The worker that adds landed gradients and takes their norm; work is bytes of host memory traffic.
     Landing,
+    /// The disk's reads; work is bytes.
+    DiskRead,
+    /// The disk's writes; work is bytes.
+    DiskWrite,
     /// The copy stream of optimizer states that visit the device; work is bytes.
     StatesIn,
     /// The copy stream of optimizer states that go back; work is bytes.
@@ -30,7 +34,7 @@ pub enum Lane {
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 10] = [
+pub const LANES: [Lane; 12] = [
     Lane::Compute,
     Lane::HostToDevice,
     Lane::DeviceToHost,
@@ -39,6 +43,8 @@ pub const LANES: [Lane; 10] = [
     Lane::Gather,
     Lane::Reduce,
     Lane::Landing,
+    Lane::DiskRead,
+    Lane::DiskWrite,
     Lane::StatesIn,
     Lane::StatesOut,
 ];
@@ -55,6 +61,8 @@ impl Lane {
             Lane::Gather => "all-gather",
             Lane::Reduce => "reduce",
             Lane::Landing => "host norm",
+            Lane::DiskRead => "nvme read",
+            Lane::DiskWrite => "nvme write",
             Lane::StatesIn => "states in",
             Lane::StatesOut => "states out",
         }

@@ -65,6 +65,12 @@ impl<'a> Speeds<'a> {
             rates[Lane::Gather as usize] = 0.5;
             rates[Lane::Reduce as usize] = 0.5;
         }
+        if let Some(disk) = self.hardware.nvme {
+            // A disk does one or the other at any moment.
+            let turn = if busy(Lane::DiskRead) && busy(Lane::DiskWrite) { 0.5 } else { 1.0 };
+            rates[Lane::DiskRead as usize] = disk.read_bytes_per_s * turn / 1e9;
+            rates[Lane::DiskWrite as usize] = disk.write_bytes_per_s * turn / 1e9;
+        }
         rates
     }
 
@@ -79,7 +85,7 @@ impl<'a> Speeds<'a> {
         let half = if busy(Lane::HostAdam) && busy(Lane::Landing) { 0.5 } else { 1.0 };
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
-        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0]
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0, 0.0, 0.0]
     }
 
     fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
@@ -100,7 +106,7 @@ impl<'a> Speeds<'a> {
         let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0]
+        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0, 0.0, 0.0]
     }
 }
 

@@ -16,6 +16,8 @@ pub struct Tally {
     pub stalls: Stalls,
     pub h2d_bytes: u64,
     pub d2h_bytes: u64,
+    pub nvme_read_bytes: u64,
+    pub nvme_written_bytes: u64,
     pub communicated_ns: u64,
     /// By track.
     pub busy_ns: BTreeMap<String, u64>,
@@ -39,6 +41,8 @@ impl Tally {
             }
             Lane::HostToDevice | Lane::StatesIn => self.h2d_bytes += ended.bytes,
             Lane::DeviceToHost | Lane::StatesOut => self.d2h_bytes += ended.bytes,
+            Lane::DiskRead => self.nvme_read_bytes += ended.bytes,
+            Lane::DiskWrite => self.nvme_written_bytes += ended.bytes,
             Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
             Lane::Optimizer | Lane::HostAdam | Lane::Landing => {}
         }

@@ -23,6 +23,10 @@ pub struct Outcome {
     pub h2d_bytes: u64,
     /// Bytes copied from the device.
     pub d2h_bytes: u64,
+    /// Bytes read from the spill file.
+    pub nvme_read_bytes: u64,
+    /// Bytes written to the spill file.
+    pub nvme_written_bytes: u64,
     /// Nanoseconds of collectives of the data-parallel group at full speed of the links, hidden or not.
     pub communicated_ns: u64,
     /// Nanoseconds that each lane was busy, by track.
@@ -77,6 +81,8 @@ impl Run<'_> {
             stalls: tally.stalls,
             h2d_bytes: tally.h2d_bytes,
             d2h_bytes: tally.d2h_bytes,
+            nvme_read_bytes: tally.nvme_read_bytes,
+            nvme_written_bytes: tally.nvme_written_bytes,
             communicated_ns: tally.communicated_ns,
             busy_ns: tally.busy_ns,
             device_peak_bytes: self.device.peak(),

@@ -276,6 +276,8 @@ impl Step<'_> {
                 stalls,
                 h2d_bytes: record.tally.h2d_bytes,
                 d2h_bytes: record.tally.d2h_bytes,
+                nvme_read_bytes: 0,
+                nvme_written_bytes: 0,
                 communicated_ns: record.tally.communicated_ns,
                 busy_ns: record.tally.busy_ns,
                 device_peak_bytes: record.device_peak_bytes,

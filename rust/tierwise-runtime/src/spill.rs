@@ -1,0 +1,253 @@
+//! Spilled states: the spill file, its staging buffers, and the transfers between them that the core's staging machine asks for.
+//!
+//! A piece is one buffer, one read and one write: `[param,] master, exp_avg, exp_avg_sq` of its elements, one after the other.
+
+pub mod access;
+mod step;
+
+use crate::device::EventRef;
+use crate::engine::{Shared, State};
+use crate::error::{Error, Result};
+use crate::memory::StepBases;
+use crate::workers::Job;
+use std::path::Path;
+use std::sync::Arc;
+use tierwise_core::ChunkId;
+use tierwise_core::budget::Budget;
+use tierwise_core::layout::Layout;
+use tierwise_core::plan::{NvmePlan, ParamHome, Plan};
+use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
+use tierwise_core::trace::Trace;
+use tierwise_io::buffer::Buffer;
+use tierwise_io::store::{Slab, Store, StoreConfig};
+use tierwise_io::{Direction, Key, Priority};
+
+/// Block transfers that the disk has at once.
+const QUEUE_DEPTH: usize = 32;
+/// The same where threads do them.
+const THREADS: usize = 16;
+
+/// Opens the spill file of a plan in a directory; `staging` is the memory that transfers use.
+pub fn open(directory: &Path, plan: &NvmePlan, staging: Slab) -> Result<Store> {
+    let config = StoreConfig {
+        block_bytes: plan.block_bytes as usize,
+        queue_depth: QUEUE_DEPTH,
+        threads: THREADS,
+        slabs: vec![staging],
+        ..StoreConfig::new(directory, plan.file_bytes)
+    };
+    Store::open(config).map_err(|source| Error::Storage { what: format!("nvme_path `{}`", directory.display()), source })
+}
+
+/// What the engine knows of its spilled states.
+pub struct Spill {
+    pieces: Pieces,
+    staging: Staging,
+    store: Option<Store>,
+    /// Address of the first staging buffer.
+    base: u64,
+    plan: NvmePlan,
+    /// Bytes per element of the payloads, in their order: parameter, master, first and second moment. Per chunk, the parameter's may be 0.
+    elements: Vec<[u64; 4]>,
+    budget: Budget,
+    /// Per buffer: the copy to the device that reads it.
+    copied: Vec<Option<EventRef>>,
+    /// Whether a caller reads or changes states by name.
+    accessing: bool,
+    /// When the latest transfer of each direction ended, so that spans of a track do not overlap.
+    last_end_ns: [u64; 2],
+    /// Nanoseconds that steps waited for a piece.
+    waited_ns: u64,
+}
+
+/// Payloads of a piece by name, in their order.
+pub const PAYLOADS: [&str; 4] = ["param", "master", "exp_avg", "exp_avg_sq"];
+
+impl Spill {
+    /// Nothing spilled yet: every piece reads as zeros until it is written.
+    pub fn new(layout: &Layout, trace: &Trace, plan: &Plan, nvme: NvmePlan, store: Store, base: u64, budget: Budget) -> Spill {
+        let pieces = Pieces::new(layout, trace, plan);
+        let precision = layout.precision;
+        let elements = plan
+            .chunks
+            .iter()
+            .map(|placed| {
+                let param = if placed.home == ParamHome::Spilled { precision.param_bytes() } else { 0 };
+                [param, precision.master_bytes(), 4, 4]
+            })
+            .collect();
+        Spill {
+            staging: Staging::new(pieces.len(), nvme.buffers),
+            pieces,
+            store: Some(store),
+            base,
+            plan: nvme,
+            elements,
+            budget,
+            copied: vec![None; nvme.buffers as usize],
+            accessing: false,
+            last_end_ns: [0; 2],
+            waited_ns: 0,
+        }
+    }
+
+    /// Whether something is being stepped, accessed or written.
+    pub fn is_busy(&self) -> bool {
+        self.accessing || self.staging.is_busy()
+    }
+
+    /// Takes the store out, to be dropped.
+    pub fn close(&mut self) -> Option<Store> {
+        self.store.take()
+    }
+
+    /// Adds counters to the engine's.
+    pub fn describe(&self, value: &mut serde_json::Value) -> Result<()> {
+        let Some(store) = &self.store else { return Ok(()) };
+        let metrics = store.metrics().map_err(|source| Error::Storage { what: "the spill file".to_owned(), source })?;
+        value["nvme_bytes"] = metrics.used_bytes.into();
+        value["nvme_file_bytes"] = self.budget.used().into();
+        value["nvme_budget_bytes"] = self.budget.limit().into();
+        value["nvme_read_bytes"] = metrics.read.bytes.into();
+        value["nvme_written_bytes"] = metrics.write.bytes.into();
+        value["nvme_read_ns"] = metrics.read.in_flight_ns.into();
+        value["nvme_write_ns"] = metrics.write.in_flight_ns.into();
+        value["nvme_wait_ns"] = self.waited_ns.into();
+        value["nvme_retries"] = (metrics.retries + metrics.rereads + metrics.short_transfers).into();
+        value["nvme_payload_bytes"] = self.plan.payload_bytes.into();
+        value["nvme_staging_bytes"] = (u64::from(self.plan.buffers) * self.plan.buffer_bytes).into();
+        value["nvme_buffers"] = serde_json::to_value(self.staging.buffers()).unwrap_or_default();
+        value["nvme"] = serde_json::to_value(store.setup()).unwrap_or_default();
+        Ok(())
+    }
+
+    fn address(&self, buffer: u32) -> u64 {
+        self.base + u64::from(buffer) * self.plan.buffer_bytes
+    }
+
+    /// Address of a payload of a piece in its buffer; bytes per element.
+    fn payload(&self, piece: Piece, buffer: u32, payload: usize) -> (u64, u64) {
+        let elements = self.elements[piece.chunk.index()];
+        let before: u64 = elements[..payload].iter().sum();
+        (self.address(buffer) + before * piece.numel, elements[payload])
+    }
+
+    /// Bases of the payloads in a buffer, as if all of the chunk were there; `param` is its base elsewhere, where it is not spilled.
+    fn bases(&self, piece: Piece, buffer: u32, param: u64) -> StepBases {
+        let base = |payload: usize| {
+            let (address, bytes) = self.payload(piece, buffer, payload);
+            address.wrapping_sub(piece.first * bytes)
+        };
+        let spilled = self.elements[piece.chunk.index()][0] > 0;
+        StepBases { param: if spilled { base(0) } else { param }, master: base(1), exp_avg: base(2), exp_avg_sq: base(3) }
+    }
+
+    /// The piece's name on the disk.
+    fn key(&self, piece: PieceId) -> Key {
+        let chunk = self.pieces.get(piece).chunk;
+        let first = self.pieces.of_chunk(chunk).next().map_or(0, |first| first.0);
+        Key { chunk: chunk.0, payload: piece.0 - first }
+    }
+}
+
+/// A piece for people.
+fn piece_name(state: &State, piece: Piece) -> String {
+    let name = &state.scheduler.layout().chunks[piece.chunk.index()].name;
+    let param = state.scheduler.plan().chunks[piece.chunk.index()].home == ParamHome::Spilled;
+    let payloads = if param { "param, master, exp_avg, exp_avg_sq" } else { "master, exp_avg, exp_avg_sq" };
+    format!("spilled {payloads} of `{name}`, elements {} to {}", piece.first, piece.first + piece.numel)
+}
+
+impl Shared {
+    /// Starts to read what the first steps need.
+    pub(crate) fn read_ahead(&self, state: &mut State) -> Result<()> {
+        let Some(spill) = &mut state.spill else { return Ok(()) };
+        let mut transfers = Vec::new();
+        spill.staging.fill(&mut transfers);
+        self.transfer(state, &transfers)
+    }
+
+    /// Starts transfers in their order.
+    pub(crate) fn transfer(&self, state: &mut State, transfers: &[Transfer]) -> Result<()> {
+        for transfer in transfers {
+            let outcome = match *transfer {
+                Transfer::Read { piece, buffer, generation } => self.submit(state, Direction::Read, piece, buffer, generation),
+                Transfer::Write { piece, buffer, generation } => self.submit(state, Direction::Write, piece, buffer, generation),
+                Transfer::Zero { piece, buffer } => {
+                    let spill = spill(state)?;
+                    let (address, bytes) = (spill.address(buffer), spill.pieces.get(piece).bytes);
+                    // SAFETY: the buffer is in the slab that `self` keeps alive, and the staging machine has just given it to this piece.
+                    unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes as usize) };
+                    Ok(())
+                }
+            };
+            self.or_stop(state, outcome)?;
+        }
+        if !transfers.is_empty() {
+            self.notify();
+        }
+        Ok(())
+    }
+
+    fn submit(&self, state: &mut State, direction: Direction, id: PieceId, buffer: u32, generation: u64) -> Result<()> {
+        let spill = spill(state)?;
+        let piece = spill.pieces.get(id);
+        let key = spill.key(id);
+        // SAFETY: the store is closed before the slab is freed, and the staging machine leaves the buffer to this transfer until it is
+        // told of its end.
+        let mut bytes = unsafe { Buffer::new(spill.address(buffer) as *mut u8, piece.bytes as usize) };
+        let copied = spill.copied[buffer as usize].take();
+        let Some(store) = &spill.store else { return Err(Error::Stopped("the spill file is closed".to_owned())) };
+        let ticket = match direction {
+            Direction::Read => store.read(key, generation, &mut bytes, Priority::Soon),
+            Direction::Write => store.write(key, generation, &bytes, Priority::Soon),
+        };
+        let what = piece_name(state, piece);
+        let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), source })?;
+        let submitted = self.device.now_ns();
+        let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
+        // A buffer that is written may also be on its way to the device; it is reused after both.
+        self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
+            ticket.wait().map_err(|source| Error::Storage { what, source })?;
+            shared.transferred(direction, buffer, (track, piece, submitted))
+        }))
+    }
+
+    fn transferred(&self, direction: Direction, buffer: u32, (track, piece, submitted): (&'static str, Piece, u64)) -> Result<()> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let end = self.device.now_ns();
+        let spill = spill(state)?;
+        let start = spill.last_end_ns[direction as usize].max(submitted);
+        spill.last_end_ns[direction as usize] = end;
+        let mut transfers = Vec::new();
+        match direction {
+            Direction::Read => spill.staging.was_read(buffer, &mut transfers)?,
+            Direction::Write => spill.staging.was_written(buffer, &mut transfers)?,
+        }
+        if state.recorder.enabled() {
+            let name = format!("{} {}", if direction == Direction::Read { "read" } else { "write" }, chunk_name(state, piece.chunk));
+            state.recorder.span(track, name, piece.bytes, start, end);
+            let used = state.spill.as_ref().and_then(|s| s.store.as_ref()).and_then(|s| s.metrics().ok()).map_or(0, |m| m.used_bytes);
+            state.recorder.sample("nvme bytes", end, used);
+        }
+        self.transfer(state, &transfers)?;
+        drop(guard);
+        self.notify();
+        Ok(())
+    }
+}
+
+fn chunk_name(state: &State, chunk: ChunkId) -> &str {
+    &state.scheduler.layout().chunks[chunk.index()].name
+}
+
+fn spill(state: &mut State) -> Result<&mut Spill> {
+    state.spill.as_mut().ok_or_else(|| Error::Internal("nothing is spilled".to_owned()))
+}
+
+/// Waits for a change, or a moment.
+fn wait<'a>(shared: &'a Arc<Shared>, state: std::sync::MutexGuard<'a, State>) -> std::sync::MutexGuard<'a, State> {
+    let waited = shared.changed.wait_timeout(state, std::time::Duration::from_millis(50));
+    waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
+}

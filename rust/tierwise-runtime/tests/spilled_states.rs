@@ -1,0 +1,372 @@
+//! Spilled states through the engine, over disks that are kind, slow, or fail: the bits of a run in memory, or an error that says which
+//! bytes of what failed and why. Never a wrong weight, a panic or a hang.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tierwise_core::layout::{Layout, ParamSpec, Precision};
+use tierwise_core::plan::{ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::staging::Pieces;
+use tierwise_core::trace::{Op, Phase, Trace, Unit};
+use tierwise_core::{ChunkId, OpId};
+use tierwise_io::Direction;
+use tierwise_io::backend::faulty::{Fault, Faulty, FaultyDisk};
+use tierwise_io::error::Error as DiskError;
+use tierwise_io::queue::Limits;
+use tierwise_io::store::Store;
+use tierwise_kernels::AdamHyper;
+use tierwise_runtime::device::ComputeStream;
+use tierwise_runtime::emulated::{EmulatedConfig, EmulatedDevice};
+use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
+use tierwise_runtime::error::{Error, Result};
+use tierwise_runtime::spill::access::Access;
+
+const STREAM: ComputeStream = ComputeStream(0);
+const CHUNKS: u32 = 3;
+const NUMEL: u64 = 10_000;
+const PIECE: u64 = 4096;
+const BUFFER: u64 = 64 << 10;
+/// Extents of the buffers' size.
+const BLOCK: u64 = 64 << 10;
+
+fn trace() -> Trace {
+    let unit = |i: u32| Unit {
+        name: format!("layers.{i}"),
+        chunks: vec![ChunkId(i)],
+        saved_bytes: 0,
+        input_bytes: 0,
+        offload_bytes: 0,
+        offload_host_bytes: 0,
+        recomputable: true,
+        flops: 1.0,
+    };
+    let op = |unit, phase| Op { unit, phase };
+    let ops = (0..CHUNKS).map(|u| op(u, Phase::Forward)).chain((0..CHUNKS).rev().map(|u| op(u, Phase::Backward)));
+    Trace { units: (0..CHUNKS).map(unit).collect(), ops: ops.collect(), outer_saved_bytes: 0 }
+}
+
+/// Two parameters per chunk, so that pieces and parameters do not end together.
+fn layout() -> Layout {
+    let spec = |i: u32, name: &str, numel| ParamSpec { name: format!("layers.{i}.{name}"), numel, trainable: true };
+    let chunks = (0..CHUNKS).map(|i| (format!("layers.{i}"), vec![spec(i, "weight", NUMEL - 77), spec(i, "bias", 77)]));
+    Layout::new(Precision::Bf16, chunks.collect())
+}
+
+fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
+    let nvme = NvmePlan {
+        piece_numel: PIECE,
+        buffer_bytes: BUFFER,
+        buffers,
+        block_bytes: BLOCK,
+        file_bytes: u64::from(CHUNKS * 3 + buffers) * BLOCK,
+        ..NvmePlan::default()
+    };
+    Plan {
+        version: 1,
+        chunks: vec![placement; CHUNKS as usize],
+        activations: vec![ActivationPlan::Keep; CHUNKS as usize],
+        offload_window_bytes: 0,
+        stream_slab_bytes: 0,
+        grad_in_flight_bytes: 1 << 20,
+        accumulation: 1,
+        clip_mode: ClipMode::Defer,
+        undo_bytes: 0,
+        device: DeviceBytes::default(),
+        device_peak_op: OpId(0),
+        host: HostBytes::default(),
+        nvme: (placement.class == OptimizerClass::Nvme).then_some(nvme),
+        fetches: Vec::new(),
+        predicted_step_s: 0.0,
+        bound_by: String::new(),
+    }
+}
+
+/// Which transfer gets which fault: by direction and number, from the moment it is armed.
+#[derive(Clone, Default)]
+struct Script {
+    armed: Arc<AtomicBool>,
+    faults: Arc<Mutex<Vec<(Direction, u64, Fault)>>>,
+    /// Nanoseconds that every transfer takes longer.
+    late_ns: u64,
+}
+
+impl Script {
+    fn store(&self, plan: &NvmePlan) -> Store {
+        let Script { armed, faults, late_ns } = self.clone();
+        let blocks = (plan.file_bytes / plan.block_bytes) as u32;
+        let bytes = plan.file_bytes as usize;
+        let limits = Limits { queue_depth: 8, block_bytes: plan.block_bytes as usize, alignment: 4096, blocks };
+        let mut seen = [0_u64; 2];
+        let decide = move |op: &tierwise_io::backend::Op, _: &mut _| {
+            let late = (late_ns > 0).then_some(Fault::Late(late_ns));
+            if !armed.load(Ordering::Acquire) {
+                return late;
+            }
+            let number = seen[op.direction as usize];
+            seen[op.direction as usize] += 1;
+            let found = faults.lock().unwrap().iter().find(|(d, n, _)| *d == op.direction && *n == number).map(|(_, _, fault)| *fault);
+            found.or(late)
+        };
+        let open = move || Ok(Box::new(Faulty::new(FaultyDisk::new(bytes, 4096, 7, Box::new(decide)), 8)) as Box<_>);
+        Store::with_backend(limits, Duration::from_secs(30), open).unwrap()
+    }
+}
+
+/// An engine with memory for its parameters and gradients.
+struct Rig {
+    engine: Engine,
+    params: Vec<Vec<u16>>,
+    gradients: Vec<Vec<u16>>,
+    spilled: bool,
+}
+
+fn patience() -> impl FnMut() -> bool {
+    let started = std::time::Instant::now();
+    move || started.elapsed() < Duration::from_secs(20)
+}
+
+impl Rig {
+    fn new(placement: ChunkPlan, buffers: u32, script: &Script) -> Rig {
+        let (layout, plan) = (layout(), plan(placement, buffers));
+        let device = EmulatedDevice::new(EmulatedConfig { threads: 1, ..EmulatedConfig::default() });
+        let config = EngineConfig {
+            device_budget: 1 << 30,
+            host_budget: 1 << 30,
+            max_norm: Some(1.0),
+            threads: Some(1),
+            nvme_budget: 1 << 30,
+            ..EngineConfig::default()
+        };
+        let script = script.clone();
+        let engine = Engine::with_store(layout.clone(), trace(), plan, device, &config, move |nvme, _| Ok(script.store(nvme))).unwrap();
+        let numel = layout.chunks[0].numel as usize;
+        let value = |chunk: usize, i: usize| 0x3f00 + ((chunk * 31 + i * 7) % 251) as u16;
+        let params: Vec<Vec<u16>> = (0..CHUNKS as usize).map(|c| (0..numel).map(|i| value(c, i)).collect()).collect();
+        let rig = Rig { engine, gradients: vec![vec![0; numel]; CHUNKS as usize], params, spilled: placement.home == ParamHome::Spilled };
+        for (chunk, values) in layout.ids().zip(&rig.params) {
+            rig.engine.bind(chunk, Some(values.as_ptr() as u64), None, None).unwrap();
+            if rig.spilled {
+                rig.engine.spilled(chunk, "param", (0, numel as u64), Access::Write(values.as_ptr() as u64), &mut patience()).unwrap();
+            } else {
+                let (host, _) = rig.engine.host_slab();
+                let offset = rig.engine.host_offset(chunk, "param").unwrap().unwrap();
+                // SAFETY: the slab has room for the payload at its offset; nothing else runs yet.
+                unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), (host + offset) as *mut u16, numel) };
+            }
+        }
+        let group = AdamHyper { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+        rig.engine.set_hyper(Hyper { groups: vec![group], group_of_param: vec![Some(0); 2 * CHUNKS as usize] }).unwrap();
+        rig.engine.start().unwrap();
+        rig
+    }
+
+    fn step(&mut self, number: usize) -> Result<()> {
+        for unit in 0..CHUNKS {
+            self.engine.enter(unit, Phase::Forward, STREAM, &mut patience())?;
+            self.engine.leave(unit, Phase::Forward, STREAM)?;
+        }
+        self.engine.backward_begin(1.0, &mut patience())?;
+        for unit in (0..CHUNKS).rev() {
+            self.engine.enter(unit, Phase::Backward, STREAM, &mut patience())?;
+            let layout = layout();
+            let gradient = &mut self.gradients[unit as usize];
+            for (i, value) in gradient.iter_mut().enumerate() {
+                *value = 0x3c00 + ((number * 13 + i * 5) % 509) as u16;
+            }
+            let address = gradient.as_ptr() as u64;
+            let grads: Vec<(usize, u64)> =
+                layout.chunks[unit as usize].params.iter().enumerate().map(|(i, p)| (i, address + 2 * p.offset)).collect();
+            let ticket = self.engine.grads(ChunkId(unit), &grads, STREAM, &mut patience())?;
+            // The copy is over before the memory changes again.
+            let started = std::time::Instant::now();
+            while !self.engine.collect()?.contains(&ticket) {
+                assert!(started.elapsed() < Duration::from_secs(20), "the gradient is never collected");
+                std::thread::yield_now();
+            }
+            self.engine.leave(unit, Phase::Backward, STREAM)?;
+        }
+        self.engine.backward_end(STREAM)?;
+        self.engine.commit(1.0, STREAM, &mut patience())
+    }
+
+    fn run(&mut self, steps: std::ops::Range<usize>) -> Result<()> {
+        for number in steps {
+            self.step(number)?;
+        }
+        self.engine.flush(&mut patience())
+    }
+
+    /// Parameters and states of every chunk.
+    fn state(&self) -> Vec<u8> {
+        let numel = layout().chunks[0].state_numel;
+        let mut all = Vec::new();
+        for chunk in layout().ids() {
+            all.extend(self.params[chunk.index()].iter().flat_map(|v| v.to_le_bytes()));
+            for (payload, bytes) in [("master", 2), ("exp_avg", 4), ("exp_avg_sq", 4)] {
+                let mut values = vec![0_u8; (numel * bytes) as usize];
+                let address = values.as_mut_ptr() as u64;
+                match self.engine.host_offset(chunk, payload).unwrap() {
+                    Some(offset) => {
+                        let (host, _) = self.engine.host_slab();
+                        // SAFETY: the payload is that long, and the engine was flushed.
+                        unsafe { std::ptr::copy_nonoverlapping((host + offset) as *const u8, values.as_mut_ptr(), values.len()) };
+                    }
+                    None => self.engine.spilled(chunk, payload, (0, numel), Access::Read(address), &mut patience()).unwrap(),
+                }
+                all.extend(values);
+            }
+        }
+        all
+    }
+}
+
+fn in_memory(steps: usize) -> Vec<u8> {
+    let mut rig = Rig::new(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, &Script::default());
+    rig.run(0..steps).unwrap();
+    rig.state()
+}
+
+const PLACEMENTS: [ChunkPlan; 2] =
+    [ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Resident), ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Spilled)];
+
+#[test]
+fn any_number_of_buffers_gives_the_bits_of_memory() {
+    let expected = in_memory(5);
+    for placement in PLACEMENTS {
+        for buffers in [1, 2, 3, 5, 12] {
+            let mut rig = Rig::new(placement, buffers, &Script::default());
+            rig.run(0..5).unwrap();
+            assert!(rig.state() == expected, "{placement:?} with {buffers} buffers");
+        }
+    }
+}
+
+#[test]
+fn a_slow_disk_changes_nothing() {
+    let expected = in_memory(3);
+    for placement in PLACEMENTS {
+        let mut rig = Rig::new(placement, 2, &Script { late_ns: 3_000_000, ..Script::default() });
+        rig.run(0..3).unwrap();
+        assert!(rig.state() == expected, "{placement:?}");
+    }
+}
+
+#[test]
+fn faults_that_can_be_repaired_are_and_counted() {
+    let expected = in_memory(4);
+    let repairable = [Fault::Errno(libc::EINTR), Fault::Errno(libc::EAGAIN), Fault::Short(8192), Fault::FlippedBit(77)];
+    for placement in PLACEMENTS {
+        for fault in repairable {
+            let script = Script::default();
+            // A bit that is wrong on the disk stays wrong; one that was wrong on the way is read again.
+            let directions =
+                if matches!(fault, Fault::FlippedBit(_)) { vec![Direction::Read] } else { vec![Direction::Read, Direction::Write] };
+            *script.faults.lock().unwrap() = directions.iter().flat_map(|&d| [(d, 2, fault), (d, 7, fault)]).collect();
+            let mut rig = Rig::new(placement, 2, &script);
+            rig.run(0..2).unwrap();
+            script.armed.store(true, Ordering::Release);
+            rig.run(2..4).unwrap();
+            assert!(rig.state() == expected, "{placement:?} {fault:?}");
+            assert!(rig.engine.stats().unwrap()["nvme_retries"].as_u64().unwrap() >= directions.len() as u64);
+        }
+    }
+}
+
+#[test]
+fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
+    let cases: [(Direction, Fault, &str); 7] = [
+        (Direction::Write, Fault::Errno(libc::EIO), "Input/output error"),
+        (Direction::Write, Fault::Errno(libc::ENOSPC), "No space left on device (os error 28); free space on the disk"),
+        (Direction::Read, Fault::Errno(libc::EIO), "os error 5); the disk is defective or gone (see dmesg)"),
+        (Direction::Write, Fault::FlippedBit(12345), "has checksum"),
+        (Direction::Write, Fault::Lost, "has checksum"),
+        (Direction::Write, Fault::Torn(4096), "has checksum"),
+        (Direction::Write, Fault::TooLong, "the system moved"),
+    ];
+    for placement in PLACEMENTS {
+        for (direction, fault, wanted) in cases {
+            let script = Script::default();
+            script.faults.lock().unwrap().push((direction, 4, fault));
+            let mut rig = Rig::new(placement, 2, &script);
+            rig.run(0..2).unwrap();
+            script.armed.store(true, Ordering::Release);
+            let error = rig.run(2..8).expect_err(&format!("{fault:?}"));
+            let message = error.to_string();
+            assert!(matches!(error, Error::Stopped(_)), "{error:?}");
+            assert!(message.contains(wanted), "{fault:?}: {message}");
+            for part in ["master, exp_avg, exp_avg_sq of `layers.", "elements ", "generation "] {
+                assert!(message.contains(part), "{fault:?}: {message}");
+            }
+            // It stays stopped, and going away does not hang.
+            assert_eq!(rig.engine.flush(&mut patience()).expect_err("stopped").to_string(), message);
+            let mut value = [0_u8; 4];
+            let access = Access::Read(value.as_mut_ptr() as u64);
+            assert!(rig.engine.spilled(ChunkId(0), "exp_avg", (0, 1), access, &mut patience()).is_err());
+        }
+    }
+}
+
+#[test]
+fn an_engine_is_dropped_in_the_middle_of_everything() {
+    for placement in PLACEMENTS {
+        let mut rig = Rig::new(placement, 3, &Script { late_ns: 5_000_000, ..Script::default() });
+        for number in 0..2 {
+            rig.step(number).unwrap();
+        }
+        // Steps, reads and writes are on their way.
+        drop(rig);
+    }
+}
+
+#[test]
+fn states_are_read_and_written_by_name_in_any_part() {
+    let rig = Rig::new(PLACEMENTS[0], 2, &Script::default());
+    let chunk = ChunkId(1);
+    let values: Vec<f32> = (0..NUMEL).map(|i| i as f32).collect();
+    let mut wait = patience();
+    let mut access = |payload, range, access| rig.engine.spilled(chunk, payload, range, access, &mut wait);
+    // Over the borders of pieces, which are at 4096 and 8192.
+    access("exp_avg", (100, 9000), Access::Write(values[100..].as_ptr() as u64)).unwrap();
+    let mut back = vec![1.0_f32; NUMEL as usize];
+    access("exp_avg", (0, NUMEL), Access::Read(back.as_mut_ptr() as u64)).unwrap();
+    assert!(back.iter().enumerate().all(|(i, v)| v.to_bits() == if (100..9100).contains(&i) { i as f32 } else { 0.0 }.to_bits()));
+    access("exp_avg_sq", (4000, 200), Access::Read(back.as_mut_ptr() as u64)).unwrap();
+    assert!(back[..200].iter().all(|v| v.to_bits() == 0), "the other payload of the same pieces was not touched");
+    access("exp_avg", (0, 0), Access::Read(0)).unwrap();
+    for (payload, range) in [("param", (0, 1)), ("grad", (0, 1)), ("exp_avg", (2 * NUMEL, 1)), ("exp_avg", (u64::MAX, 2))] {
+        let message = access(payload, range, Access::Read(0)).expect_err(payload).to_string();
+        assert!(message.contains(&format!("spilled `{payload}`")), "{message}");
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_opened_is_an_error_of_the_engine() {
+    let device = EmulatedDevice::new(EmulatedConfig::default());
+    let config = EngineConfig { device_budget: 1 << 30, host_budget: 1 << 30, ..EngineConfig::default() };
+    let refused = |config: &EngineConfig| Engine::new(layout(), trace(), plan(PLACEMENTS[0], 2), device.clone(), config).err().unwrap();
+    assert!(matches!(refused(&config), Error::Budget(error) if error.to_string().contains("nvme budget exceeded: the spill file needs")));
+    let config = EngineConfig { nvme_budget: 1 << 30, ..config };
+    assert!(refused(&config).to_string().contains("no nvme_path was given"));
+    let config = EngineConfig { nvme_path: Some("/no/such/directory".into()), ..config };
+    match refused(&config) {
+        Error::Storage { what, source: DiskError::Create { errno, .. } } => {
+            assert_eq!((what.as_str(), errno), ("nvme_path `/no/such/directory`", libc::ENOENT));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn pieces_cover_every_element_once() {
+    let (layout, plan) = (layout(), plan(PLACEMENTS[1], 2));
+    let pieces = Pieces::new(&layout, &trace(), &plan);
+    assert_eq!(pieces.len(), 9);
+    for chunk in layout.ids() {
+        let mut next = 0;
+        for piece in pieces.of_chunk(chunk).map(|id| pieces.get(id)) {
+            assert_eq!((piece.first, piece.bytes), (next, piece.numel * 12));
+            next += piece.numel;
+        }
+        assert_eq!(next, layout.chunks[chunk.index()].state_numel);
+    }
+}

@@ -1,0 +1,370 @@
+"""The NVMe tier on a real directory: the same bits as in memory, the bytes that the design promises, and errors where a disk fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tierwise import BudgetError, TierwiseError, _core
+from tierwise.observe import StepMeter
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.timeout(120)
+
+STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
+STREAMED = {**STATIC, "offload_param_frac": 1.0}
+PAGE = 4096
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a disk: where pytest's is in memory, one beside the tests."""
+    try:
+        _core.probe_disk(tmp_path, 2**20, 0.01)
+    except ValueError as error:
+        if "keeps files in memory" in str(error):
+            with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as directory:
+                yield Path(directory)
+            return
+    yield tmp_path
+
+
+def least_host(kit: Any, disk: Path, **options: Any) -> int:
+    """The smallest host budget with which everything that can be spilled is."""
+    with pytest.raises(BudgetError) as caught:
+        kit.boosted(kit.llama(), **options, host_budget=1000, nvme_path=disk)
+    assert caught.value.tier == "host"
+    return caught.value.needed_bytes
+
+
+def placed(result: Any) -> list[dict[str, str]]:
+    chunks: list[dict[str, str]] = result.booster._runtime.memory.plan["chunks"]
+    return chunks
+
+
+def params_host_bytes(result: Any) -> int:
+    layout = result.booster._runtime.layout
+    return sum(-(-layout.param_bytes(c) // PAGE) * PAGE for c in range(layout.num_chunks))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("max_norm", [None, 0.4])
+def test_what_lives_on_the_disk_changes_no_bit(kit: Any, disk: Path, precision: str, accumulation: int, max_norm: float | None) -> None:
+    options: dict[str, Any] = {"precision": precision, "gradient_accumulation_steps": accumulation, "max_norm": max_norm}
+    reference = kit.train(kit.llama(), **options)
+    everything = least_host(kit, disk, **options, **STATIC)
+    states = everything + params_host_bytes(reference)
+    # fp32 has no low halves: leaving the parameters in memory is what differs.
+    tight = least_host(kit, disk, **options, **STREAMED)
+    variants: dict[str, tuple[dict[str, Any], set[tuple[str, str]]]] = {
+        "moments and low halves": ({**STATIC, "host_budget": states}, {("nvme", "resident")}),
+        "parameters too": ({**STATIC, "host_budget": everything}, {("nvme", "spilled")}),
+        "some of both": ({**STATIC, "host_budget": (everything + states) // 2}, {("nvme", "resident"), ("nvme", "spilled")}),
+        "streamed": ({**STREAMED, "host_budget": tight}, {("nvme", "streamed")}),
+        "some in memory": ({**STATIC, "host_budget": states * 7 // 5}, {("nvme", "resident"), ("host", "resident")}),
+        "two threads": ({**STATIC, "host_budget": everything, "num_threads": 2}, {("nvme", "spilled")}),
+        "speculating": ({**STATIC, "host_budget": states * 3 // 2, "clip_mode": "speculate"}, {("nvme", "resident"), ("host", "resident")}),
+        "recomputed": (
+            {**STREAMED, "host_budget": least_host(kit, disk, **options, **STREAMED), "recompute": "full"},
+            {("nvme", "streamed")},
+        ),
+    }
+    if accumulation > 1:
+        for name in ("some of both", "two threads", "recomputed"):
+            del variants[name]
+    for name, (variant, expected) in variants.items():
+        result = kit.train(kit.llama(), **{**options, **variant}, nvme_path=disk)
+        stats = result.booster.stats()
+        result.same_as(reference)
+        assert {(c["class"], c["home"]) for c in placed(result)} == expected, name
+        assert stats["host_peak_bytes"] <= stats["host_budget_bytes"], name
+        assert stats["nvme_bytes"] <= stats["nvme_file_bytes"] <= stats["nvme_budget_bytes"], name
+        assert stats["nvme_written_bytes"] > 20 * stats["nvme_payload_bytes"] * 0.9, name
+        assert stats["nvme_retries"] == 0, name
+    assert list(disk.iterdir()) == []
+
+
+def test_without_a_path_nothing_is_spilled(kit: Any, disk: Path) -> None:
+    plain = kit.train(kit.llama(), steps=3, **STATIC)
+    assert plain.booster._runtime.memory.plan["nvme"] is None
+    assert not [name for name in plain.booster.stats() if name.startswith("nvme")]
+    # With room in memory the disk is not used either.
+    idle = kit.train(kit.llama(), steps=3, **STATIC, nvme_path=disk)
+    assert idle.booster._runtime.memory.plan["nvme"] is None
+    idle.same_as(plain)
+
+
+@pytest.mark.parametrize(("everything", "bytes_per_parameter"), [(False, 20), (True, 24)])
+def test_bytes_per_spilled_parameter_and_step(kit: Any, disk: Path, everything: bool, bytes_per_parameter: int) -> None:
+    options: dict[str, Any] = {"precision": "bf16", **STATIC}
+    reference = kit.train(kit.llama(), steps=1, **options)
+    budget = least_host(kit, disk, **options) + (0 if everything else params_host_bytes(reference))
+    booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=budget, nvme_path=disk)
+    nvme = booster._runtime.memory.plan["nvme"]
+    layout = booster._runtime.layout
+    numels = [layout.state_numel(c) for c in range(layout.num_chunks)]
+    element = bytes_per_parameter // 2
+    assert nvme["read_bytes"] == nvme["written_bytes"] == sum(numels) * element
+    pieces = [min(nvme["piece_numel"], numel - first) for numel in numels for first in range(0, numel, nvme["piece_numel"])]
+    assert len(pieces) > 3 * nvme["buffers"]
+    on_disk = sum(-(-piece * element // PAGE) * PAGE for piece in pieces)
+    before = None
+    for step, ids in enumerate(kit.batches(6)):
+        booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+        booster.flush()
+        stats = booster.stats()
+        if before is not None and step > 2:
+            assert stats["nvme_written_bytes"] - before["nvme_written_bytes"] == on_disk
+            # What is read ahead for the next step may still be on its way.
+            read = stats["nvme_read_bytes"] - before["nvme_read_bytes"]
+            assert abs(read - on_disk) <= 2 * nvme["buffers"] * nvme["buffer_bytes"]
+        before = stats
+    total = sum(-(-piece * element // PAGE) * PAGE for piece in pieces)
+    assert total / sum(numels) / element < 1.1, "padding is small even for this tiny model"
+
+
+@pytest.mark.parametrize("clip_mode", ["defer", "speculate", "auto"])
+def test_clipping_skipped_steps_and_dropped_gradients(kit: Any, disk: Path, clip_mode: str) -> None:
+    def run(**options: Any) -> tuple[Any, list[Any]]:
+        booster, model, optimizer = kit.boosted(kit.llama(), precision="bf16", max_norm=0.6, clip_mode=clip_mode, **STATIC, **options)
+        seen = []
+        for step, ids in enumerate(kit.batches(10)):
+            loss = model(input_ids=ids, labels=ids).loss
+            if step == 3:
+                loss = loss * float("inf")
+            booster.backward(loss, optimizer)
+            if step == 5:
+                optimizer.zero_grad()
+                continue
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append((loss.item(), optimizer.grad_norm, optimizer.last_step_skipped))
+        booster.flush()
+        return booster, [seen, optimizer.state_dict(), dict(model.state_dict())]
+
+    _, reference = run()
+    budget = least_host(kit, disk, precision="bf16", max_norm=0.6, **STATIC)
+    booster, spilled = run(host_budget=budget, nvme_path=disk)
+    assert booster.stats()["skipped"] == 1
+    assert booster.stats()["clipped"] > 0
+    torch.testing.assert_close(spilled, reference, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parameters_without_gradients_keep_their_states_and_steps(kit: Any, disk: Path) -> None:
+    def branches() -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(96, 96) for name in ("left", "right")})
+        model.forward = lambda x, right: model["right"](model["left"](x)) if right else model["left"](x)
+        return model
+
+    def loss_of(model: Any, step: int) -> Any:
+        generator = torch.Generator().manual_seed(step)
+        return (model(torch.randn(4, 96, generator=generator), step % 3 == 0) ** 2).mean()
+
+    reference = kit.fit(branches(), loss_of, steps=8, host_budget="64MiB", **STATIC)
+    spilled = kit.fit(branches(), loss_of, steps=8, host_budget="300KiB", nvme_path=disk, **STATIC)
+    assert "nvme" in {c["class"] for c in placed(spilled)}
+    spilled.same_as(reference)
+    reference.booster.flush()
+    spilled.booster.flush()
+    assert spilled.optimizer.param_steps().values() != {8}
+    states, expected = spilled.optimizer.state_dict(), reference.optimizer.state_dict()
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
+    assert {int(entry["step"]) for entry in states["state"].values()} == {3, 8}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_checkpoints_resume_exactly_between_memory_and_disk(kit: Any, disk: Path, tmp_path: Path, precision: str) -> None:
+    options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **STATIC}
+    spilling = {"host_budget": least_host(kit, disk, **options), "nvme_path": disk}
+    batches = kit.batches(10)
+
+    def steps(booster: Any, model: Any, optimizer: Any, which: list[Any]) -> list[float]:
+        losses = []
+        for ids in which:
+            loss = model(input_ids=ids, labels=ids).loss
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    booster, model, optimizer = kit.boosted(kit.llama(), **options)
+    expected = steps(booster, model, optimizer, batches)
+    for number, (first, second) in enumerate([(spilling, spilling), (spilling, {}), ({}, spilling)]):
+        folder = tmp_path / str(number)
+        booster, model, optimizer = kit.boosted(kit.llama(), **options, **first)
+        assert steps(booster, model, optimizer, batches[:5]) == expected[:5]
+        booster.save_model(model, folder / "model")
+        booster.save_optimizer(optimizer, folder / "optimizer")
+        state = optimizer.state_dict()
+        # Saving disturbs nothing.
+        assert steps(booster, model, optimizer, batches[5:]) == expected[5:]
+        booster, model, optimizer = kit.boosted(kit.llama(seed=7), **options, **second)
+        booster.load_model(model, folder / "model")
+        booster.load_optimizer(optimizer, folder / "optimizer")
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+        assert steps(booster, model, optimizer, batches[5:]) == expected[5:]
+        optimizer.load_state_dict(state)
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+        stats = booster.stats()
+        assert stats["host_peak_bytes"] <= stats["host_budget_bytes"]
+
+
+def test_a_budget_error_names_the_disk_and_what_fits(kit: Any, disk: Path) -> None:
+    with pytest.raises(
+        BudgetError, match=r"more host memory.*nvme_path=.* makes it fit, with [0-9.]+ MiB of disk \(limit it with nvme_budget\)"
+    ):
+        kit.boosted(kit.llama(), **STATIC, host_budget="1MiB")
+    options = {**STATIC, "host_budget": least_host(kit, disk, **STATIC), "nvme_path": disk}
+    with pytest.raises(BudgetError, match=r"more nvme memory: .*these fit: nvme_budget='(\d+)MiB'") as caught:
+        kit.boosted(kit.llama(), **options, nvme_budget="1MiB")
+    assert caught.value.tier == "nvme"
+    fitting = re.search(r"nvme_budget='(\d+MiB)'", str(caught.value))
+    assert fitting is not None
+    result = kit.train(kit.llama(), steps=2, **options, nvme_budget=fitting[1])
+    assert result.booster.stats()["nvme_file_bytes"] <= result.booster.stats()["nvme_budget_bytes"]
+
+
+def test_options_that_cannot_work_are_refused(kit: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a directory; name one on an NVMe disk"):
+        kit.plugin(nvme_path=tmp_path / "missing")
+    with pytest.raises(ValueError, match="nvme_budget=1048576 needs nvme_path"):
+        kit.plugin(nvme_budget="1MiB")
+    if os.path.isdir("/dev/shm"):
+        options = {**STATIC, "nvme_path": "/dev/shm"}
+        with pytest.raises(ValueError, match="keeps files in memory: spilling there saves nothing"):
+            kit.boosted(kit.llama(), **options, host_budget=least_host(kit, Path("/dev/shm"), **STATIC))
+
+
+def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Path, tmp_path: Path) -> None:
+    booster, model, optimizer = kit.boosted(kit.llama(), **STATIC, host_budget=least_host(kit, disk, **STATIC), nvme_path=disk)
+    text = booster.explain()
+    assert "stepped by the CPU with their states on the disk, parameters resident, with their copy on the disk" in text
+    assert re.search(rf"nvme: [0-9.]+ MiB of [0-9.]+ GiB in {disk} \(.* of states and room to rewrite them\); every step reads ", text)
+    meter = StepMeter()
+    booster.record_timeline()
+    for step, ids in enumerate(kit.batches(3)):
+        meter.start(booster.stats())
+        booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+        booster.flush()
+        metrics = meter.measure(step=step, loss=0.0, grad_norm=None, tokens=1, stats=booster.stats())
+    payload = booster.stats()["nvme_payload_bytes"]
+    assert payload <= metrics.nvme_bytes
+    assert payload <= metrics.nvme_written_bytes <= 1.1 * payload
+    assert metrics.nvme_read_bytes > payload / 2
+    assert metrics.nvme_wait_ms >= 0
+    booster.timeline(tmp_path / "trace.json")
+    trace = (tmp_path / "trace.json").read_text()
+    for track in ('"nvme read"', '"nvme write"', '"nvme bytes"', '"write model.layers.0"'):
+        assert track in trace
+
+
+# ---- disks that fail -------------------------------------------------------------------------------------------------------
+
+
+def spill_files(disk: Path) -> list[str]:
+    """The process's open files without a name in that directory, as paths that can be opened."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue
+        if target.startswith(str(disk.resolve())) and target.endswith("(deleted)"):
+            found.append(f"/proc/self/fd/{number}")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised:UserWarning")
+@pytest.mark.parametrize("damage", ["overwritten", "truncated"])
+def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, disk: Path, damage: str) -> None:
+    options = {**STATIC, "precision": "bf16"}
+    booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=least_host(kit, disk, **options), nvme_path=disk)
+    batches = kit.batches(8)
+    for ids in batches[:3]:
+        booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+    booster.flush()
+    (path,) = spill_files(disk)
+    size = os.stat(path).st_size
+    if damage == "truncated":
+        os.truncate(path, 0)
+    else:
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"\x5a" * size)
+
+    def go_on() -> None:
+        for ids in batches[3:]:
+            booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+            optimizer.step()
+        booster.flush()
+
+    with pytest.raises(TierwiseError) as caught:
+        go_on()
+    message = str(caught.value)
+    assert re.search(r"spilled param, master, exp_avg, exp_avg_sq of `[\w.]+`, elements \d+ to \d+: ", message), message
+    assert re.search(r"generation \d+", message), message
+    wanted = "has checksum 0x.* continue from the last checkpoint"
+    if damage == "truncated":
+        # A write behind the cut makes the file long again, with zeros where the data was.
+        wanted += "|the spill file was truncated"
+    assert re.search(wanted, message), message
+    # It stays stopped, and says why.
+    with pytest.raises(TierwiseError, match="the engine stopped: spilled"):
+        booster.flush()
+    with pytest.raises(TierwiseError):
+        optimizer.state_dict()
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+import tests.integration.conftest as kit
+import os, resource, signal
+how, directory, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if how == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+result = kit.train(kit.llama(), steps=3, placement_policy="static", offload_optim_frac=1.0, host_budget=budget, nvme_path=directory)
+print(repr(result.losses), os.listdir(directory), flush=True)
+if how == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def start(how: str, disk: Path, budget: int) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    script = SCRIPT.format(path=[str(root), *[entry for entry in sys.path if entry]])
+    arguments = [sys.executable, "-c", script, how, str(disk), str(budget)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_share_a_directory_and_a_killed_one_leaves_nothing(kit: Any, disk: Path) -> None:
+    budget = least_host(kit, disk, **STATIC)
+    reference = kit.train(kit.llama(), steps=3, **STATIC)
+    running = [start(how, disk, budget) for how in ("kill", "plain", "kill")]
+    for process in running:
+        out, err = process.communicate(timeout=100)
+        assert out == f"{reference.losses!r} []\n", err
+    assert [process.returncode for process in running] == [-9, 0, -9]
+    assert list(disk.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_that_large_is_an_error_before_the_first_step(kit: Any, disk: Path) -> None:
+    process = start("limit", disk, least_host(kit, disk, **STATIC))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert re.search(r"TierwiseError: nvme_path .*cannot make a spill file of \d+ bytes.*File too large.*ulimit -f", err), err
