@@ -245,7 +245,11 @@ def test_wrong_arguments_are_named() -> None:
         (ValueError, "chunk 9 does not exist", lambda: engine.set_class(9, "host")),
         (ValueError, "unknown payload `weight`; known are param", lambda: engine.host_offset(0, "weight")),
         (ValueError, 'not "nvme"', lambda: engine.set_class(0, "nvme")),
-        (_core.ScheduleError, "only to one that is stepped on the device where its parameters are streamed", lambda: engine.set_class(0, "host")),
+        (
+            _core.ScheduleError,
+            "only to one that is stepped on the device where its parameters are streamed",
+            lambda: engine.set_class(0, "host"),
+        ),
         (ValueError, "bind device memory for the parameters of `chunk0`", lambda: engine.set_class(0, "device")),
         (ValueError, "no trainable parameter 5 in `chunk0`", lambda: engine.grads(0, [(5, address(grad))], STREAM)),
         (ValueError, "no trainable parameter 1 in `chunk1`", lambda: engine.grads(1, [(1, address(grad))], STREAM)),

@@ -159,6 +159,8 @@ print("stepped", flush=True)
 @pytest.mark.parametrize("options", ["STREAMED", "VISITING"])
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1)])
 def test_the_process_ends_while_the_device_is_late(options: str, end: str, code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(options=options, end=end)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(options=options, end=end)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.stdout == "stepped\n", done.stderr
     assert done.returncode == code, done.stderr

@@ -111,7 +111,7 @@ def test_streamed_layers_come_while_the_one_before_computes(kit: Any, tmp_path: 
 
 
 def test_states_visit_the_device_beside_the_steps_of_the_cpu(kit: Any, tmp_path: Path) -> None:
-    """A slow link carries states both ways at once while the CPU steps its own chunks, whose new parameters do not wait behind all states."""
+    """A slow link carries states both ways at once while the CPU steps its own chunks; new parameters do not wait behind all states."""
     tracks = run(kit, tmp_path, seconds=0.0, stream_optim_frac=0.6, h2d_bytes_per_second=SLOW, d2h_bytes_per_second=SLOW)
     decided = max(span.end for span in tracks.of("d2h", "gradients ") if span.end <= tracks.of("states in")[0].end)
     names = [span.name.removeprefix("states ") for span in tracks.of("states in")]
@@ -142,6 +142,8 @@ def test_states_visit_the_device_beside_the_steps_of_the_cpu(kit: Any, tmp_path:
         if name.startswith("model.layers"):
             assert stepped[name].end <= tracks.last("compute", f"{name} forward").start
     # Two queues have the speed of one link.
-    window = [span for track in ("h2d", "states in") for span in tracks.of(track) if span.start >= decided and span.end <= out[visiting[-1]].end]
+    window = [
+        span for track in ("h2d", "states in") for span in tracks.of(track) if span.start >= decided and span.end <= out[visiting[-1]].end
+    ]
     seconds = (max(span.end for span in window) - min(span.start for span in window)) / 1e6
     assert sum(span.nbytes for span in window) <= seconds * SLOW * 1.001

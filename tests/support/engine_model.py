@@ -669,8 +669,8 @@ def same(got: Array, want: Array, what: str) -> None:
 
 
 def with_placement(setup: Setup, placement: str, **changes: Any) -> Setup:
-    """The same model with every trainable chunk at "device", "resident" (host-class, resident), "streamed" (host-class) or "visiting" (states
-    streamed)."""
+    """The same model with every trainable chunk at "device", "resident" (host-class, resident), "streamed" (host-class) or
+    "visiting" (states streamed)."""
     cls, home = {
         "device": ("device", "resident"),
         "resident": ("host", "resident"),

@@ -82,8 +82,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     offload_param_frac: float = 0.0
     """Static policy: share of parameters streamed from host memory."""
     stream_optim_frac: float = 0.0
-    """Static policy: share of the optimizer states in host memory that visit the device to be stepped there, beside the CPU's own steps. Their
-    parameters stay on the device."""
+    """Static policy: share of the optimizer states in host memory that visit the device to be stepped there, beside the CPU's own steps.
+    Their parameters stay on the device."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
     on CUDA also what the traced model's backward is expected to need, and a 24th of the budget that the allocator may lose."""
