@@ -12,6 +12,7 @@ its time. A step can be no shorter than its compute, and than its disk bytes at 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import mmap
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-norm", type=float, default=1.0)
     p.add_argument("--raw-bytes", type=int, default=8 << 30, help="size of the raw loop's file")
     p.add_argument("--raw-seconds", type=float, default=8.0, help="time of each of its measurements")
+    p.add_argument(
+        "--compare-host-budget",
+        default=None,
+        help="train the same steps again without a disk, within this host budget, and compare every bit (deterministic algorithms)",
+    )
     p.add_argument("--json", default=None, help="file that gets the numbers")
     p.add_argument("--trace", default=None, help="file for the timeline of the last step")
     return p
@@ -127,8 +133,8 @@ def fio(directory: str, size: int, seconds: float) -> float | None:
 # ---- the engine while it trains ------------------------------------------------------------------------------------------------
 
 
-def train(a: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures; times in seconds, sizes in bytes."""
+def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
+    """Trains and measures; times in seconds, sizes in bytes. Without `disk` host memory takes what the device does not."""
     import torch
 
     from tierwise.booster import Booster
@@ -147,9 +153,9 @@ def train(a: argparse.Namespace) -> dict[str, Any]:
         max_norm=a.max_norm,
         recompute="full" if cuda else "auto",
         device_budget=a.device_budget,
-        host_budget=a.host_budget,
-        nvme_path=a.nvme_path,
-        nvme_budget=a.nvme_budget,
+        host_budget=a.host_budget if disk else a.compare_host_budget,
+        nvme_path=a.nvme_path if disk else None,
+        nvme_budget=a.nvme_budget if disk else None,
         **options,
     )
     model = build(a, "cpu", lazy=True)
@@ -168,10 +174,13 @@ def train(a: argparse.Namespace) -> dict[str, Any]:
 
     def passes() -> None:
         for _ in range(a.accumulation):
-            booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+            loss = model(input_ids=ids, labels=ids).loss
+            history.append(loss.detach())
+            booster.backward(loss, optimizer)
 
     counters = ("nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns")
     times, moved = [], []
+    history: list[Any] = []
     before = booster.stats()
     start = time.perf_counter()
     for step in range(a.steps):
@@ -184,12 +193,16 @@ def train(a: argparse.Namespace) -> dict[str, Any]:
         norm = optimizer.grad_norm
         now, stats = time.perf_counter(), booster.stats()
         times.append(now - start)
+        history.append(norm)
         moved.append({name: stats.get(name, 0) - before.get(name, 0) for name in counters})
         print(f"step {step + 1}: {times[-1]:.2f} s, norm {norm:.3f}, {moved[-1]}", flush=True)
         start, before = now, stats
     if a.trace:
         booster.timeline(a.trace)
     booster.flush()
+    bits = [float(value).hex() for value in history]
+    if a.compare_host_budget is not None:
+        bits += [str(int(value.view(torch.int16).sum(dtype=torch.int64))) for value in model.state_dict().values()]
     without = []
     for _ in range(2):
         start = time.perf_counter()
@@ -212,6 +225,7 @@ def train(a: argparse.Namespace) -> dict[str, Any]:
         "host_peak_bytes": stats["host_peak_bytes"],
         "host_budget_bytes": stats["host_budget_bytes"],
         "nvme": stats.get("nvme"),
+        "bits": bits,
         "homes": sorted({f"{placed['class']}/{placed['home']}" for placed in plan["chunks"]}),
     }
 
@@ -219,6 +233,11 @@ def train(a: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     a = parser().parse_args()
     a.recompute = "full"
+    if a.compare_host_budget is not None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        import torch
+
+        torch.use_deterministic_algorithms(True)
     raw = Raw(a.nvme_path, a.raw_bytes, a.raw_seconds)
     direct = raw.direct
     before = raw.measure()
@@ -226,6 +245,13 @@ def main() -> None:
     # Disks slow down while they are written: the bound is taken from both sides of the training run.
     after = Raw(a.nvme_path, a.raw_bytes, a.raw_seconds).measure()
     disk = {name: (before[name] + after[name]) / 2 for name in before}
+    if a.compare_host_budget is not None:
+        gc.collect()
+        memory = train(a, disk=False)
+        same = memory["bits"] == ours["bits"]
+        print(f"{'EQUAL' if same else 'DIFFERENT'} bits without a disk: losses, norms and sums over the bits of {len(ours['bits'])} values")
+        if not same:
+            raise SystemExit("the disk changed a result")
     theirs = fio(a.nvme_path, a.raw_bytes, a.raw_seconds)
     moved = ours["read_bytes"] + ours["written_bytes"]
     bound = max(ours["compute_s"], moved / disk["mixed"])
