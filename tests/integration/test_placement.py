@@ -112,7 +112,7 @@ def test_fp16_with_its_loss_scale(kit: Any) -> None:
     reference = kit.train(kit.llama(), **options)
     assert reference.booster.stats()["skipped"] > 0, "the first scale is meant to overflow"
     assert reference.booster.stats()["skipped"] < 20
-    variants = ({}, {"offload_param_frac": 1.0}, {"clip_mode": "speculate"}, {"stream_optim_frac": 0.7})
+    variants: tuple[dict[str, Any], ...] = ({}, {"offload_param_frac": 1.0}, {"clip_mode": "speculate"}, {"stream_optim_frac": 0.7})
     for variant in ({**STATIC_HOST, **options} for options in variants):
         kit.train(kit.llama(), **options, **variant).same_as(reference)
 

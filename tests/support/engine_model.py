@@ -430,9 +430,10 @@ class Rig:
         self.engine.set_class(chunk, cls)
         self.classes[chunk] = cls
         memory = self.memory[chunk]
+        views: dict[str, Array | None]
         if cls == "device":
             self.bind_states(chunk)
-            views = dict(self.device_views(chunk))
+            views = {**self.device_views(chunk)}
         else:
             memory.states = None
             views = {name: self.host_view(chunk, name) for name in before}
