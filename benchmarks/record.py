@@ -190,6 +190,7 @@ def executed(runtime: Any) -> dict[str, Any]:
     units = [runtime.grouping.units[unit].name for unit in runtime.trace.order]
     return {
         "host_chunks": [chunk.name for chunk, place in placed if place["class"] == "host"],
+        "visiting_chunks": [chunk.name for chunk, place in placed if place["class"] == "streamed"],
         "device_summed_chunks": [chunk.name for chunk, place in placed if place["accumulate"] == "device" and place["class"] != "frozen"],
         "streamed_chunks": [chunk.name for chunk, place in placed if place["home"] == "streamed"],
         "recomputed_units": [name for name, how in zip(units, plan["activations"], strict=True) if how == "recompute"],

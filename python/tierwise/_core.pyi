@@ -89,7 +89,7 @@ class Device:
     @property
     def name(self) -> str: ...
     def fail_next(self, queue: str, message: str) -> None:
-        """Emulated device only: the next command on "h2d", "d2h" or "optimizer" fails with this message."""
+        """Emulated device only: the next command on "h2d", "d2h", "optimizer", "states_in" or "states_out" fails with this message."""
 
 @final
 class HostBuffer:
@@ -138,10 +138,14 @@ class Engine:
     def bind_slab(self, address: int) -> None:
         """Gives the device memory that streamed chunks pass through (`stream_slab_bytes` of the plan)."""
 
-    def set_class(self, chunk: int, cls: str) -> None:
-        """Moves a chunk to the "device" or "host" class (after `flush`); the caller copies the states and binds them.
+    def bind_staging(self, address: int) -> None:
+        """Gives the device memory that the states of "streamed" chunks pass through (`device.staging` bytes of the plan)."""
 
-        A streamed chunk becomes resident with the device class: bind its parameters first. Back to "host" it stays resident.
+    def set_class(self, chunk: int, cls: str) -> None:
+        """Moves a chunk to the "device", "streamed" or "host" class (after `flush`); the caller copies what moves and binds what is new.
+
+        States that stay in host memory stay where they are. Streamed parameters become resident with a class that is stepped on the device:
+        bind them first. Back to "host" they stay resident.
         """
 
     def account(self, kind: str, delta_bytes: int) -> None:

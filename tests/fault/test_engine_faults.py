@@ -50,6 +50,9 @@ def on_device(**changes: Any) -> Setup:
         ("resident", "d2h", 1),
         ("device", "optimizer", 1),
         ("device", "optimizer", 2),
+        ("visiting", "states_in", 1),
+        ("visiting", "states_out", 2),
+        ("visiting", "optimizer", 1),
     ],
 )
 @pytest.mark.parametrize("clip_mode", ["defer", "speculate"])
@@ -95,7 +98,7 @@ def test_a_failing_command_stops_the_step(placement: str, queue: str, accumulati
 
 def test_only_the_emulated_device_fails_on_demand() -> None:
     """An unknown queue is named in the error."""
-    with pytest.raises(ValueError, match=r'"h2d", "d2h" or "optimizer", not "compute"'):
+    with pytest.raises(ValueError, match=r'"optimizer", "states_in" or "states_out", not "compute"'):
         _core.Device.emulated().fail_next("compute", "x")
 
 
@@ -242,7 +245,11 @@ def test_wrong_arguments_are_named() -> None:
         (ValueError, "chunk 9 does not exist", lambda: engine.set_class(9, "host")),
         (ValueError, "unknown payload `weight`; known are param", lambda: engine.host_offset(0, "weight")),
         (ValueError, 'not "nvme"', lambda: engine.set_class(0, "nvme")),
-        (_core.ScheduleError, "only to the device class where it is streamed", lambda: engine.set_class(0, "host")),
+        (
+            _core.ScheduleError,
+            "only to one that is stepped on the device where its parameters are streamed",
+            lambda: engine.set_class(0, "host"),
+        ),
         (ValueError, "bind device memory for the parameters of `chunk0`", lambda: engine.set_class(0, "device")),
         (ValueError, "no trainable parameter 5 in `chunk0`", lambda: engine.grads(0, [(5, address(grad))], STREAM)),
         (ValueError, "no trainable parameter 1 in `chunk1`", lambda: engine.grads(1, [(1, address(grad))], STREAM)),

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 SIZES = [[("a.w", 300_001, True), ("a.b", 77, True)], [("b.w", 200_000, True), ("b.f", 1000, False)], [("c.w", 65_537, True)]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PIECE_BYTES = {"bf16": 10, "fp16": 12, "fp32": 8}
+"""Bytes of optimizer state of one element."""
 HYPER = [(1e-2, 0.9, 0.99, 1e-8, 0.1, True), (3e-3, 0.8, 0.95, 1e-6, 0.0, False)]
 STEPS = 4
 
@@ -32,11 +34,13 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
     streamed = [layout.param_bytes(i) for i, (_, home) in enumerate(classes) if home == "streamed"]
     slab = -(-max(streamed, default=0) // 256) * 256 * (2 if streamed else 0)
     staging = 2 * max(layout.grad_bytes(i) for i in range(3)) if accumulation > 1 else 0
+    # Less than a chunk's states: they visit the device in several pieces.
+    visiting = 3 * 20_032 * PIECE_BYTES[layout.precision] if any(cls == "streamed" for cls, _ in classes) else 0
     zeros = ("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve")
     return json.dumps(
         {
             "version": 1,
-            "chunks": [{"class": c, "home": h, "accumulate": "device" if c == "device" else sums} for c, h in classes],
+            "chunks": [{"class": c, "home": h, "accumulate": "device" if c in ("device", "streamed") else sums} for c, h in classes],
             "activations": ["keep"] * 3,
             "offload_window_bytes": 0,
             "stream_slab_bytes": slab,
@@ -44,7 +48,7 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
             "accumulation": accumulation,
             "clip_mode": clip_mode,
             "undo_bytes": 20_000_000 if clip_mode != "defer" else 0,
-            "device": dict.fromkeys(zeros, 0),
+            "device": {**dict.fromkeys(zeros, 0), "staging": visiting},
             "device_peak_op": 0,
             "host": {"params": 0, "states": 0, "gradients": 0, "staging": staging, "undo": 0},
             "fetches": [],
@@ -107,14 +111,18 @@ def train(
             state = torch.cat([halves, torch.zeros(states * 8, dtype=torch.uint8)]).to(where)
             alive.append(state)
             engine.bind(c, states=state.data_ptr())
-        if accumulation > 1 and "device" in (cls, sums):
+        if accumulation > 1 and (sums == "device" or cls in ("device", "streamed")):
             accumulator = torch.empty(states, device=where)
             alive.append(accumulator)
             engine.bind(c, accumulator=accumulator.data_ptr())
-    slab_bytes = json.loads(make_plan(layout, classes, accumulation, clip_mode, sums))["stream_slab_bytes"]
+    plan = json.loads(make_plan(layout, classes, accumulation, clip_mode, sums))
+    slab_bytes, staging_bytes = plan["stream_slab_bytes"], plan["device"]["staging"]
     slab = torch.zeros(max(slab_bytes, 1), dtype=torch.uint8, device=where)
     if slab_bytes:
         engine.bind_slab(slab.data_ptr())
+    staging = torch.full((max(staging_bytes, 1),), 255, dtype=torch.uint8, device=where)
+    if staging_bytes:
+        engine.bind_staging(staging.data_ptr())
     engine.start()
     engine.set_hyper(HYPER, [0, 1, 0, -1, 1])
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
@@ -183,6 +191,9 @@ def test_cuda_equals_emulated_bit_for_bit(precision: str, accumulation: int, max
         ([("host", "streamed")] * 3, "defer"),
         ([("device", "resident"), ("host", "resident"), ("host", "streamed")], "defer"),
         ([("host", "resident"), ("host", "streamed"), ("device", "resident")], "speculate"),
+        ([("streamed", "resident")] * 3, "defer"),
+        ([("streamed", "resident"), ("device", "resident"), ("host", "streamed")], "defer"),
+        ([("host", "resident"), ("streamed", "resident"), ("streamed", "resident")], "speculate"),
     ]
     for sums in ["host", "device"] if accumulation > 1 else ["host"]:
         for classes, clip_mode in placements:

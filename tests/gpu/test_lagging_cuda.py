@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 STATIC: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0}
 STREAMED = {**STATIC, "offload_param_frac": 1.0}
+VISITING = {**STATIC, "stream_optim_frac": 1.0}
 OFFLOADED: dict[str, Any] = {"recompute": "none", "offload_activations": "full"}
 CYCLES = 2_000_000
 """About a millisecond: longer than all copies of a layer take."""
@@ -81,8 +82,22 @@ def run(slow: bool, steps: int = 4, accumulation: int = 1, **options: Any) -> tu
         {"placement_policy": "static"},
         {"placement_policy": "static", **OFFLOADED},
         {**STREAMED, **OFFLOADED},
+        VISITING,
+        {**STATIC, "stream_optim_frac": 0.5, "recompute": "full"},
+        {**STATIC, "stream_optim_frac": 0.4, "offload_param_frac": 0.3, "clip_mode": "speculate"},
     ],
-    ids=["host", "streamed", "recomputed", "speculating", "device", "offloaded", "streamed and offloaded"],
+    ids=[
+        "host",
+        "streamed",
+        "recomputed",
+        "speculating",
+        "device",
+        "offloaded",
+        "streamed and offloaded",
+        "visiting",
+        "visiting beside the CPU",
+        "visiting, speculating",
+    ],
 )
 def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accumulation: int) -> None:
     losses, weights, _ = run(slow=False, accumulation=accumulation, placement_policy="static")
@@ -92,6 +107,7 @@ def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accu
         assert torch.equal(value, theirs[name]), name
     if options.get("offload_param_frac"):
         assert stats["evictions"] > 0
+    assert (stats["states_visited_bytes"] > 0) == ("stream_optim_frac" in options)
     if "offload_activations" in options:
         assert stats["activation_in_bytes"] > 0
 
@@ -107,7 +123,9 @@ def test_a_late_device_and_other_streams() -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("options", [STATIC, STREAMED, {**STREAMED, **OFFLOADED}], ids=["host", "streamed", "offloaded"])
+@pytest.mark.parametrize(
+    "options", [STATIC, STREAMED, {**STREAMED, **OFFLOADED}, VISITING], ids=["host", "streamed", "offloaded", "visiting"]
+)
 def test_memory_goes_only_when_nothing_reads_it(options: dict[str, Any]) -> None:
     model = small_llama(layers=4)
     lag(model)
@@ -125,10 +143,10 @@ def test_memory_goes_only_when_nothing_reads_it(options: dict[str, Any]) -> None
 SCRIPT = """
 import sys
 from tests.gpu.llama import boosted, ids_of, small_llama
-from tests.gpu.test_lagging_cuda import OFFLOADED, STREAMED, lag
+from tests.gpu.test_lagging_cuda import OFFLOADED, {options} as OPTIONS, lag
 model = small_llama(layers=4)
 lag(model)
-booster, model, optimizer = boosted(model, **STREAMED, **OFFLOADED)
+booster, model, optimizer = boosted(model, **OPTIONS, **OFFLOADED)
 for step in range(3):
     ids = ids_of(step)
     booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
@@ -138,8 +156,11 @@ print("stepped", flush=True)
 """
 
 
+@pytest.mark.parametrize("options", ["STREAMED", "VISITING"])
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1)])
-def test_the_process_ends_while_the_device_is_late(end: str, code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True, text=True, timeout=300, check=False)
+def test_the_process_ends_while_the_device_is_late(options: str, end: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(options=options, end=end)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.stdout == "stepped\n", done.stderr
     assert done.returncode == code, done.stderr

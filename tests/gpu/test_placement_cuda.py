@@ -59,6 +59,9 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "activations kept": {"placement_policy": "static", "recompute": "none", "offload_activations": "none"},
     "activations offloaded": {"placement_policy": "static", **OFFLOADED},
     "activations offloaded, streamed": {**STATIC, **OFFLOADED, "offload_param_frac": 1.0},
+    "states visiting": {**STATIC, "stream_optim_frac": 1.0},
+    "states visiting beside the CPU": {**STATIC, "stream_optim_frac": 0.5, "recompute": "full"},
+    "states visiting, speculate": {**STATIC, "stream_optim_frac": 0.4, "offload_param_frac": 0.3, "clip_mode": "speculate"},
     "one thread": {**STATIC, "num_threads": 1},
     "two threads": {**STATIC, "num_threads": 2},
     "speculate": {**STATIC, "clip_mode": "speculate"},
@@ -77,6 +80,7 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
             assert torch.equal(value, theirs[key]), (name, key)
         if "streamed" in name:
             assert stats["fetches"] > 0
+        assert (stats["states_visited_bytes"] > 0) == ("visiting" in name)
         if "offloaded" in name:
             assert 0 < stats["activation_in_bytes"] <= stats["activation_out_bytes"]
             assert stats["offload_kept_bytes"] == stats["host_activation_bytes"] == 0

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tierwise.booster import Booster
 
 STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+VISITING: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "stream_optim_frac": 0.6}
 
 
 def run(booster: Any, model: Any, optimizer: Any, scheduler: Any, data: list[Any]) -> list[float]:
@@ -43,10 +44,10 @@ def build(kit: Any, seed: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("shard", [True, False], ids=["folder", "file"])
-def test_training_goes_on_to_the_bit(kit: Any, tmp_path: Path, precision: str, shard: bool) -> None:
+@pytest.mark.parametrize(("shard", "placement"), [(True, STREAMED), (False, VISITING)], ids=["folder, streamed", "file, visiting"])
+def test_training_goes_on_to_the_bit(kit: Any, tmp_path: Path, precision: str, shard: bool, placement: dict[str, Any]) -> None:
     data = kit.batches(8)
-    booster, model, optimizer, scheduler = build(kit, precision=precision, **STREAMED)
+    booster, model, optimizer, scheduler = build(kit, precision=precision, **placement)
     run(booster, model, optimizer, scheduler, data[:4])
     names = ("model", "optimizer") if shard else ("model.safetensors", "optimizer.safetensors")
     booster.save_model(model, tmp_path / names[0], shard=shard)
@@ -54,8 +55,8 @@ def test_training_goes_on_to_the_bit(kit: Any, tmp_path: Path, precision: str, s
     booster.save_lr_scheduler(scheduler, tmp_path / "scheduler.json")
     expected = run(booster, model, optimizer, scheduler, data[4:])
     # Another placement, another seed; the order of loading does not matter.
-    for order in (0, 1):
-        other, fresh, restarted, rescheduled = build(kit, seed=9, precision=precision)
+    for order, elsewhere in enumerate([{}, VISITING]):
+        other, fresh, restarted, rescheduled = build(kit, seed=9, precision=precision, **elsewhere)
         run(other, fresh, restarted, rescheduled, data[:1])
         loads = [(other.load_model, fresh, names[0]), (other.load_optimizer, restarted, names[1])]
         for load, what, name in loads if order else reversed(loads):

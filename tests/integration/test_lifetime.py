@@ -17,11 +17,17 @@ HOST: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0}
 
 
 def moving(engine: Any) -> bool:
-    """Whether gradients or optimizer steps are on their way."""
+    """Whether gradients, optimizer steps or optimizer states are on their way."""
+    if engine.stats()["states_visiting_chunks"]:
+        return True
     return any((chunk["grad"], chunk["work"]) != ("none", "idle") for chunk in json.loads(engine.residency()))
 
 
-@pytest.mark.parametrize("options", [HOST, {**HOST, "offload_param_frac": 1.0}], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    "options",
+    [HOST, {**HOST, "offload_param_frac": 1.0}, {**HOST, "stream_optim_frac": 1.0}],
+    ids=["resident", "streamed", "visiting"],
+)
 def test_the_engine_rests_before_its_memory_is_freed(kit: Any, options: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # Collecting only what the test makes takes less time than the step.

@@ -108,3 +108,42 @@ def test_streamed_layers_come_while_the_one_before_computes(kit: Any, tmp_path: 
         assert arrived, f"layer {layer} was not fetched ahead"
         assert arrived[-1].start < before.end
     assert not tracks.maybe("h2d", "demand fetch")
+
+
+def test_states_visit_the_device_beside_the_steps_of_the_cpu(kit: Any, tmp_path: Path) -> None:
+    """A slow link carries states both ways at once while the CPU steps its own chunks; new parameters do not wait behind all states."""
+    tracks = run(kit, tmp_path, seconds=0.0, stream_optim_frac=0.6, h2d_bytes_per_second=SLOW, d2h_bytes_per_second=SLOW)
+    decided = max(span.end for span in tracks.of("d2h", "gradients ") if span.end <= tracks.of("states in")[0].end)
+    names = [span.name.removeprefix("states ") for span in tracks.of("states in")]
+    visiting = names[: len(names) // 2]
+    assert names == visiting * 2
+    assert visiting == [name for name in ORDER if name in visiting], "in the order of the next forward"
+    on_cpu = [name for name in ORDER if name not in visiting]
+    assert len(visiting) > 2
+    assert len(on_cpu) > 2
+    inside, out = ({name: tracks.first(f"states {way}", f"states {name}") for name in visiting} for way in ("in", "out"))
+    stepped = {name: tracks.first("device optimizer", f"step {name}") for name in visiting}
+    for name in visiting:
+        assert decided <= inside[name].start
+        assert inside[name].end <= stepped[name].start
+        assert stepped[name].end <= out[name].start
+    # Both directions at once, and the CPU at the same time.
+    large = [name for name in visiting if name != "model.norm"]
+    for name, after in itertools.pairwise(large):
+        assert inside[after].start < out[name].end
+        assert out[name].start < inside[after].end
+    steps = [tracks.first("host optimizer", f"step {name}") for name in on_cpu]
+    assert max(span.end for span in steps) < inside[large[1]].end, "the CPU waited for states"
+    # The refreshed parameters shared the link with the states, instead of coming after them.
+    back = [tracks.first("h2d", f"refresh {name}") for name in on_cpu]
+    assert back[1].end < inside[large[-1]].end
+    # What a layer reads is there before.
+    for name in visiting:
+        if name.startswith("model.layers"):
+            assert stepped[name].end <= tracks.last("compute", f"{name} forward").start
+    # Two queues have the speed of one link.
+    window = [
+        span for track in ("h2d", "states in") for span in tracks.of(track) if span.start >= decided and span.end <= out[visiting[-1]].end
+    ]
+    seconds = (max(span.end for span in window) - min(span.start for span in window)) / 1e6
+    assert sum(span.nbytes for span in window) <= seconds * SLOW * 1.001

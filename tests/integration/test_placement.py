@@ -15,6 +15,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all streamed": {**STATIC_HOST, "offload_param_frac": 1.0},
     "two threads": {**STATIC_HOST, "num_threads": 2},
     "recomputed": {**STATIC_HOST, "offload_param_frac": 1.0, "recompute": "full"},
+    "states visiting": {**STATIC_HOST, "stream_optim_frac": 1.0},
+    "states visiting beside the CPU, two threads": {**STATIC_HOST, "stream_optim_frac": 0.5, "num_threads": 2},
+    "states visiting, speculating, slow links": {
+        **STATIC_HOST,
+        "stream_optim_frac": 0.5,
+        "clip_mode": "speculate",
+        "h2d_bytes_per_second": 1e8,
+        "d2h_bytes_per_second": 5e7,
+    },
+    "a bit of everything": {
+        "placement_policy": "static",
+        "offload_optim_frac": 0.8,
+        "offload_param_frac": 0.3,
+        "stream_optim_frac": 0.3,
+        "recompute": "full",
+    },
     "speculating": {**STATIC_HOST, "clip_mode": "speculate"},
     "speculating, streamed": {**STATIC_HOST, "offload_param_frac": 1.0, "clip_mode": "speculate"},
     "sums on the host": {**STATIC_HOST, "accumulate_on": "host", "offload_param_frac": 0.5},
@@ -52,6 +68,7 @@ def test_every_placement_gives_the_same_bits(kit: Any, precision: str, accumulat
         result.same_as(reference)
         assert stats["device_peak_bytes"] <= stats["device_budget_bytes"], name
         assert stats["host_peak_bytes"] <= stats["host_budget_bytes"], name
+        assert (stats["states_visited_bytes"] > 0) == ("stream_optim_frac" in variant), name
         if name == "all streamed" or name.startswith("tightest"):
             assert stats["fetches"] > 0, name
             assert stats["evictions"] > 0, name
@@ -95,7 +112,8 @@ def test_fp16_with_its_loss_scale(kit: Any) -> None:
     reference = kit.train(kit.llama(), **options)
     assert reference.booster.stats()["skipped"] > 0, "the first scale is meant to overflow"
     assert reference.booster.stats()["skipped"] < 20
-    for variant in (STATIC_HOST, {**STATIC_HOST, "offload_param_frac": 1.0}, {**STATIC_HOST, "clip_mode": "speculate"}):
+    variants: tuple[dict[str, Any], ...] = ({}, {"offload_param_frac": 1.0}, {"clip_mode": "speculate"}, {"stream_optim_frac": 0.7})
+    for variant in ({**STATIC_HOST, **options} for options in variants):
         kit.train(kit.llama(), **options, **variant).same_as(reference)
 
 
@@ -138,6 +156,30 @@ def named_settings(message: str) -> list[dict[str, Any]]:
             options[name] = int(value) if value.isdigit() else value.strip("'")
         found.append(options)
     return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_states_visit_within_the_tightest_budget(kit: Any, accumulation: int, share: float) -> None:
+    """Gradients that wait for their turn on a slow link, and the staging, are within what the planner names as the least."""
+    options: dict[str, Any] = {"precision": "bf16", "max_norm": 0.5, "gradient_accumulation_steps": accumulation}
+    reference = kit.train(kit.llama(), steps=5, **options)
+    visiting = {**options, **STATIC_HOST, "stream_optim_frac": share, "h2d_bytes_per_second": 5e7}
+    least = kit.tightest(kit.llama, **visiting)
+    result = kit.train(kit.llama(), steps=5, device_budget=least, **visiting)
+    plan = result.booster._runtime.planned.plan
+    assert plan["device"]["staging"] > 0
+    assert sum(plan["device"].values()) == least
+    stats = result.booster.stats()
+    assert stats["device_peak_bytes"] <= least
+    assert stats["states_visited_bytes"] > 0
+    result.same_as(reference)
+    assert "stepped on the device, states visiting from host memory" in result.booster.explain()
+
+
+def test_fractions_that_contradict_the_model_are_refused(kit: Any) -> None:
+    with pytest.raises(ValueError, match=r"stream_optim_frac=0\.9 asks for .* lower stream_optim_frac or offload_param_frac"):
+        kit.boosted(kit.llama(), **STATIC_HOST, offload_param_frac=0.5, stream_optim_frac=0.9)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

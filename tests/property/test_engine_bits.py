@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def chunk_specs(draw: st.DrawFn) -> ChunkSpec:
     params = tuple(draw(st.lists(st.tuples(NUMELS, st.integers(0, 3).map(bool)), min_size=1, max_size=3)))
     if not any(trainable for _, trainable in params):
         return ChunkSpec(params, "frozen", draw(st.sampled_from(["streamed", "resident"])))
-    cls, home = draw(st.sampled_from([("host", "streamed"), ("host", "streamed"), ("host", "resident"), ("device", "resident")]))
+    places = [("host", "streamed"), ("host", "streamed"), ("host", "resident"), ("device", "resident"), ("streamed", "resident")]
+    cls, home = draw(st.sampled_from(places))
     return ChunkSpec(params, cls, home, draw(st.sampled_from(["host", "device"])))
 
 
@@ -47,6 +49,7 @@ def setups(draw: st.DrawFn) -> Setup:
         units=tuple(tuple(unit) for unit in units),
         precision=draw(st.sampled_from(["bf16", "fp16", "fp32"])),
         slab_extra_bytes=draw(st.sampled_from([0, 0, 256, 1024, 1 << 16])),
+        piece_numel=draw(st.sampled_from([64, 128, 1024])),
         accumulation=draw(st.integers(1, 3)),
         clip_mode=draw(st.sampled_from(["defer", "speculate", "speculate", "auto"])),
         undo_bytes=draw(st.sampled_from([0, 4096, 1 << 18])),
@@ -186,7 +189,8 @@ class EngineMachine(RuleBasedStateMachine):
         movable = [c for c, spec in enumerate(self.rig.setup.chunks) if spec.home == "resident" and spec.cls != "frozen"]
         if movable:
             chunk = movable[choice % len(movable)]
-            self.rig.set_class(chunk, "host" if self.rig.classes[chunk] == "device" else "device")
+            others = [cls for cls in ("device", "host", "streamed") if cls != self.rig.classes[chunk]]
+            self.rig.set_class(chunk, others[choice // len(movable) % 2])
             self.rig.flush_and_compare()
 
     @rule(delta=st.integers(-1000, 1000))
@@ -237,7 +241,7 @@ MODEL = Setup(
 @pytest.mark.timeout(120)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    placement=st.sampled_from(["device", "resident", "streamed"]),
+    placement=st.sampled_from(["device", "resident", "streamed", "visiting"]),
     clip_mode=st.sampled_from(["defer", "speculate", "auto"]),
     accumulation=st.integers(1, 2),
     h2d=st.sampled_from([None, 1e8, 3e6]),
@@ -285,7 +289,7 @@ def test_timing_changes_no_bit(
     rig.finish()
 
 
-@pytest.mark.parametrize("placement", ["device", "resident", "streamed"])
+@pytest.mark.parametrize("placement", ["device", "resident", "streamed", "visiting"])
 @pytest.mark.parametrize("clip_mode", ["defer", "speculate"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_the_norm_is_summed_in_parameter_order(placement: str, clip_mode: str, order: tuple[int, int]) -> None:
@@ -320,7 +324,7 @@ def test_gradients_of_the_next_batch_do_not_join_an_undecided_step() -> None:
     assert rig.engine.param_steps() == [1, 1, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("placement", ["device", "resident", "streamed"])
+@pytest.mark.parametrize("placement", ["device", "resident", "streamed", "visiting"])
 def test_dropping_gradients_of_earlier_micro_batches(placement: str) -> None:
     """Gradients that came in the first of two micro-batches only are being reduced when they are dropped: nothing is left of them."""
     rig = Rig(with_placement(MODEL, placement, accumulation=2, threads=2))
@@ -348,4 +352,29 @@ def test_reading_beside_a_speculated_chunk_keeps_its_decided_copy() -> None:
     assert [state["slot"] is not None for state in json.loads(rig.engine.residency())] == [True, False, True]
     rig.forward([1])
     rig.commit()
+    rig.finish()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_states_come_in_again_only_when_they_are_back(precision: str) -> None:
+    """A slow way back: the next step finds a free buffer at once, but the states of the step before are not at home yet."""
+    setup = Setup(chunks=(ChunkSpec(((700, True),), "streamed", "resident"),), precision=precision, piece_numel=1024)
+    rig = Rig(replace(setup, d2h_bytes_per_second=2e5))
+    for number in range(4):
+        rig.step(number)
+    rig.finish()
+    assert rig.engine.stats()["states_visited_bytes"] == 4 * rig.layout.state_bytes(0)
+
+
+def test_a_class_changes_only_when_the_states_are_back() -> None:
+    """Between a step and its flush the states may be on the device: moving them then would lose the step."""
+    rig = Rig(Setup(chunks=(ChunkSpec(((700, True),), "streamed", "resident"),), d2h_bytes_per_second=2e4))
+    rig.step(1)
+    rig.engine.decision(True)
+    with pytest.raises(ValueError, match="the states of `chunk0` are still on the device; call flush before its class changes"):
+        rig.engine.set_class(0, "device")
+    rig.set_class(0, "device")
+    rig.step(2)
+    rig.set_class(0, "streamed")
+    rig.step(3)
     rig.finish()

@@ -27,6 +27,8 @@ STREAM = 0
 ADAMW: Hyper = (1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 
 PARAM_DTYPE: dict[str, np.dtype[Any]] = {"bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+STATE_BYTES = {"bf16": 10, "fp16": 12, "fp32": 8}
+"""Bytes of optimizer state of one element."""
 MASTER_DTYPE: dict[str, np.dtype[Any]] = {"bf16": np.dtype(np.int16), "fp16": np.dtype(np.float32)}
 
 
@@ -76,12 +78,12 @@ class ChunkSpec:
     cls: str = "host"
     home: str = "streamed"
     sums: str = "host"
-    """Where its gradients are added up; a device-class chunk's always on the device."""
+    """Where its gradients are added up; always on the device if they are stepped there."""
 
     @property
     def sums_on_device(self) -> bool:
         """Whether accumulation needs an accumulator on the device."""
-        return self.cls == "device" or (self.cls == "host" and self.sums == "device")
+        return self.cls in ("device", "streamed") or (self.cls == "host" and self.sums == "device")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Setup:
     precision: str = "fp32"
     slab_extra_bytes: int = 0
     """Bytes of the slab beyond what the largest unit needs."""
+    piece_numel: int = 128
+    """Elements of a streamed chunk whose states visit the device at once."""
     accumulation: int = 1
     clip_mode: str = "defer"
     undo_bytes: int = 1 << 20
@@ -127,6 +131,10 @@ class Setup:
         largest = max(streamed, default=0)
         return largest + self.slab_extra_bytes if largest else 0
 
+    def staging_bytes(self) -> int:
+        """Bytes of the three buffers that the states of streamed chunks pass through."""
+        return 3 * self.piece_numel * STATE_BYTES[self.precision]
+
     def trace(self) -> str:
         """Forward of every unit in order, then backward in reverse."""
         units = self.unit_chunks()
@@ -142,6 +150,7 @@ class Setup:
         layout = self.layout()
         staging = max(layout.grad_bytes(c) for c in range(len(self.chunks))) if self.accumulation > 1 else 0
         device = dict.fromkeys(("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve"), 0)
+        device["staging"] = self.staging_bytes()
         host = {"params": 0, "states": 0, "gradients": 0, "staging": 2 * staging, "undo": 0}
         return json.dumps(
             {
@@ -330,6 +339,7 @@ class Rig:
         self.classes = [spec.cls for spec in setup.chunks]
         self.host: Array = np.frombuffer(memoryview(self.engine.host_buffer), dtype=np.uint8)
         self.slab = np.zeros(max(setup.slab_bytes(), 1), np.uint8)
+        self.staging = np.full(setup.staging_bytes(), 0xFF, np.uint8)
         self.memory = [DeviceMemory() for _ in setup.chunks]
         self.lent: dict[int, list[Array]] = {}
         self.collected: set[int] = set()
@@ -377,6 +387,7 @@ class Rig:
         """Binds all device memory and writes the reference's payloads to wherever they live."""
         if self.setup.slab_bytes():
             self.engine.bind_slab(address(self.slab))
+        self.engine.bind_staging(address(self.staging))
         for chunk, spec in enumerate(self.setup.chunks):
             memory = self.memory[chunk]
             if spec.home == "resident":
@@ -412,23 +423,30 @@ class Rig:
                 device[:] = values
 
     def set_class(self, chunk: int, cls: str) -> None:
-        """Moves a resident chunk between the device and host classes, carrying its states over."""
+        """Moves a resident chunk to another class, carrying its states over."""
         self.engine.flush()
         before = self.states(chunk)
+        stays = self.classes[chunk] != "device" and cls != "device"
         self.engine.set_class(chunk, cls)
         self.classes[chunk] = cls
         memory = self.memory[chunk]
-        if cls == "host":
-            memory.states = memory.accumulator = None
+        views: dict[str, Array | None]
+        if cls == "device":
+            self.bind_states(chunk)
+            views = {**self.device_views(chunk)}
+        else:
+            memory.states = None
             views = {name: self.host_view(chunk, name) for name in before}
+        if cls == "host":
+            memory.accumulator = None
             param = self.host_view(chunk, "param")
             assert param is not None
             assert memory.param is not None
             param[:] = memory.param
         else:
-            self.bind_states(chunk)
             self.bind_accumulator(chunk)
-            views = dict(self.device_views(chunk))
+        if stays:
+            return
         for name, values in before.items():
             view = views[name]
             assert view is not None
@@ -627,7 +645,7 @@ class Rig:
         assert stats["device_bytes"] <= stats["device_peak_bytes"] <= stats["device_budget_bytes"]
         assert stats["host_bytes"] <= stats["host_peak_bytes"] <= stats["host_budget_bytes"]
         assert stats["slab_used_bytes"] <= slab
-        bound = [slab, *(self.layout.param_bytes(c) for c, m in enumerate(self.memory) if m.param is not None)]
+        bound = [slab, self.setup.staging_bytes(), *(self.layout.param_bytes(c) for c, m in enumerate(self.memory) if m.param is not None)]
         bound += [self.layout.state_bytes(c) for c, m in enumerate(self.memory) if m.states is not None]
         bound += [self.layout.grad_acc_bytes(c) for c, m in enumerate(self.memory) if m.accumulator is not None]
         assert stats["device_static_bytes"] == sum(bound)
@@ -652,8 +670,14 @@ def same(got: Array, want: Array, what: str) -> None:
 
 
 def with_placement(setup: Setup, placement: str, **changes: Any) -> Setup:
-    """The same model with every trainable chunk at "device", "resident" (host-class, resident) or "streamed"."""
-    cls, home = {"device": ("device", "resident"), "resident": ("host", "resident"), "streamed": ("host", "streamed")}[placement]
+    """The same model with every trainable chunk at "device", "resident" (host-class, resident), "streamed" (host-class) or
+    "visiting" (states streamed)."""
+    cls, home = {
+        "device": ("device", "resident"),
+        "resident": ("host", "resident"),
+        "streamed": ("host", "streamed"),
+        "visiting": ("streamed", "resident"),
+    }[placement]
     chunks = tuple(
         replace(spec, cls=cls, home=home) if any(trainable for _, trainable in spec.params) else replace(spec, cls="frozen", home=home)
         for spec in setup.chunks

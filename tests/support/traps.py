@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
+VISITING: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "stream_optim_frac": 1.0}
 
 
 class Layers(nn.Module):

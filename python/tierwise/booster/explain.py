@@ -15,13 +15,14 @@ _BOUNDS = {
     "h2d": "copying parameters and activations to the device",
     "d2h": "copying gradients and activations to the host",
     "cpu_adam": "the CPU's optimizer step",
+    "streamed": "copying optimizer states to the device and back",
     "nvme": "the disk, which reads and writes what is spilled",
     "host_memory": "adding gradients to accumulators in host memory",
 }
 
-
 _STEPS = {
     "device": "stepped on the device",
+    "streamed": "stepped on the device, states visiting from host memory",
     "host": "stepped by the CPU",
     "nvme": "stepped by the CPU with their states on the disk",
     "frozen": "frozen",

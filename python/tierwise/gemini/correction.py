@@ -24,6 +24,7 @@ def measured_activation_bytes(runtime: Runtime) -> int:
         return runtime.counter.peak_bytes
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
+    held += planned["staging"]
     measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.temporary_bytes(runtime.trace)
     return max(measured, 0)
 
@@ -51,7 +52,7 @@ def correct(runtime: Runtime) -> None:
     moves = [
         chunk
         for chunk, (new, old) in enumerate(zip(corrected.plan["chunks"], now, strict=True))
-        if new["class"] == "device" and old["class"] == "host"
+        if new["class"] == "device" and old["class"] in ("host", "streamed")
     ]
     if not moves:
         return
@@ -65,7 +66,8 @@ def correct(runtime: Runtime) -> None:
             need += runtime.layout.param_bytes(chunk)
         if runtime.memory.plan["accumulation"] > 1:
             need += 0 if chunk in runtime.memory.accumulators else runtime.layout.grad_acc_bytes(chunk)
-        else:
+        elif now[chunk]["class"] == "host":
+            # Others keep their gradients on the device as it is.
             need += runtime.layout.grad_bytes(chunk)
         if need > room:
             continue

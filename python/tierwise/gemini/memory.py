@@ -33,6 +33,7 @@ class ChunkMemory:
         self.states: dict[int, Tensor] = {}
         self.accumulators: dict[int, Tensor] = {}
         self.slab: Tensor | None = None
+        self.staging: Tensor | None = None
         self.host = (
             torch.frombuffer(engine.host_buffer, dtype=torch.uint8) if len(engine.host_buffer) else torch.empty(0, dtype=torch.uint8)
         )
@@ -59,9 +60,12 @@ class ChunkMemory:
         if self.plan["stream_slab_bytes"]:
             self.slab = zeros(self.plan["stream_slab_bytes"])
             self.engine.bind_slab(self.slab.data_ptr())
+        if self.plan["device"]["staging"]:
+            self.staging = zeros(self.plan["device"]["staging"])
+            self.engine.bind_staging(self.staging.data_ptr())
 
     def move_to_device(self, chunk: int) -> None:
-        """Gives a flushed host-class chunk to the device class, states and all; a streamed one becomes resident."""
+        """Gives a flushed chunk with states in host memory to the device class, states and all; streamed parameters become resident."""
         param = None
         if chunk not in self.resident:
             home = self._host_payload(chunk, "param")
@@ -144,7 +148,7 @@ class ChunkMemory:
             self.engine.read_spilled(chunk, payload, self.offsets[chunk][position], value.numel(), value.data_ptr())
             return value
         host = self._host_payload(chunk, payload)
-        if self.plan["chunks"][chunk]["class"] == "host":
+        if self.plan["chunks"][chunk]["class"] in ("host", "streamed"):
             assert host is not None
             return self._view(host, dtype, chunk, position)
         numel = self.layout.state_numel(chunk)

@@ -48,7 +48,7 @@ def request(
     placement: object = "auto"
     nvme = nvme_request(plugin)
     if plugin.placement_policy == "static":
-        fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+        fractions = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
         placement = {"static": {name: getattr(plugin, name) for name in fractions}}
     return {
         "device_budget": device_budget,

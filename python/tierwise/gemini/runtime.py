@@ -290,7 +290,7 @@ class Runtime:
                     param.data = absent
 
     def move_to_device(self, chunk: int) -> None:
-        """Gives a flushed host-class chunk to the device class; streamed parameters get a fixed place."""
+        """Gives a flushed chunk with states in host memory to the device class; streamed parameters get a fixed place."""
         streamed = chunk not in self.memory.resident
         self.memory.move_to_device(chunk)
         if not streamed:

@@ -13,6 +13,7 @@ pub mod residency;
 pub mod scheduler;
 pub mod slab;
 pub mod staging;
+pub mod streaming;
 pub mod timeline;
 pub mod trace;
 

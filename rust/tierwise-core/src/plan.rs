@@ -13,6 +13,8 @@ pub const VERSION: u32 = 2;
 pub enum OptimizerClass {
     /// States on the device, stepped there.
     Device,
+    /// States in pinned host memory that visit the device piece by piece and are stepped there.
+    Streamed,
     /// States in pinned host memory, stepped by the CPU.
     Host,
     /// States in the spill file, stepped by the CPU while they pass through staging buffers.
@@ -22,6 +24,16 @@ pub enum OptimizerClass {
 }
 
 impl OptimizerClass {
+    /// Whether the optimizer step runs on the device: its result is there, and so are the gradients that it reads.
+    pub fn steps_on_device(self) -> bool {
+        matches!(self, OptimizerClass::Device | OptimizerClass::Streamed)
+    }
+
+    /// Whether the optimizer states have their place in pinned host memory.
+    pub fn states_on_host(self) -> bool {
+        matches!(self, OptimizerClass::Streamed | OptimizerClass::Host)
+    }
+
     /// Whether the CPU steps it: its gradients leave for the host.
     pub fn on_cpu(self) -> bool {
         matches!(self, OptimizerClass::Host | OptimizerClass::Nvme)
@@ -47,14 +59,14 @@ impl ParamHome {
     }
 }
 
-/// Placement of one chunk. A `Device`-class chunk is always `Resident`.
+/// Placement of one chunk. A chunk that is stepped on the device is always `Resident`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ChunkPlan {
     /// Where its optimizer step runs.
     pub class: OptimizerClass,
     /// How its parameters reach the compute stream.
     pub home: ParamHome,
-    /// Where the gradients of several micro-batches are added up: a device-class chunk's always on the device, a host-class chunk's there
+    /// Where the gradients of several micro-batches are added up: always on the device if they are stepped there, a host-class chunk's there
     /// too where its fp32 accumulator fits; it is then sent to the host once per step instead of once per micro-batch.
     pub accumulate: Tier,
 }
@@ -71,7 +83,7 @@ impl ChunkPlan {
     /// A placement that adds up gradients where the optimizer step runs.
     pub const fn new(class: OptimizerClass, home: ParamHome) -> Self {
         let accumulate = match class {
-            OptimizerClass::Device => Tier::Device,
+            OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
             OptimizerClass::Host | OptimizerClass::Nvme | OptimizerClass::Frozen => Tier::Host,
         };
         ChunkPlan { class, home, accumulate }
@@ -124,6 +136,9 @@ pub struct DeviceBytes {
     pub states: u64,
     /// The slab that streamed chunks pass through.
     pub stream_slab: u64,
+    /// Buffers that the states of streamed chunks pass through.
+    #[serde(default)]
+    pub staging: u64,
     /// fp32 accumulators on the device (only with gradient accumulation).
     pub accumulators: u64,
     /// Gradients alive at the peak.
@@ -137,7 +152,8 @@ pub struct DeviceBytes {
 impl DeviceBytes {
     /// Sum over all purposes.
     pub fn total(&self) -> u64 {
-        self.resident_params + self.states + self.stream_slab + self.accumulators + self.gradients + self.activations + self.reserve
+        let fixed = self.resident_params + self.states + self.stream_slab + self.staging + self.accumulators;
+        fixed + self.gradients + self.activations + self.reserve
     }
 }
 
@@ -146,7 +162,7 @@ impl DeviceBytes {
 pub struct HostBytes {
     /// Parameters whose home is the host.
     pub params: u64,
-    /// Optimizer states of host-class chunks.
+    /// Optimizer states of host-class and streamed chunks.
     pub states: u64,
     /// Kept gradients or fp32 accumulators of host-class chunks.
     pub gradients: u64,
@@ -184,7 +200,7 @@ impl HostBytes {
         if placement.has_host_params() {
             bytes.params = host_region_bytes(layout.param_bytes(chunk));
         }
-        if placement.class == OptimizerClass::Host {
+        if placement.class.states_on_host() {
             let numel = layout.chunks[chunk.index()].state_numel;
             // Master completion and both moments are regions of their own.
             bytes.states = host_region_bytes(numel * layout.precision.master_bytes()) + 2 * host_region_bytes(numel * 4);
@@ -264,6 +280,6 @@ pub struct Plan {
     pub fetches: Vec<PlannedFetch>,
     /// Predicted seconds of one optimizer step, from the speeds given.
     pub predicted_step_s: f64,
-    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h`, `cpu_adam` or `nvme`.
+    /// What bounds the predicted step: `compute`, `host_memory` (gradient accumulation), `h2d`, `d2h`, `cpu_adam`, `streamed` or `nvme`.
     pub bound_by: String,
 }

@@ -1,7 +1,8 @@
 //! The planner: turns a trace, a layout and hard budgets into a plan.
 //!
-//! The search has four levels: how activations are kept, how many chunks are streamed, the size of the slab, and how many chunks have their
-//! states on the device; with gradient accumulation also how many host-stepped chunks add up their gradients there. Each further chunk with
+//! The search has five levels: how activations are kept, how many chunks are streamed, the size of the slab, which share of the states in
+//! host memory visits the device to be stepped there, and how many chunks have their states on the device; with gradient accumulation also
+//! how many host-stepped chunks add up their gradients there. Each further chunk with
 //! states on the device needs more device memory, less host memory and never more time, so that level is a bisection. A larger budget only
 //! adds choices, so it never predicts a slower step.
 
@@ -10,6 +11,7 @@ mod dry_run;
 mod memory;
 mod placement;
 mod spill;
+mod visiting;
 
 use crate::Tier;
 use crate::layout::Layout;
@@ -49,6 +51,9 @@ pub enum Placement {
         offload_optim_frac: f64,
         /// Share of parameters streamed from host memory; at most `shard_param_frac`.
         offload_param_frac: f64,
+        /// Share of the optimizer states in host memory that visit the device to be stepped there; their parameters are not streamed.
+        #[serde(default)]
+        stream_optim_frac: f64,
     },
 }
 
@@ -292,13 +297,15 @@ pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanReques
     find().unwrap_or(u64::MAX)
 }
 
-/// Faster, else fewer recomputed units, else fewer offloaded ones, else fewer elements stepped by the host, else fewer streamed bytes.
+/// Faster, else fewer recomputed units, else fewer offloaded ones, else fewer elements with states on the host, else fewer of them visiting
+/// the device, else fewer streamed bytes.
 fn is_better(activations: &Activations, row: &Row, step: Step, best: &Candidate) -> bool {
     step.seconds
         .total_cmp(&best.step.seconds)
         .then(activations.recomputed.cmp(&best.activations.recomputed))
         .then(activations.offloaded.cmp(&best.activations.offloaded))
-        .then(row.cost.host_numel.cmp(&best.row.cost.host_numel))
+        .then((row.cost.host_numel + row.cost.visiting_numel).cmp(&(best.row.cost.host_numel + best.row.cost.visiting_numel)))
+        .then(row.cost.visiting_numel.cmp(&best.row.cost.visiting_numel))
         .then(row.cost.stream_bytes.cmp(&best.row.cost.stream_bytes))
         .is_lt()
 }
@@ -333,7 +340,8 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         let in_backward = (micro_batch - forward) / SPECULATION_COST;
         (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
-    let adam = (row.cost.host_numel as f64 / speeds.host_adam_params - forward - speculated).max(0.0);
+    let off_device = visiting::OffDevice::new(&row.cost, speeds, speculated, activations.host_bytes);
+    let adam = (off_device.seconds() - forward).max(0.0);
     // Sums leave for the host during the last backward.
     let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
@@ -343,9 +351,9 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         _ => 0.0,
     };
     let moved = accumulation * activations.host_bytes as f64;
-    let h2d = stream + (row.cost.refresh_bytes as f64 + moved) / speeds.h2d_bytes;
+    let h2d = stream + ((row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.h2d_bytes;
     let grads = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
-    let d2h = grads + (row.cost.sum_bytes as f64 + moved) / speeds.d2h_bytes;
+    let d2h = grads + ((row.cost.sum_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.d2h_bytes;
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
@@ -354,9 +362,9 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     let bound_by = if seconds > serial {
         if h2d >= d2h { "h2d" } else { "d2h" }
     } else {
-        [("nvme", disk), ("cpu_adam", adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
+        [("nvme", disk), (off_device.bound_by(), adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
             .into_iter()
-            .filter(|(name, seconds)| *seconds > 0.0 && (*name == "cpu_adam" || *name == "nvme" || *seconds > compute))
+            .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *name == "nvme" || *seconds > compute))
             .max_by(|a, b| a.1.total_cmp(&b.1))
             .map_or("compute", |(name, _)| name)
     };

@@ -81,7 +81,9 @@ impl Scheduler {
             .iter()
             .map(|p| Chunk {
                 param: match (p.class, p.home) {
-                    (OptimizerClass::Device, _) | (OptimizerClass::Frozen, ParamHome::Resident) => Residency::At(Tier::Device),
+                    (OptimizerClass::Device | OptimizerClass::Streamed, _) | (OptimizerClass::Frozen, ParamHome::Resident) => {
+                        Residency::At(Tier::Device)
+                    }
                     (_, ParamHome::Spilled) => Residency::Cached { home: Tier::Nvme, cache: Tier::Device },
                     (_, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
                     (_, ParamHome::Streamed) => Residency::At(Tier::Host),
@@ -278,11 +280,11 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Changes the class of a chunk between steps; its states were moved by the caller. A streamed chunk becomes resident with the device
-    /// class.
+    /// Changes the class of a chunk between steps; its states were moved by the caller. Streamed parameters become resident
+    /// with a class that is stepped on the device.
     ///
     /// # Errors
-    /// If the chunk is in use, has pending work or gradients, or would be streamed with another class.
+    /// If the chunk is in use, has pending work or gradients, or its parameters would be streamed with another class.
     pub fn set_class(&mut self, chunk: ChunkId, class: OptimizerClass) -> Result<(), ScheduleError> {
         let state = &self.chunks[chunk.index()];
         let placement = self.plan.chunks[chunk.index()];
@@ -293,11 +295,14 @@ impl Scheduler {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
         let streamed = placement.home == ParamHome::Streamed;
-        if state.work != Work::Idle || state.grad != Grad::None || (streamed && (class != OptimizerClass::Device || state.in_use())) {
+        if state.work != Work::Idle || state.grad != Grad::None || (streamed && (!class.steps_on_device() || state.in_use())) {
             return Err(ScheduleError::Gradient {
                 chunk: self.name(chunk),
-                reason: "its class changes only while it is idle, and only to the device class where it is streamed",
+                reason: "its class changes only while it is idle, and only to one that is stepped on the device where its parameters are streamed",
             });
+        }
+        if placement.class == class {
+            return Ok(());
         }
         if streamed && state.slot.is_some() {
             self.drop_cache(chunk)?;
@@ -305,7 +310,7 @@ impl Scheduler {
         self.plan.chunks[chunk.index()] = ChunkPlan::new(class, ParamHome::Resident);
         self.chunks[chunk.index()].param = match class {
             OptimizerClass::Host | OptimizerClass::Nvme => Residency::Cached { home: Tier::Host, cache: Tier::Device },
-            OptimizerClass::Device | OptimizerClass::Frozen => Residency::At(Tier::Device),
+            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => Residency::At(Tier::Device),
         };
         Ok(())
     }

@@ -52,8 +52,13 @@ fn gradients_at(layout: &Layout, trace: &Trace, plan: &Plan, at: usize) -> u64 {
         let (Some(&first), Some(&last)) = (ops.first(), ops.last()) else { continue };
         let bytes = layout.grad_bytes(chunk);
         let class = plan.chunks[chunk.index()].class;
-        let until_end = class == OptimizerClass::Device && plan.accumulation == 1;
+        let until_end = class.steps_on_device() && plan.accumulation == 1;
         if first <= at && (at <= last || until_end) {
+            alive += bytes;
+        }
+        // Those of the step before, until the forward reads what their step made.
+        let first_use = trace.ids().find(|&op| trace.chunks(op).contains(&chunk)).unwrap().index();
+        if class == OptimizerClass::Streamed && until_end && at <= first_use {
             alive += bytes;
         }
         let stays = plan.accumulation > 1 && plan.chunks[chunk.index()].accumulate == Tier::Device;
@@ -115,18 +120,21 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
     assert!(plan.host.total() <= request.host_budget, "host {} > {}", plan.host.total(), request.host_budget);
     let (mut resident, mut states, mut accumulators) = (0, 0, 0);
     let mut host = HostBytes::default();
-    let mut largest_grad = 0;
+    let (mut largest_grad, mut largest_visit) = (0, 0);
     for (chunk, place) in layout.ids().zip(&plan.chunks) {
         let numel = layout.chunks[chunk.index()].state_numel;
         assert_eq!(place.class == OptimizerClass::Frozen, numel == 0);
-        assert!(place.class != OptimizerClass::Device || place.home == ParamHome::Resident);
+        assert!(!place.class.steps_on_device() || place.home == ParamHome::Resident);
+        assert!(!place.class.steps_on_device() || place.accumulate == Tier::Device);
         assert!(place.home != ParamHome::Spilled || place.class == OptimizerClass::Nvme);
         if place.home != ParamHome::Streamed {
             resident += up(layout.param_bytes(chunk), 256);
         }
         if place.class == OptimizerClass::Device {
             states += layout.state_bytes(chunk);
-            assert_eq!(place.accumulate, Tier::Device);
+        }
+        if place.class == OptimizerClass::Streamed {
+            largest_visit = largest_visit.max(layout.state_bytes(chunk));
         }
         let on_cpu = matches!(place.class, OptimizerClass::Host | OptimizerClass::Nvme);
         assert!(numel > 0 || place.accumulate == Tier::Host);
@@ -135,7 +143,7 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         if (on_cpu && place.home != ParamHome::Spilled) || place.home == ParamHome::Streamed {
             host.params += up(layout.param_bytes(chunk), 4096);
         }
-        if place.class == OptimizerClass::Host {
+        if matches!(place.class, OptimizerClass::Host | OptimizerClass::Streamed) {
             host.states += up(numel * layout.precision.master_bytes(), 4096) + 2 * up(numel * 4, 4096);
         }
         if on_cpu {
@@ -158,6 +166,9 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
     assert_eq!(plan.device.resident_params, resident);
     assert_eq!(plan.device.states, states);
     assert_eq!(plan.device.accumulators, accumulators);
+    // Three buffers for the largest chunk that passes through, or pieces of it; a search may have left room for a larger one.
+    assert!(plan.device.staging >= 3 * largest_visit.min(64 << 20));
+    assert!(plan.device.staging <= if largest_visit > 0 { 3 * (64 << 20) } else { 0 });
     assert_eq!(plan.device.stream_slab, plan.stream_slab_bytes);
     assert_eq!(plan.device.reserve, request.reserve_bytes);
     let at = plan.device_peak_op.index();
@@ -177,7 +188,7 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
     let offload = prop_oneof![Just(Offload::None), Just(Offload::Auto), Just(Offload::Full)];
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let speed = || (0.0..4.0_f64).prop_map(|e| 10_f64.powf(e));
-    let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64));
+    let fractions = prop::option::weighted(0.3, (0.0..=1.0_f64, 0.0..=1.0_f64, 0.0..=1.0_f64));
     let speeds = (speed(), speed(), speed(), speed(), speed());
     let nvme = prop::option::of((0_u64..8_000_000, speed(), speed()));
     let accumulate = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Device)), 1 => Just(Some(Tier::Host))];
@@ -198,10 +209,11 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
                 device_budget,
                 host_budget,
                 reserve_bytes,
-                placement: fractions.map_or(Placement::Auto, |(optim, param)| Placement::Static {
+                placement: fractions.map_or(Placement::Auto, |(optim, param, stream)| Placement::Static {
                     shard_param_frac: 1.0,
                     offload_optim_frac: optim,
                     offload_param_frac: param * optim,
+                    stream_optim_frac: stream * (1.0 - param),
                 }),
                 recompute,
                 offload,
@@ -429,7 +441,8 @@ fn host_accumulation_bounds_the_prediction() {
     let (layout, trace) = llama_7b(4096);
     let host_numel = layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() as f64;
     let predict = |accumulation: u32, flops: f64, optim: f64| {
-        let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: optim, offload_param_frac: 0.0 };
+        let placement =
+            Placement::Static { shard_param_frac: 1.0, offload_optim_frac: optim, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
         let base = h100(400 * GIB, 400 * GIB);
         // Links and device memory far faster than host memory, so that nothing else bounds it.
         let speeds = Speeds { flops, h2d_bytes: 1e15, d2h_bytes: 1e15, device_memory_bytes: 1e17, ..base.speeds };
@@ -456,7 +469,7 @@ fn host_accumulation_bounds_the_prediction() {
 #[test]
 fn sums_are_taken_on_the_device_where_that_is_faster() {
     let (layout, trace) = llama_7b(4096);
-    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 };
+    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
     // A host memory that cannot keep up with a micro-batch.
     let base = h100(0, 400 * GIB);
     let speeds = Speeds { host_adam_params: 2e9, ..base.speeds };
@@ -487,7 +500,7 @@ fn sums_are_taken_on_the_device_where_that_is_faster() {
 #[test]
 fn speculation_hides_host_steps_in_backward_as_far_as_undo_records_fit() {
     let (layout, trace) = llama_7b(4096);
-    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 };
+    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
     let seconds = |clip_mode, host_budget| {
         let request = PlanRequest { placement, clip_mode, recompute: Recompute::Full, ..h100(400 * GIB, host_budget) };
         plan(&layout, &trace, &request).unwrap().predicted_step_s
@@ -527,13 +540,31 @@ fn a_host_that_is_too_small_is_told_by_how_much() {
 fn contradictions_are_refused_with_numbers() {
     let (layout, trace) = llama_7b(1024);
     let placed = |shard, optim, param| PlanRequest {
-        placement: Placement::Static { shard_param_frac: shard, offload_optim_frac: optim, offload_param_frac: param },
+        placement: Placement::Static {
+            shard_param_frac: shard,
+            offload_optim_frac: optim,
+            offload_param_frac: param,
+            stream_optim_frac: 0.0,
+        },
         ..h100(200 * GIB, 200 * GIB)
     };
     for (request, says) in [
         (placed(1.0, 0.2, 0.5), "raise offload_optim_frac (now 0.2)"),
         (placed(0.3, 1.0, 0.5), "shard_param_frac=0.3"),
         (placed(1.0, 1.5, 0.5), "offload_optim_frac is 1.5"),
+        (PlanRequest { placement: all_on_host(-0.1), ..h100(GIB, GIB) }, "stream_optim_frac is -0.1"),
+        (
+            PlanRequest {
+                placement: Placement::Static {
+                    shard_param_frac: 1.0,
+                    offload_optim_frac: 1.0,
+                    offload_param_frac: 0.5,
+                    stream_optim_frac: 0.75,
+                },
+                ..h100(GIB, GIB)
+            },
+            "lower stream_optim_frac or offload_param_frac",
+        ),
         (PlanRequest { accumulation: 0, ..h100(GIB, GIB) }, "accumulation is 0"),
         (PlanRequest { recompute: Recompute::Units(vec![true]), ..h100(GIB, GIB) }, "recompute names 1 units, the trace has 35"),
         (PlanRequest { recompute: Recompute::Units(vec![true; 35]), ..h100(GIB, GIB) }, "unit `embed` cannot be recomputed"),
@@ -547,7 +578,7 @@ fn contradictions_are_refused_with_numbers() {
 fn fractions_place_the_latest_used_chunks() {
     let (layout, trace) = llama_7b(1024);
     let request = PlanRequest {
-        placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.5, offload_param_frac: 0.25 },
+        placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.5, offload_param_frac: 0.25, stream_optim_frac: 0.0 },
         ..h100(200 * GIB, 200 * GIB)
     };
     let plan = plan(&layout, &trace, &request).unwrap();
@@ -578,4 +609,63 @@ fn undo_records_take_what_the_host_has_left() {
         assert_eq!(plan.undo_bytes, all.min(left / 4096 * 4096));
         check_memory(&layout, &trace, &request, &plan);
     }
+}
+
+fn all_on_host(stream_optim_frac: f64) -> Placement {
+    Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac }
+}
+
+/// Where the CPU's steps do not hide behind the forward, some states visit the device instead, as many as make both finish together.
+#[test]
+fn states_visit_the_device_where_the_cpu_alone_is_slower() {
+    let (layout, trace) = llama_7b(1024);
+    let numel = layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() as f64;
+    let request = |placement| PlanRequest { placement, recompute: Recompute::None, ..h100(400 * GIB, 400 * GIB) };
+    let seconds = |share: f64| plan(&layout, &trace, &request(all_on_host(share))).unwrap();
+    let forward: f64 = trace.units.iter().map(|u| u.flops).sum::<f64>() / 650e12;
+    let base = seconds(0.0).predicted_step_s - (numel / 5.5e9 - forward);
+    // Host memory: 26 bytes per parameter that the CPU steps, 20 per one that passes. The link: 10 each way, and rewritten parameters.
+    for share in [0.1, 0.2, 0.3, 0.5, 0.8, 1.0] {
+        let plan = seconds(share);
+        let visiting: u64 = (0..layout.chunks.len())
+            .filter(|&c| plan.chunks[c].class == OptimizerClass::Streamed)
+            .map(|c| layout.chunks[c].state_numel)
+            .sum();
+        let (on_cpu, visiting) = (numel - visiting as f64, visiting as f64);
+        assert!((share..share + 0.04).contains(&(visiting / numel)), "{share}: {}", visiting / numel);
+        let memory = (26.0 * on_cpu + 20.0 * visiting) / (26.0 * 5.5e9);
+        let link = (10.0 * visiting + 2.0 * on_cpu) / 45e9;
+        let expected = base + memory.max(link) - forward;
+        assert!((plan.predicted_step_s / expected - 1.0).abs() < 1e-3, "{share}: {} s, expected {expected} s", plan.predicted_step_s);
+        assert_eq!(plan.bound_by, if link > memory { "streamed" } else { "cpu_adam" });
+    }
+}
+
+/// With accumulation, chunks that add up their gradients on the device need no more of its memory when their states visit.
+#[test]
+fn the_planner_divides_off_device_steps_between_link_and_cpu() {
+    let (layout, trace) = llama_7b(4096);
+    let request = PlanRequest { accumulation: 8, accumulate: Some(Tier::Device), recompute: Recompute::Full, ..h100(56 * GIB, 400 * GIB) };
+    let plan = plan(&layout, &trace, &request).unwrap();
+    check_memory(&layout, &trace, &request, &plan);
+    let resident = plan.chunks.iter().filter(|c| c.home == ParamHome::Resident);
+    let off_device: Vec<OptimizerClass> = resident.map(|c| c.class).filter(|c| *c != OptimizerClass::Device).collect();
+    let count = |class| off_device.iter().filter(|c| **c == class).count();
+    assert!(count(OptimizerClass::Streamed) > 2 && count(OptimizerClass::Host) > 2, "{off_device:?}");
+    // Spread: in every stretch of the forward both have something to do.
+    for stretch in off_device.windows(6) {
+        assert!(stretch.contains(&OptimizerClass::Streamed) && stretch.contains(&OptimizerClass::Host), "{off_device:?}");
+    }
+}
+
+/// Where the CPU's steps hide, nothing visits: it would cost device memory and the link for nothing.
+#[test]
+fn nothing_visits_where_the_forward_hides_the_cpu() {
+    let (layout, trace) = llama_7b(65_536);
+    let request = PlanRequest { recompute: Recompute::Full, ..h100(76 * GIB, 400 * GIB) };
+    let plan = plan(&layout, &trace, &request).unwrap();
+    assert_eq!(plan.bound_by, "compute");
+    assert!(plan.chunks.iter().any(|c| c.class == OptimizerClass::Host));
+    assert!(plan.chunks.iter().all(|c| c.class != OptimizerClass::Streamed));
+    assert_eq!(plan.device.staging, 0);
 }

@@ -539,7 +539,7 @@ impl World {
                     let hyper = self.commit_hyper();
                     self.steps[chunk.index()] += 1;
                     if *tier == Tier::Device {
-                        assert_eq!(self.plan(*chunk).class, OptimizerClass::Device);
+                        assert!(self.plan(*chunk).class.steps_on_device());
                         self.device[chunk.index()] = stepped(self.device[chunk.index()], grad, *grad_scale, hyper);
                     } else {
                         let spilled = self.plan(*chunk).class == OptimizerClass::Nvme;
@@ -865,7 +865,7 @@ struct Case {
 fn cases() -> impl Strategy<Value = Case> {
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let norm = prop_oneof![Just(None), Just(Some(1e9)), Just(Some(1.5))];
-    (models(), prop::collection::vec(0_u8..6, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
+    (models(), prop::collection::vec(0_u8..7, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
         |((layout, trace), kinds, accumulation, clip_mode, max_norm, slots, undo)| {
             let chunks: Vec<ChunkPlan> = layout
                 .chunks
@@ -876,6 +876,7 @@ fn cases() -> impl Strategy<Value = Case> {
                         _ if chunk.state_numel == 0 => OptimizerClass::Frozen,
                         0 => OptimizerClass::Device,
                         1 | 2 => OptimizerClass::Host,
+                        6 => OptimizerClass::Streamed,
                         _ => OptimizerClass::Nvme,
                     };
                     let home = match kind {

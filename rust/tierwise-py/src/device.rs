@@ -61,7 +61,12 @@ impl Device {
             "h2d" => Queue::HostToDevice,
             "d2h" => Queue::DeviceToHost,
             "optimizer" => Queue::Optimizer,
-            other => return Err(PyValueError::new_err(format!("queue must be \"h2d\", \"d2h\" or \"optimizer\", not {other:?}"))),
+            "states_in" => Queue::StatesIn,
+            "states_out" => Queue::StatesOut,
+            other => {
+                let known = "\"h2d\", \"d2h\", \"optimizer\", \"states_in\" or \"states_out\"";
+                return Err(PyValueError::new_err(format!("queue must be {known}, not {other:?}")));
+            }
         };
         match &self.emulated {
             Some(device) => {

@@ -134,11 +134,18 @@ impl Engine {
         call(py, || self.inner.bind_slab(address))
     }
 
+    fn bind_staging(&self, py: Python<'_>, address: u64) -> PyResult<()> {
+        call(py, || self.inner.bind_staging(address))
+    }
+
     fn set_class(&self, py: Python<'_>, chunk: u32, cls: &str) -> PyResult<()> {
         let class = match cls {
             "device" => OptimizerClass::Device,
+            "streamed" => OptimizerClass::Streamed,
             "host" => OptimizerClass::Host,
-            other => return Err(PyValueError::new_err(format!("class must be \"device\" or \"host\", not {other:?}"))),
+            other => {
+                return Err(PyValueError::new_err(format!("class must be \"device\", \"streamed\" or \"host\", not {other:?}")));
+            }
         };
         call(py, || self.inner.set_class(ChunkId(chunk), class))
     }

@@ -4,7 +4,7 @@ mod clock;
 mod driver;
 mod kernels;
 
-use crate::device::{ComputeStream, Device, Event, EventRef, Queue, Transfer};
+use crate::device::{ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
 use crate::error::{Error, Result};
 use clock::{Base, Clock, EventPool, Handle};
 use cudarc::driver::sys;
@@ -16,6 +16,8 @@ use tierwise_kernels::{AdamSegment, GradSpan};
 /// Largest piece of a copy: under a millisecond of a `PCIe` 5 link.
 const PIECE_BYTES: usize = 32 << 20;
 const SCRATCH_BYTES: usize = 1 << 16;
+/// The clock's stream comes after those of the queues.
+const CLOCK: usize = Queue::ALL.len();
 
 /// Whether the NVIDIA driver is here and sees a GPU.
 pub fn is_available() -> bool {
@@ -37,8 +39,8 @@ pub struct CudaDevice {
 
 /// What the device and its events share; released with the last of them.
 struct Inner {
-    /// In the order of [`Queue`], then the clock's; null where initialisation stopped.
-    streams: [sys::CUstream; 4],
+    /// In the order of [`Queue::ALL`], then the clock's; null where initialisation stopped.
+    streams: [sys::CUstream; CLOCK + 1],
     kernels: Option<Kernels>,
     events: EventPool,
     clock: Option<Clock>,
@@ -75,7 +77,7 @@ impl CudaDevice {
     pub fn new(ordinal: usize) -> Result<Arc<Self>> {
         let context = Context::retain(ordinal)?;
         let mut inner = Inner {
-            streams: [std::ptr::null_mut(); 4],
+            streams: [std::ptr::null_mut(); CLOCK + 1],
             kernels: None,
             events: EventPool::default(),
             clock: None,
@@ -103,15 +105,15 @@ impl Inner {
         // SAFETY: the out pointers are live local variables.
         let code = unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) };
         self.context.check("cuCtxGetStreamPriorityRange", code)?;
-        // Kernels of the optimizer must not delay the model's; copies may delay nothing but other copies.
-        for (stream, priority) in self.streams.iter_mut().zip([greatest, greatest, least, greatest]) {
+        // Kernels of the optimizer must not delay the model's; copies may delay nothing but other copies, those of states not even these.
+        for (stream, priority) in self.streams.iter_mut().zip([greatest, greatest, least, least, least, greatest]) {
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             // SAFETY: the out pointer is a field of this value.
             let code = unsafe { sys::cuStreamCreateWithPriority(&raw mut *stream, flags, priority) };
             self.context.check("cuStreamCreateWithPriority", code)?;
         }
         self.kernels = Some(Kernels::load(&self.context)?);
-        self.clock = Some(Clock::start(&self.context, &self.events, self.streams[3])?);
+        self.clock = Some(Clock::start(&self.context, &self.events, self.streams[CLOCK])?);
         Ok(())
     }
 
@@ -126,7 +128,7 @@ impl Inner {
     fn record(self: &Arc<Self>, stream: sys::CUstream) -> Result<EventRef> {
         let _entered = self.context.enter()?;
         let clock = self.clock.as_ref().ok_or_else(|| Error::Internal("the device is not initialised".into()))?;
-        let base = clock.base(&self.context, &self.events, self.streams[3])?;
+        let base = clock.base(&self.context, &self.events, self.streams[CLOCK])?;
         let handle = self.events.take(&self.context)?;
         let event = CudaEvent { handle, base: Some(base), time_ns: OnceLock::new(), inner: Arc::clone(self) };
         // SAFETY: the event is new or given back by its last owner; the stream is one of this device, or the caller's live one.
@@ -159,10 +161,10 @@ impl Device for CudaDevice {
     }
 
     fn copy(&self, queue: Queue, transfers: &[Transfer]) -> Result<()> {
-        let (to_device, call) = match queue {
-            Queue::HostToDevice => (true, "cuMemcpyHtoDAsync"),
-            Queue::DeviceToHost => (false, "cuMemcpyDtoHAsync"),
-            Queue::Optimizer => return Err(Error::Internal("copies go to the host-to-device or device-to-host queue".into())),
+        let (to_device, call) = match queue.link() {
+            Some(Link::HostToDevice) => (true, "cuMemcpyHtoDAsync"),
+            Some(Link::DeviceToHost) => (false, "cuMemcpyDtoHAsync"),
+            None => return Err(Error::Internal("copies go to a queue that has a direction".into())),
         };
         let context = &self.inner.context;
         let _entered = context.enter()?;

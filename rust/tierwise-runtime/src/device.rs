@@ -13,6 +13,33 @@ pub enum Queue {
     DeviceToHost,
     /// Optimizer steps, gradient norms and accumulation on the device.
     Optimizer,
+    /// Host-to-device copies of optimizer states, beside everything on [`Queue::HostToDevice`]: they share its link.
+    StatesIn,
+    /// Device-to-host copies of optimizer states, beside everything on [`Queue::DeviceToHost`]: they share its link.
+    StatesOut,
+}
+
+impl Queue {
+    /// All queues, in the order of their numbers.
+    pub const ALL: [Queue; 5] = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer, Queue::StatesIn, Queue::StatesOut];
+
+    /// The direction of its copies; `None` if it runs kernels.
+    pub fn link(self) -> Option<Link> {
+        match self {
+            Queue::HostToDevice | Queue::StatesIn => Some(Link::HostToDevice),
+            Queue::DeviceToHost | Queue::StatesOut => Some(Link::DeviceToHost),
+            Queue::Optimizer => None,
+        }
+    }
+}
+
+/// A direction between host and device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// Towards the device.
+    HostToDevice,
+    /// Towards the host.
+    DeviceToHost,
 }
 
 /// The caller's compute stream: a raw `CUstream` on CUDA (0 is the legacy default stream), ignored by the emulated device.
@@ -72,6 +99,8 @@ pub enum WorkerId {
     Landing,
     /// Passes on what the device's optimizer queue finished.
     Optimizer,
+    /// Passes on that states are back on the host.
+    States,
     /// Steps spilled chunks; waits for the disk, so no virtual clock drives it.
     Spill,
     /// Waits for reads of the disk.
@@ -107,7 +136,7 @@ pub trait Device: Send + Sync {
     fn now_ns(&self) -> u64;
     /// Whether compute on the device runs asynchronously to the calling thread.
     fn is_asynchronous(&self) -> bool;
-    /// Enqueues copies on `HostToDevice` or `DeviceToHost`, split into pieces.
+    /// Enqueues copies on a queue that has a direction, split into pieces.
     fn copy(&self, queue: Queue, transfers: &[Transfer]) -> Result<()>;
     /// Records an event after everything enqueued on a queue so far.
     fn record(&self, queue: Queue) -> Result<EventRef>;

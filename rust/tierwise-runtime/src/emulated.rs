@@ -1,6 +1,6 @@
 //! The emulated device: host memory that behaves like a GPU behind links of a chosen speed.
 
-use crate::device::{ComputeStream, Device, Event, EventRef, Queue, Transfer};
+use crate::device::{ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use tierwise_kernels::{AdamSegment, GradSpan, Pool, accumulate, adam, norm};
 
 const NAME: &str = "emulated";
-const QUEUES: [Queue; 3] = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer];
 /// A link speed near zero must not overflow the clock.
 const LONGEST_COPY: Duration = Duration::from_secs(24 * 3600);
 
@@ -41,13 +40,13 @@ impl Default for EmulatedConfig {
     }
 }
 
-/// Host memory with three in-order queues, each a thread.
+/// Host memory with in-order queues, each a thread. Those that copy in one direction share the speed of its link.
 ///
 /// The first failure of any queue is the device's: work enqueued afterwards is refused or skipped, every event that comes after it
 /// returns it, and nothing waits for ever.
 pub struct EmulatedDevice {
     shared: Arc<Shared>,
-    /// In the order of [`QUEUES`]; empty if the threads could not be started.
+    /// In the order of [`Queue::ALL`]; empty if the threads could not be started.
     workers: Vec<Worker>,
     owner: u32,
 }
@@ -62,7 +61,9 @@ struct Shared {
     epoch: Instant,
     failure: Mutex<Option<Error>>,
     /// Failures to inject, by queue.
-    injected: [Mutex<Option<String>>; 3],
+    injected: [Mutex<Option<String>>; Queue::ALL.len()],
+    /// By direction: until when the pieces that were let on occupy the link.
+    links: [Mutex<Option<Instant>>; 2],
 }
 
 enum Command {
@@ -102,7 +103,13 @@ impl EmulatedDevice {
             config.piece_bytes = EmulatedConfig::PIECE_BYTES;
         }
         let threads = (config.threads > 0).then_some(config.threads);
-        let shared = Arc::new(Shared { config, epoch: Instant::now(), failure: Mutex::new(None), injected: Default::default() });
+        let shared = Arc::new(Shared {
+            config,
+            epoch: Instant::now(),
+            failure: Mutex::new(None),
+            injected: Default::default(),
+            links: Default::default(),
+        });
         let workers = start(&shared, threads).unwrap_or_else(|error| {
             shared.fail(error);
             Vec::new()
@@ -151,8 +158,8 @@ impl Device for EmulatedDevice {
     }
 
     fn copy(&self, queue: Queue, transfers: &[Transfer]) -> Result<()> {
-        if queue == Queue::Optimizer {
-            return Err(Error::Internal("copies go to the host-to-device or device-to-host queue".into()));
+        if queue.link().is_none() {
+            return Err(Error::Internal("copies go to a queue that has a direction".into()));
         }
         self.run(queue, "copy", Work::Copy(transfers.to_vec()))
     }
@@ -198,7 +205,7 @@ impl Device for EmulatedDevice {
     fn unregister_host(&self, _ptr: *mut u8) {}
 
     fn synchronize(&self) -> Result<()> {
-        let events = QUEUES.map(|queue| self.record(queue));
+        let events = Queue::ALL.map(|queue| self.record(queue));
         // Every queue is waited for, also when the first one has failed: memory may be freed after this call.
         let results = events.map(|event| event.and_then(|event| event.synchronize()));
         results.into_iter().collect()
@@ -242,31 +249,39 @@ impl Shared {
         self.failure().map_or_else(|| EventState::Reached(self.now_ns()), EventState::Failed)
     }
 
-    fn copy(&self, queue: Queue, transfers: &[Transfer]) {
+    fn copy(&self, link: Link, transfers: &[Transfer]) {
         let config = &self.config;
-        let speed = match queue {
-            Queue::HostToDevice => config.h2d_bytes_per_second,
-            Queue::DeviceToHost => config.d2h_bytes_per_second,
-            Queue::Optimizer => None,
+        let speed = match link {
+            Link::HostToDevice => config.h2d_bytes_per_second,
+            Link::DeviceToHost => config.d2h_bytes_per_second,
         }
         .filter(|speed| *speed > 0.0);
         let start = Instant::now();
-        let latency = Duration::from_nanos(config.latency_ns);
-        let mut copied: u64 = 0;
+        let latency = Duration::from_nanos(config.latency_ns).min(LONGEST_COPY);
+        // When the previous piece of this copy was through, whenever this thread woke up for it.
+        let mut through = start;
         for transfer in transfers {
             for offset in (0..transfer.bytes).step_by(config.piece_bytes) {
                 let bytes = config.piece_bytes.min(transfer.bytes - offset);
+                if let Some(speed) = speed {
+                    through = self.occupy(link, through, bytes, speed);
+                }
                 // SAFETY: the device's caller keeps both ends alive and unaliased until an event after this copy is done, and they
                 // are `transfer.bytes` long; `copy` also allows ends that overlap.
                 unsafe { transfer.src.add(offset).copy_to(transfer.dst.add(offset), bytes) };
-                copied += bytes as u64;
-                if let Some(speed) = speed {
-                    let transport = Duration::try_from_secs_f64(copied as f64 / speed).unwrap_or(LONGEST_COPY);
-                    sleep_until(start + (latency + transport).min(LONGEST_COPY));
-                }
+                sleep_until(through + latency);
             }
         }
-        sleep_until(start + latency.min(LONGEST_COPY));
+        sleep_until(start + latency);
+    }
+
+    /// Lets a piece on the link after those that are on it; gives when it is through.
+    fn occupy(&self, link: Link, from: Instant, bytes: usize, speed: f64) -> Instant {
+        let transport = Duration::try_from_secs_f64(bytes as f64 / speed).unwrap_or(LONGEST_COPY).min(LONGEST_COPY);
+        let mut busy = lock(&self.links[link as usize]);
+        let through = busy.map_or(from, |until| until.max(from)) + transport;
+        *busy = Some(through);
+        through
     }
 }
 
@@ -318,7 +333,7 @@ impl Event for EmulatedEvent {
 fn start(shared: &Arc<Shared>, threads: Option<usize>) -> Result<Vec<Worker>> {
     let refused = |message: String| device_error("start", message);
     let mut pool = Some(Pool::try_new(threads).map_err(|error| refused(format!("no thread pool: {error}")))?);
-    QUEUES
+    Queue::ALL
         .into_iter()
         .map(|queue| {
             let (commands, receiver) = channel();
@@ -329,6 +344,8 @@ fn start(shared: &Arc<Shared>, threads: Option<usize>) -> Result<Vec<Worker>> {
                 Queue::HostToDevice => "tierwise-h2d",
                 Queue::DeviceToHost => "tierwise-d2h",
                 Queue::Optimizer => "tierwise-optim",
+                Queue::StatesIn => "tierwise-in",
+                Queue::StatesOut => "tierwise-out",
             };
             let body = move || serve(&shared, queue, pool.as_ref(), &receiver);
             let thread = std::thread::Builder::new().name(name.into()).spawn(body).map_err(|error| refused(format!("{name}: {error}")))?;
@@ -359,7 +376,10 @@ fn serve(shared: &Shared, queue: Queue, pool: Option<&Pool>, commands: &Receiver
 fn execute(shared: &Shared, queue: Queue, pool: Option<&Pool>, work: Work) -> Result<()> {
     let pool = || pool.ok_or_else(|| Error::Internal("kernels run on the optimizer queue".into()));
     match work {
-        Work::Copy(transfers) => shared.copy(queue, &transfers),
+        Work::Copy(transfers) => {
+            let link = queue.link().ok_or_else(|| Error::Internal("a copy on a queue without a direction".into()))?;
+            shared.copy(link, &transfers);
+        }
         // SAFETY: the device's caller keeps every address alive and unaliased until an event recorded after the call is done.
         Work::Adam(segments) => unsafe { adam::adam_segments(pool()?, &segments) },
         Work::SumSquares(spans, out) => {

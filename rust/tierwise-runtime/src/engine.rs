@@ -21,6 +21,7 @@ use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, Regions, host_sizes};
 use crate::record::Recorder;
 use crate::spill::{self, Spill};
+use crate::streaming::Streaming;
 use crate::workers::{Job, worker};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -154,7 +155,9 @@ impl Engine {
             }
         };
         let gradients = Gradients::new(&layout, host + norms, staging.map(|s| host + s));
+        let streaming = Streaming::new(layout.chunks.len(), plan.device.staging);
         let state = State {
+            streaming,
             written: vec![None; layout.chunks.len()],
             param_steps: vec![0; num_params],
             scheduler: Scheduler::new(layout, trace, plan, config.max_norm),
@@ -184,6 +187,7 @@ impl Engine {
         let (adam_jobs, start_adam) = worker(WorkerId::Adam, device.clock());
         let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
         let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
+        let (states_jobs, start_states) = worker(WorkerId::States, device.clock());
         let (spill_jobs, start_spill) = worker(WorkerId::Spill, None);
         let (read_jobs, start_reads) = worker(WorkerId::Reads, None);
         let (write_jobs, start_writes) = worker(WorkerId::Writes, None);
@@ -200,10 +204,11 @@ impl Engine {
             disk_jobs: [read_jobs, write_jobs],
             landing_jobs,
             optimizer_jobs,
+            states_jobs,
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let mut wanted = vec![start_adam, start_landing, start_optimizer];
+        let mut wanted = vec![start_adam, start_landing, start_optimizer, start_states];
         if spills {
             wanted.extend([start_spill, start_reads, start_writes]);
         }
@@ -240,7 +245,8 @@ impl Drop for Engine {
         let _ = self.shared.device.synchronize();
         let shared = &self.shared;
         let [reads, writes] = &shared.disk_jobs;
-        for jobs in [&shared.adam_jobs, &shared.spill_jobs, &shared.landing_jobs, &shared.optimizer_jobs, reads, writes] {
+        let device_jobs = [&shared.adam_jobs, &shared.landing_jobs, &shared.optimizer_jobs, &shared.states_jobs];
+        for jobs in device_jobs.into_iter().chain([&shared.spill_jobs, reads, writes]) {
             let _ = jobs.send(Job::last());
         }
         shared.notify();

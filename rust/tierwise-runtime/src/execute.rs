@@ -25,7 +25,13 @@ impl Shared {
                         state.guards.protect(offset, end, event);
                     }
                 }
-                Action::Step { chunk, tier: Tier::Device, grad_scale } => self.step_on_device(state, chunk, grad_scale)?,
+                Action::Step { chunk, tier: Tier::Device, grad_scale } => {
+                    if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Streamed {
+                        self.step_streamed(state, chunk, grad_scale)?;
+                    } else {
+                        self.step_on_device(state, chunk, grad_scale)?;
+                    }
+                }
                 Action::Step { chunk, tier: Tier::Nvme, grad_scale } => self.step_spilled(state, chunk, grad_scale)?,
                 Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
@@ -38,7 +44,7 @@ impl Shared {
                 Action::Decided(decision) => state.decision = Some(decision),
                 Action::Forget { chunk } => {
                     let tickets = state.gradients.clear(chunk);
-                    if state.scheduler.plan().chunks[chunk.index()].class == OptimizerClass::Device {
+                    if state.scheduler.plan().chunks[chunk.index()].class.steps_on_device() {
                         // The norm may still be reading them.
                         let read = self.device.record(Queue::Optimizer)?;
                         self.finish_after(read, tickets)?;
@@ -51,7 +57,7 @@ impl Shared {
         Ok(())
     }
 
-    fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
+    pub(crate) fn finish_after(&self, event: crate::device::EventRef, tickets: Vec<u64>) -> Result<()> {
         self.optimizer_jobs.send(Job::new(Some(event), move |shared| {
             shared.lock().gradients.finish(tickets);
             shared.notify();
@@ -204,7 +210,7 @@ impl Shared {
 }
 
 /// One segment per parameter that got a gradient. `ahead` is added to the parameter's step count.
-fn segments(
+pub(crate) fn segments(
     state: &State,
     hyper: &Hyper,
     chunk: ChunkId,

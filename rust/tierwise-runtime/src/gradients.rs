@@ -216,7 +216,7 @@ impl Shared {
         let reduced = self.device.record(Queue::Optimizer)?;
         let (done, jobs) = match state.scheduler.plan().chunks[chunk.index()].class {
             OptimizerClass::Host | OptimizerClass::Nvme => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
-            OptimizerClass::Device | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
+            OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
         };
         jobs.send(Job::new(Some(done), move |shared| {
             let sums = indices
@@ -324,7 +324,7 @@ impl Shared {
     /// Takes the norm of a chunk whose last gradient came in an earlier micro-batch.
     pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let plan = state.scheduler.plan();
-        if plan.chunks[chunk.index()].class == OptimizerClass::Device || plan.sums_on_device(chunk) {
+        if plan.chunks[chunk.index()].class.steps_on_device() || plan.sums_on_device(chunk) {
             return self.reduce_on_device(state, chunk);
         }
         let spans = host_spans(state, self.host, chunk)?;

@@ -12,4 +12,5 @@ pub mod host_memory;
 mod memory;
 mod record;
 pub mod spill;
+mod streaming;
 mod workers;

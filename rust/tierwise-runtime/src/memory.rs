@@ -21,6 +21,18 @@ pub struct HostPlaces {
     pub grad: Option<u64>,
 }
 
+impl HostPlaces {
+    /// All payloads, in the order of [`host_sizes`].
+    pub fn offsets(&self) -> [Option<u64>; 5] {
+        [self.param, self.master, self.exp_avg, self.exp_avg_sq, self.grad]
+    }
+
+    /// The same from their offsets.
+    pub fn from_offsets([param, master, exp_avg, exp_avg_sq, grad]: [Option<u64>; 5]) -> Self {
+        HostPlaces { param, master, exp_avg, exp_avg_sq, grad }
+    }
+}
+
 /// Device payloads of one chunk: addresses, 0 if unbound.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DevicePlaces {
@@ -36,11 +48,12 @@ pub struct DevicePlaces {
 pub fn host_sizes(layout: &Layout, plan: &Plan, chunk: ChunkId, placement: ChunkPlan) -> [u64; 5] {
     let n = layout.chunks[chunk.index()].state_numel;
     let param = if placement.has_host_params() { layout.param_bytes(chunk) } else { 0 };
-    if !placement.class.on_cpu() {
-        return [param, 0, 0, 0, 0];
-    }
-    let grad = if plan.accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) };
-    if placement.class == OptimizerClass::Nvme {
+    let grad = match placement.class {
+        OptimizerClass::Host | OptimizerClass::Nvme if plan.accumulation > 1 => layout.grad_acc_bytes(chunk),
+        OptimizerClass::Host | OptimizerClass::Nvme => layout.grad_bytes(chunk),
+        OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => 0,
+    };
+    if !placement.class.states_on_host() {
         return [param, 0, 0, 0, grad];
     }
     [param, n * layout.precision.master_bytes(), n * 4, n * 4, grad]

@@ -1,4 +1,4 @@
-//! The engine's threads: one runs host steps, two wait for device events and pass on what they mean.
+//! The engine's threads: one runs host steps, three wait for device events and pass on what they mean.
 
 use crate::device::{Clock, EventRef, WorkerId};
 use crate::engine::Shared;
@@ -66,6 +66,7 @@ pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted
         WorkerId::Adam => "tierwise-adam",
         WorkerId::Landing => "tierwise-landing",
         WorkerId::Optimizer => "tierwise-optimizer",
+        WorkerId::States => "tierwise-states",
         WorkerId::Spill => "tierwise-spill",
         WorkerId::Reads => "tierwise-reads",
         WorkerId::Writes => "tierwise-writes",

@@ -9,6 +9,7 @@ use tierwise_core::layout::{Layout, ParamSpec, Precision};
 use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
+use tierwise_core::streaming::pieces as visits;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::AdamHyper;
@@ -76,13 +77,15 @@ impl Case {
         for chunk in self.layout.ids() {
             let placed = self.plan.chunks[chunk.index()];
             let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
-            let on_device = placed.class == OptimizerClass::Device;
-            let states = on_device.then(|| take(self.layout.state_bytes(chunk)));
+            let states = (placed.class == OptimizerClass::Device).then(|| take(self.layout.state_bytes(chunk)));
             let accumulator = self.plan.sums_on_device(chunk).then(|| take(self.layout.grad_acc_bytes(chunk)));
             engine.bind(chunk, resident, states, accumulator).unwrap();
         }
         if self.plan.stream_slab_bytes > 0 {
             engine.bind_slab(take(self.plan.stream_slab_bytes)).unwrap();
+        }
+        if self.plan.device.staging > 0 {
+            engine.bind_staging(take(self.plan.device.staging)).unwrap();
         }
         let params: usize = self.layout.chunks.iter().map(|c| c.params.len()).sum();
         let group = AdamHyper { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
@@ -237,7 +240,11 @@ const SIZES: [(u64, u64, bool); 6] =
     [(4096, 9000, false), (8192, 20_000, false), (8192, 20_000, false), (8192, 20_000, false), (8192, 20_000, false), (2048, 5000, false)];
 
 fn fixed(offload_optim_frac: f64, offload_param_frac: f64) -> Placement {
-    Placement::Static { shard_param_frac: 1.0, offload_optim_frac, offload_param_frac }
+    visiting(offload_optim_frac, offload_param_frac, 0.0)
+}
+
+fn visiting(offload_optim_frac: f64, offload_param_frac: f64, stream_optim_frac: f64) -> Placement {
+    Placement::Static { shard_param_frac: 1.0, offload_optim_frac, offload_param_frac, stream_optim_frac }
 }
 
 fn count(turns: &[Turn], wanted: impl Fn(&Action) -> bool) -> usize {
@@ -260,6 +267,29 @@ fn steps_on_the_host() {
         assert_eq!(count(&turns, |a| matches!(a, Action::Refresh { .. })), 18);
     }
     case(&SIZES, &request(fixed(0.5, 0.0), 1, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
+}
+
+#[test]
+fn states_visit_the_device() {
+    for (accumulation, clip_mode) in [(1, ClipMode::Defer), (3, ClipMode::Defer), (1, ClipMode::Speculate), (2, ClipMode::Auto)] {
+        for (param, stream) in [(0.0, 1.0), (0.0, 0.5), (0.4, 0.5)] {
+            for staging in [3 * 64 * 10, 3 * 4096 * 10, 3 * (8192 + 64) * 10] {
+                // Links slow enough that states of one step would be overtaken by those of the next.
+                for scale in [[1.0; 4], [0.2, 0.2, 4.0, 1.0], [4.0, 0.3, 1.0, 0.5]] {
+                    let placement = visiting(1.0, param, stream);
+                    let mut case = case(&SIZES, &request(placement, accumulation, clip_mode, PLENTY), slow(scale), false);
+                    let streamed = |c: &ChunkId| case.plan.chunks[c.index()].class == OptimizerClass::Streamed;
+                    assert!(case.plan.device.staging > 0 && case.layout.ids().any(|c| streamed(&c)));
+                    case.plan.device.staging = staging;
+                    let most = case.layout.ids().map(|c| visits(&case.layout, c, staging, |_| true).len()).max();
+                    assert_eq!(most > Some(1), staging < 3 * 8192 * 10);
+                    let turns = case.check();
+                    let on_device = count(&turns, |a| matches!(a, Action::Step { tier: Tier::Device, .. }));
+                    assert_eq!(on_device, 3 * case.layout.ids().filter(streamed).count());
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -320,6 +350,8 @@ proptest! {
         sizes in prop::collection::vec((1_u64..80, 100_u64..40_000, prop::bool::weighted(0.2)), 2..7),
         optim in 0.0..=1.0_f64,
         param in 0.0..=1.0_f64,
+        stream in 0.0..=1.0_f64,
+        piece_numel in prop::option::of(1_u64..100),
         room in prop::option::of(0.0..1.5_f64),
         accumulation in 1_u32..4,
         mode in 0_usize..3,
@@ -330,7 +362,7 @@ proptest! {
     ) {
         let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
         let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
-        let placement = if room.is_some() { Placement::Auto } else { fixed(optim.max(param), param) };
+        let placement = if room.is_some() { Placement::Auto } else { visiting(optim.max(param), param, stream) };
         let mut wanted = PlanRequest { accumulate, ..request(placement, accumulation, clip_mode, PLENTY) };
         wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
         if let Some(room) = room {
@@ -338,6 +370,15 @@ proptest! {
             let least = minimum_device_bytes(&layout, &trace, &wanted);
             wanted.device_budget = least + (room * least as f64) as u64;
         }
-        case(&sizes, &wanted, slow(scale), clips).check();
+        let (layout, trace) = model(&sizes);
+        if plan(&layout, &trace, &wanted).is_err() {
+            // More states would visit than belong to resident parameters.
+            wanted.placement = fixed(optim.max(param), param);
+        }
+        let mut case = case(&sizes, &wanted, slow(scale), clips);
+        if let Some(numel) = piece_numel.filter(|_| case.plan.device.staging > 0) {
+            case.plan.device.staging = 3 * 64 * numel * 10;
+        }
+        case.check();
     }
 }

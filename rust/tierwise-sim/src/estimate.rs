@@ -72,7 +72,12 @@ mod tests {
             device_budget: 80_000_000_000,
             host_budget: 100_000_000_000,
             reserve_bytes: 0,
-            placement: Placement::Static { shard_param_frac: 1.0, offload_optim_frac: fraction, offload_param_frac: 0.0 },
+            placement: Placement::Static {
+                shard_param_frac: 1.0,
+                offload_optim_frac: fraction,
+                offload_param_frac: 0.0,
+                stream_optim_frac: 0.0,
+            },
             recompute: Recompute::Full,
             offload: Offload::None,
             accumulation: 1,

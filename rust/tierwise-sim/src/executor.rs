@@ -10,6 +10,7 @@ pub mod machine;
 mod sharing;
 mod spill;
 pub(crate) mod stalls;
+mod streaming;
 pub(crate) mod tally;
 mod thread;
 mod window;
@@ -23,6 +24,7 @@ use calls::{Call, calls};
 use machine::{Began, Ended, Lane, Machine, Token};
 use stalls::{Blocks, Cause};
 use std::collections::BTreeMap;
+use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
@@ -142,7 +144,8 @@ struct Run<'a> {
     commit: Option<Token>,
     in_flight_bytes: u64,
     staging_free: u32,
-    /// Gradient bytes of each device-class chunk that its step will read.
+    streaming: Streaming,
+    /// Gradient bytes of each chunk that is stepped on the device that its step will read.
     held: Vec<u64>,
     /// Gradient bytes that an enqueued device task frees.
     leaving_bytes: u64,
@@ -204,6 +207,7 @@ impl<'a> Run<'a> {
             (bytes.states, "optimizer states"),
             (bytes.accumulators, "gradient accumulators"),
             (bytes.stream_slab, "the streaming slab"),
+            (bytes.staging, "staging of optimizer states"),
         ] {
             device.reserve(bytes, what)?;
         }
@@ -236,6 +240,7 @@ impl<'a> Run<'a> {
             commit: None,
             in_flight_bytes: 0,
             staging_free: 2,
+            streaming: Streaming::new(chunks),
             held: vec![0; chunks],
             leaving_bytes: 0,
             backward,

@@ -12,6 +12,9 @@ use tierwise_core::{OpId, Tier};
 pub struct GivenPlan {
     /// Chunks that the host steps.
     pub host_chunks: Vec<String>,
+    /// Chunks whose states visit the device from host memory, to be stepped there.
+    #[serde(default)]
+    pub visiting_chunks: Vec<String>,
     /// Chunks whose gradients of several micro-batches are added up on the device.
     pub device_summed_chunks: Vec<String>,
     /// Chunks whose parameters are streamed.
@@ -33,9 +36,12 @@ impl GivenPlan {
     /// The plan for a model; an error names what the model does not have.
     pub fn plan(&self, built: &Built, accumulation: u32, clip_mode: ClipMode) -> Result<Plan, String> {
         let layout = &built.layout;
-        for (what, names) in
-            [("host", &self.host_chunks), ("device-summed", &self.device_summed_chunks), ("streamed", &self.streamed_chunks)]
-        {
+        for (what, names) in [
+            ("host", &self.host_chunks),
+            ("visiting", &self.visiting_chunks),
+            ("device-summed", &self.device_summed_chunks),
+            ("streamed", &self.streamed_chunks),
+        ] {
             if let Some(name) = names.iter().find(|name| layout.chunks.iter().all(|c| c.name != **name)) {
                 return Err(format!("the {what} chunk `{name}` is not in the model"));
             }
@@ -51,6 +57,7 @@ impl GivenPlan {
                 class: match chunk.state_numel {
                     0 => OptimizerClass::Frozen,
                     _ if has(&self.host_chunks, &chunk.name) => OptimizerClass::Host,
+                    _ if has(&self.visiting_chunks, &chunk.name) => OptimizerClass::Streamed,
                     _ => OptimizerClass::Device,
                 },
                 home: if has(&self.streamed_chunks, &chunk.name) { ParamHome::Streamed } else { ParamHome::Resident },
@@ -77,6 +84,7 @@ impl GivenPlan {
             predicted_step_s: 0.0,
             bound_by: String::new(),
         };
+        plan.device.staging = tierwise_core::streaming::staging_bytes(layout, &plan.chunks);
         let mut largest = 0;
         for chunk in layout.ids() {
             let placed = plan.chunks[chunk.index()];

@@ -13,10 +13,12 @@ use tierwise_core::timeline::Timeline;
 /// What the plan is, in few numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Placed {
-    /// Elements whose optimizer step the device runs.
+    /// Elements with optimizer states on the device, which steps them.
     pub device_stepped_numel: u64,
     /// Elements whose optimizer step the host runs, with states in its memory.
     pub host_stepped_numel: u64,
+    /// Elements whose states visit the device from host memory, to be stepped there.
+    pub visiting_numel: u64,
     /// Elements that the host steps while their states pass by from the disk.
     pub nvme_stepped_numel: u64,
     /// Elements whose parameters are streamed.
@@ -277,6 +279,7 @@ fn placed(stage: &Stage) -> Placed {
     Placed {
         device_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Device, true),
         host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
+        visiting_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Streamed, true),
         nvme_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Nvme, true),
         streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
         recomputed_units: recomputed(stage).count() as u64,

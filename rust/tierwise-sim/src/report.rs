@@ -198,6 +198,7 @@ impl Report {
                 ("planner's formula", format!("{:.3} s, bound by {}", plan.predicted_step_s, plan.bound_by)),
                 ("stepped on device", billions(plan.device_stepped_numel)),
                 ("stepped on host", billions(plan.host_stepped_numel)),
+                ("states visiting device", billions(plan.visiting_numel)),
                 ("stepped from NVMe", billions(plan.nvme_stepped_numel)),
                 ("streamed", billions(plan.streamed_numel)),
                 ("recomputed layers", format!("{} of {}", plan.recomputed_units, plan.recomputable_units)),

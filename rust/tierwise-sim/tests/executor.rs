@@ -62,9 +62,30 @@ fn cases(hardware: &Hardware) -> Vec<Case> {
                 for clip_mode in [ClipMode::Defer, ClipMode::Speculate] {
                     for placement in [
                         Placement::Auto,
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 },
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 1.0 },
-                        Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.5, offload_param_frac: 0.2 },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 1.0,
+                            offload_param_frac: 0.0,
+                            stream_optim_frac: 0.0,
+                        },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 1.0,
+                            offload_param_frac: 1.0,
+                            stream_optim_frac: 0.0,
+                        },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 0.5,
+                            offload_param_frac: 0.2,
+                            stream_optim_frac: 0.0,
+                        },
+                        Placement::Static {
+                            shard_param_frac: 1.0,
+                            offload_optim_frac: 0.9,
+                            offload_param_frac: 0.2,
+                            stream_optim_frac: 0.4,
+                        },
                     ] {
                         cases.extend(case(model, 2, hardware, |request| {
                             request.device_budget = device_budget;
@@ -97,15 +118,18 @@ fn bytes_and_time_are_conserved_and_budgets_hold() {
             let sums_on_device = |c: usize| plan.sums_on_device(tierwise_core::ChunkId(c as u32));
             let gradients = sum(&|c| host(c) && !sums_on_device(c), &|c| layout.grad_bytes(c));
             let sums = sum(&|c| host(c) && sums_on_device(c), &|c| layout.grad_acc_bytes(c));
-            assert_eq!(out.d2h_bytes, gradients * u64::from(plan.accumulation) + sums);
+            let visited = sum(&|c| plan.chunks[c].class == OptimizerClass::Streamed, &|c| layout.state_bytes(c));
+            assert_eq!(out.d2h_bytes, gradients * u64::from(plan.accumulation) + sums + visited);
             let refreshed = sum(&|c| host(c) && !streamed(c), &|c| layout.param_bytes(c));
             let fetched = sum(&streamed, &|c| layout.param_bytes(c));
             assert!(out.h2d_bytes >= refreshed + fetched, "{} < {refreshed} + {fetched}", out.h2d_bytes);
+            assert!(out.h2d_bytes >= refreshed + fetched + visited);
             if fetched == 0 {
-                assert_eq!(out.h2d_bytes, refreshed);
+                assert_eq!(out.h2d_bytes, refreshed + visited);
             }
             let moved = |track: &str| out.timeline.spans.iter().filter(|s| s.track == track).map(|s| s.bytes).sum::<u64>();
-            assert_eq!((moved("h2d"), moved("d2h")), (out.h2d_bytes, out.d2h_bytes));
+            assert_eq!((moved("states in"), moved("states out")), (visited, visited));
+            assert_eq!((moved("h2d") + visited, moved("d2h") + visited), (out.h2d_bytes, out.d2h_bytes));
             assert_eq!(out.compute_ns + out.slowdown_ns + out.stalls.total_ns(), out.step_ns);
             assert!(out.device_peak_bytes <= case.request.device_budget);
             assert!(out.host_peak_bytes <= case.request.host_budget);
@@ -122,16 +146,21 @@ fn bytes_and_time_are_conserved_and_budgets_hold() {
 #[test]
 fn one_stream_does_one_thing_at_a_time() {
     let hardware = preset("h100").unwrap();
-    let case = case("llama2-7b", 4, &hardware, |request| request.device_budget = 40_000_000_000).unwrap();
+    let case = case("llama2-7b", 4, &hardware, |request| {
+        request.device_budget = 40_000_000_000;
+        request.placement =
+            Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.9, offload_param_frac: 0.2, stream_optim_frac: 0.4 };
+    })
+    .unwrap();
     let out = run(&case, &hardware, true).unwrap();
-    for track in ["compute", "h2d", "d2h", "device optimizer", "host optimizer", "host norm"] {
+    for track in ["compute", "h2d", "d2h", "device optimizer", "host optimizer", "host norm", "states in", "states out"] {
+        assert!(out.timeline.spans.iter().any(|s| s.track == track), "{track}");
         let mut end = 0;
         for span in out.timeline.spans.iter().filter(|s| s.track == track) {
             assert!(span.start_ns >= end, "{span:?}");
             end = span.start_ns + span.duration_ns;
         }
     }
-    assert!(out.timeline.spans.iter().any(|s| s.track == "host optimizer"));
 }
 
 #[test]
@@ -191,6 +220,30 @@ fn presets_are_valid_files() {
     }
 }
 
+/// States that visit the device beside the CPU's own steps end the step earlier, up to the share at which the link becomes the slower one.
+#[test]
+fn a_share_of_the_states_visiting_the_device_is_faster_than_the_cpu_alone() {
+    let hardware = preset("h100").unwrap();
+    let run = |stream_optim_frac| {
+        let case = case("llama2-7b", 1, &hardware, |request| {
+            request.device_budget = 200_000_000_000;
+            request.placement =
+                Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac };
+        })
+        .unwrap();
+        run(&case, &hardware, true).unwrap()
+    };
+    let outcomes = [0.0, 0.2, 0.4, 0.6, 1.0].map(run);
+    let seconds: Vec<f64> = outcomes.iter().map(|out| out.step_ns as f64 / 1e9).collect();
+    assert!(seconds[1] < 0.95 * seconds[0] && seconds[2] < seconds[1], "{seconds:?}");
+    assert!(seconds[4] > seconds[3], "the link alone is slower than both together: {seconds:?}");
+    // Both really work at the same time.
+    let busy = |out: &Outcome, track: &str| *out.busy_ns.get(track).unwrap_or(&0) as f64 / 1e9;
+    let out = &outcomes[2];
+    let at_once = busy(out, "host optimizer") + busy(out, "states in") - out.step_ns as f64 / 1e9;
+    assert!(at_once > 0.3 * busy(out, "states in"), "{at_once} s of {} s and {} s", busy(out, "host optimizer"), busy(out, "states in"));
+}
+
 /// The same plan bytes in virtual time: read once and written once per step, and the step is no faster than the disk.
 #[test]
 fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
@@ -205,7 +258,7 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
         })
         .unwrap()
     };
-    let all = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0 };
+    let all = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
     let homes = [
         (spilling(80_000_000_000, 28_000_000_000, all), ParamHome::Resident),
         (spilling(80_000_000_000, 16_000_000_000, all), ParamHome::Spilled),

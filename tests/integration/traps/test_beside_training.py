@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tierwise
-from tests.support.traps import STREAMED
+from tests.support.traps import STREAMED, VISITING
 
 
 def test_eval_in_the_middle_and_other_sequence_lengths(kit: Any) -> None:
@@ -37,7 +37,7 @@ def test_eval_in_the_middle_and_other_sequence_lengths(kit: Any) -> None:
         return seen, booster
 
     expected, _ = run()
-    for options in (STREAMED, {**STREAMED, "clip_mode": "speculate"}):
+    for options in (STREAMED, VISITING, {**STREAMED, "clip_mode": "speculate"}):
         seen, booster = run(**options)
         assert seen == expected
         assert booster.stats()["off_trace"] > 0, "eval passes are not in the trace, and are counted"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.traps import STREAMED, Net, loss_of
+from tests.support.traps import STREAMED, VISITING, Net, loss_of
 
 
 def test_an_exception_in_forward_leaves_no_hooks_behind(kit: Any) -> None:
@@ -72,7 +72,7 @@ def test_an_exception_in_backward_can_be_survived(kit: Any) -> None:
                     x = Fails.apply(x)
             return self.head(x.mean(1))
 
-    for options in ({}, STREAMED):
+    for options in ({}, STREAMED, VISITING):
         booster, model, optimizer = kit.boosted(Net2(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
         losses = []
         for step in range(4):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import tierwise
-from tests.support.traps import STREAMED, Net, ids_of, loss_of
+from tests.support.traps import STREAMED, VISITING, Net, ids_of, loss_of
 
 
 def test_a_bare_backward_names_the_right_call(kit: Any) -> None:
-    for options in ({}, STREAMED):
+    for options in ({}, STREAMED, VISITING):
         booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
         with pytest.raises(tierwise.TierwiseError, match=r"booster\.backward"):
             loss_of(model, 0).backward()
@@ -66,7 +66,7 @@ def test_unused_and_frozen_parameters_stay_as_they_are(kit: Any) -> None:
         return model(ids_of(step)).square().mean()
 
     reference = kit.plain_fit(build(), loss)
-    for options in ({}, STREAMED):
+    for options in ({}, STREAMED, VISITING):
         result = kit.fit(build(), loss, **options)
         assert result.losses == pytest.approx(reference.losses, rel=1e-5)
         fresh = build().state_dict()
@@ -116,7 +116,7 @@ def test_more_backwards_than_the_plan_accumulates(kit: Any) -> None:
 
 
 def test_zero_grad_without_a_step_forgets_the_batch(kit: Any) -> None:
-    for options in ({}, STREAMED, {**STREAMED, "clip_mode": "speculate"}):
+    for options in ({}, STREAMED, VISITING, {**STREAMED, "clip_mode": "speculate"}):
         booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, **options)
         booster.backward(loss_of(model, 7), optimizer)
         optimizer.zero_grad()
@@ -135,7 +135,7 @@ def test_a_step_with_non_finite_gradients_changes_nothing(kit: Any, bad: float) 
     def loss(model: Any, step: int) -> torch.Tensor:
         return loss_of(model, step) * (bad if step == 2 else 1.0)
 
-    for options in ({}, STREAMED, {"placement_policy": "static", "offload_optim_frac": 1.0, "clip_mode": "speculate"}):
+    for options in ({}, STREAMED, VISITING, {"placement_policy": "static", "offload_optim_frac": 1.0, "clip_mode": "speculate"}):
         booster, model, optimizer = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, max_norm=1.0, **options)
         for step in range(4):
             before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -152,7 +152,7 @@ def test_denormal_moments_become_zero(kit: Any) -> None:
     def loss(model: Any, step: int) -> torch.Tensor:
         return loss_of(model, step) * (1e-30 if step == 0 else 0.0)
 
-    for options in ({}, STREAMED):
+    for options in ({}, STREAMED, VISITING):
         result = kit.fit(Net(), loss, steps=12, **options)
         result.booster.flush()
         for param in result.model.parameters():

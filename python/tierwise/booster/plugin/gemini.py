@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
 
 _DEFAULT_RESERVE = 256 * 10**6
+_FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
 
 
 class _RefuseUnknown(type(Plugin)):  # type: ignore[misc]
@@ -80,6 +81,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Static policy: share of optimizer states in host memory."""
     offload_param_frac: float = 0.0
     """Static policy: share of parameters streamed from host memory."""
+    stream_optim_frac: float = 0.0
+    """Static policy: share of the optimizer states in host memory that visit the device to be stepped there, beside the CPU's own steps.
+    Their parameters stay on the device."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
     on CUDA also what the traced model's backward is expected to need, and a 24th of the budget that the allocator may lose."""
@@ -137,7 +141,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             raise ValueError(f"nvme_budget={self.nvme_budget} needs nvme_path, the directory to spill to")
         self._flags("fused_loss", "enable_flash_attention", "enable_fused_normalization", "enable_jit_fused", "enable_all_optimization")
         self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
-        self._numbers("shard_param_frac", "offload_optim_frac", "offload_param_frac", "growth_factor", "backoff_factor")
+        self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
         self._numbers("initial_scale", "min_scale", "max_scale")
         latency = self.link_latency_ns
         if isinstance(latency, bool) or not isinstance(latency, int) or latency < 0:
@@ -157,13 +161,13 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             )
         if self.num_threads is not None:
             kernel_threads(self.num_threads)
-        for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
+        for name in _FRACTIONS:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
         if self.placement_policy == "auto":
             fields = {field.name: field.default for field in dataclasses.fields(self)}
-            for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
+            for name in _FRACTIONS:
                 if getattr(self, name) != fields[name]:
                     raise ValueError(f"{name} belongs to placement_policy='static'; the auto policy chooses placement itself")
         elif self.offload_param_frac > self.shard_param_frac:
@@ -175,6 +179,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             raise ValueError(
                 f"offload_param_frac={self.offload_param_frac} needs offload_optim_frac of at least as much "
                 f"(got {self.offload_optim_frac}): streamed parameters are stepped by the host"
+            )
+        elif self.stream_optim_frac > 0 and self.offload_optim_frac == 0:
+            raise ValueError(
+                f"stream_optim_frac={self.stream_optim_frac} is a share of the optimizer states in host memory, and there are none: "
+                "raise offload_optim_frac (got 0)"
             )
         for name in ("initial_scale", "min_scale", "max_scale"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):

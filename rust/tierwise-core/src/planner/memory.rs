@@ -149,8 +149,15 @@ impl<'a> Memory<'a> {
             let placement = chunks[chunk.index()];
             match placement.class {
                 OptimizerClass::Device if self.accumulation == 1 => {}
+                // Those of the step before wait for their turn on the link, at the latest until the next forward reads the result.
+                OptimizerClass::Streamed if self.accumulation == 1 => {
+                    born[0] += bytes;
+                    gone[self.first_use[chunk.index()] + 1] += bytes;
+                }
                 OptimizerClass::Frozen => gone[backward.first] += bytes,
-                OptimizerClass::Device | OptimizerClass::Host | OptimizerClass::Nvme => gone[backward.last + 1] += bytes,
+                OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Host | OptimizerClass::Nvme => {
+                    gone[backward.last + 1] += bytes;
+                }
             }
             if self.sends(placement) {
                 sent[backward.last + 1] += bytes;

@@ -3,9 +3,11 @@
 use super::activations::Activations;
 use super::memory::Memory;
 use super::spill;
+use super::visiting;
 use super::{Placement, PlanError, PlanRequest};
 use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome};
 use crate::slab::SLOT_ALIGN;
+use crate::streaming::staging_bytes;
 use crate::{OpId, Tier};
 use std::collections::BTreeMap;
 
@@ -16,7 +18,7 @@ const MAX_LEVELS_ACCUMULATING: usize = 40;
 /// Shares of the chunks that may add up their gradients on the device while the host steps them.
 const ACCUMULATE_LEVELS: usize = 8;
 
-/// Placements with the same streamed chunks and the same sums on the device, from the least device memory to the most.
+/// Placements with the same streamed parameters, sums on the device and share of streamed states, from the least device memory to the most.
 pub(super) struct Group {
     pub rows: Vec<Row>,
     /// Whether a later row never takes more time.
@@ -52,6 +54,10 @@ pub(super) struct Row {
 pub(super) struct Cost {
     /// Elements that the host steps.
     pub host_numel: u64,
+    /// Elements whose states visit the device for every step.
+    pub visiting_numel: u64,
+    /// Bytes of those states, which go each way.
+    pub visiting_bytes: u64,
     /// Bytes fetched for every micro-batch.
     pub stream_bytes: u64,
     /// Bytes of rewritten resident parameters for every step.
@@ -90,13 +96,15 @@ impl Row {
 pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: impl FnMut(&Group)) -> Result<(), PlanError> {
     let layout = memory.layout;
     let forward_order = &memory.forward_order;
-    if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac } = request.placement {
-        let chunks = fixed(memory, forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
+    if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac, stream_optim_frac } = request.placement {
+        let mut chunks = fixed(memory, forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
+        visiting::fixed(memory, forward_order, stream_optim_frac, &mut chunks)?;
         let rows = accumulate_levels(request, chunks.len()).into_iter().map(|sums| with_sums(&chunks, forward_order, sums)).collect();
         visit(&group(memory, rows, false));
         return Ok(());
     }
     let order = streaming_order(memory);
+    let shares = visiting::shares(memory, &request.speeds);
     for streamed in levels(order.len(), memory.accumulation) {
         let mut base: Vec<ChunkPlan> = layout
             .chunks
@@ -116,17 +124,23 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
             .collect();
         for sums in accumulate_levels(request, base.len()) {
             let base = with_sums(&base, forward_order, sums);
-            let rows = levels(eligible.len(), memory.accumulation)
-                .into_iter()
-                .map(|on_device| {
-                    let mut chunks = base.clone();
-                    for &chunk in &eligible[..on_device] {
-                        chunks[chunk] = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
-                    }
-                    chunks
-                })
-                .collect();
-            visit(&group(memory, rows, true));
+            for &share in &shares {
+                let mut base = base.clone();
+                if !visiting::spread(memory, &eligible, share, &mut base) && share > 0.0 {
+                    continue;
+                }
+                let rows = levels(eligible.len(), memory.accumulation)
+                    .into_iter()
+                    .map(|on_device| {
+                        let mut chunks = base.clone();
+                        for &chunk in &eligible[..on_device] {
+                            chunks[chunk] = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
+                        }
+                        chunks
+                    })
+                    .collect();
+                visit(&group(memory, rows, true));
+            }
         }
     }
     Ok(())
@@ -200,7 +214,9 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     let largest = (0..memory.layout.chunks.len()).filter(streamed).map(slot).max().unwrap_or(0).max(largest_op);
     // Beyond two operations' worth, a chunk that stays resident saves as many fetches as one more slot.
     let prefetch_slab = (2 * largest).min(streamed_bytes);
-    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest)).collect();
+    // The same for all, so that a further chunk with states on the device never needs less.
+    let staging = placements.iter().map(|chunks| staging_bytes(memory.layout, chunks)).max().unwrap_or(0);
+    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest, staging)).collect();
     let mut variants = vec![(prefetch_slab, false)];
     if largest < prefetch_slab {
         variants.push((largest, false));
@@ -211,9 +227,9 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     Group { rows, monotone, variants, prefetch_slab }
 }
 
-fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64) -> Row {
+fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_step: u64, staging: u64) -> Row {
     let layout = memory.layout;
-    let mut base = DeviceBytes::default();
+    let mut base = DeviceBytes { staging, ..DeviceBytes::default() };
     let mut host = HostBytes::default();
     let mut cost = Cost::default();
     let mut undo_bytes = 0;
@@ -233,6 +249,10 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
         }
         match placement.class {
             OptimizerClass::Device => base.states += layout.state_bytes(chunk),
+            OptimizerClass::Streamed => {
+                cost.visiting_numel += layout.chunks[chunk.index()].state_numel;
+                cost.visiting_bytes += layout.state_bytes(chunk);
+            }
             OptimizerClass::Host | OptimizerClass::Nvme => {
                 cost.host_numel += layout.chunks[chunk.index()].state_numel;
                 if placement.class == OptimizerClass::Host {

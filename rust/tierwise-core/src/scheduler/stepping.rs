@@ -219,7 +219,7 @@ impl Scheduler {
 
     pub(super) fn begin_step(&mut self, chunk: ChunkId, grad_scale: f32, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         let class = self.plan.chunks[chunk.index()].class;
-        let on_device = class == OptimizerClass::Device;
+        let on_device = class.steps_on_device();
         self.begin_write(chunk)?;
         if on_device {
             // Stream-ordered: whoever reads the parameters waits for the step's event.
@@ -230,7 +230,7 @@ impl Scheduler {
             self.chunks[chunk.index()].work = Work::Stepping;
         }
         let tier = match class {
-            OptimizerClass::Device => Tier::Device,
+            OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
             OptimizerClass::Nvme => Tier::Nvme,
             OptimizerClass::Host | OptimizerClass::Frozen => Tier::Host,
         };

@@ -58,6 +58,8 @@ impl Engine {
         value["activation_in_bytes"] = state.activations.in_bytes.into();
         value["h2d_bytes"] = state.gradients.h2d_bytes.into();
         value["d2h_bytes"] = state.gradients.d2h_bytes.into();
+        value["states_visiting_chunks"] = state.streaming.away().into();
+        value["states_visited_bytes"] = state.streaming.visited_bytes.into();
         if let Some(spill) = &state.spill {
             spill.describe(&mut value)?;
         }

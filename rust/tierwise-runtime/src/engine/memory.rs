@@ -1,6 +1,6 @@
 //! The engine's memory: what is bound where, and who may take how much.
 
-use super::shared::Shared;
+use super::shared::{Shared, State};
 use super::{Engine, unknown_chunk};
 use crate::error::{Error, Result};
 use crate::memory::{HostPlaces, Regions, host_sizes};
@@ -75,57 +75,62 @@ impl Engine {
         Ok(())
     }
 
-    /// Moves a chunk to another class between steps; a streamed one becomes resident with the device class. The caller flushes before, and
-    /// copies and binds what the new class needs.
+    /// Gives the buffers that the states of streamed chunks pass through.
+    pub fn bind_staging(&self, address: u64) -> Result<()> {
+        let mut state = self.lock()?;
+        let bytes = state.scheduler.plan().device.staging;
+        if state.streaming.address == 0 {
+            state.device_budget.reserve(bytes, "staging of optimizer states")?;
+        }
+        state.streaming.address = address;
+        Ok(())
+    }
+
+    /// Moves a chunk to another class between steps; streamed parameters become resident with a class that is stepped on the device. The
+    /// caller flushes before, and copies and binds what the new class needs.
     pub fn set_class(&self, chunk: ChunkId, class: OptimizerClass) -> Result<()> {
         let mut guard = self.lock()?;
         let state = &mut *guard;
         if chunk.index() >= state.places.len() {
             return Err(unknown_chunk(chunk));
         }
+        let layout = state.scheduler.layout();
+        let name = &layout.chunks[chunk.index()].name;
         let mut placement = state.scheduler.plan().chunks[chunk.index()];
-        if class == OptimizerClass::Device && placement.home == ParamHome::Streamed && state.places[chunk.index()].1.param == 0 {
-            let name = &state.scheduler.layout().chunks[chunk.index()].name;
+        let before = placement.class;
+        if class.steps_on_device() && placement.home == ParamHome::Streamed && state.places[chunk.index()].1.param == 0 {
             return Err(Error::Usage(format!("bind device memory for the parameters of `{name}` before it becomes resident")));
         }
-        let old = host_sizes(state.scheduler.layout(), state.scheduler.plan(), chunk, placement);
-        let accumulates = state.scheduler.plan().accumulation > 1;
+        if let (OptimizerClass::Streamed, Some(problem)) = (class, state.streaming.missing_for(layout, chunk)) {
+            return Err(Error::Usage(problem));
+        }
+        if state.streaming.chunk_is_away(chunk)? {
+            return Err(Error::Usage(format!("the states of `{name}` are still on the device; call flush before its class changes")));
+        }
+        let old = host_sizes(layout, state.scheduler.plan(), chunk, placement);
         placement.class = class;
-        if class == OptimizerClass::Device {
+        if class.steps_on_device() {
             placement.home = ParamHome::Resident;
         }
-        let new = host_sizes(state.scheduler.layout(), state.scheduler.plan(), chunk, placement);
-        let before = state.scheduler.plan().chunks[chunk.index()].class;
+        let new = host_sizes(layout, state.scheduler.plan(), chunk, placement);
         // First what can be refused, then what is taken.
         state.scheduler.set_class(chunk, class)?;
         if before == class {
             return Ok(());
         }
-        if class == OptimizerClass::Host {
-            let places = match take_places(&mut state.regions, new) {
-                Ok(places) => places,
-                Err(error) => {
-                    state.scheduler.set_class(chunk, before)?;
-                    return Err(error);
-                }
-            };
-            let layout = state.scheduler.layout();
-            let freed = layout.state_bytes(chunk) + if accumulates { layout.grad_acc_bytes(chunk) } else { 0 };
-            state.places[chunk.index()].0 = places;
-            let device = &mut state.places[chunk.index()].1;
-            if device.states != 0 {
-                state.device_budget.release(freed);
-            }
+        let State { regions, places, scheduler, device_budget, .. } = state;
+        let (host, device) = &mut places[chunk.index()];
+        if let Err(error) = change_places(regions, host, old, new) {
+            scheduler.set_class(chunk, before)?;
+            return Err(error);
+        }
+        if class != OptimizerClass::Device && device.states != 0 {
+            device_budget.release(scheduler.layout().state_bytes(chunk));
             device.states = 0;
+        }
+        if class == OptimizerClass::Host && device.accumulator != 0 {
+            device_budget.release(scheduler.layout().grad_acc_bytes(chunk));
             device.accumulator = 0;
-        } else {
-            let places = std::mem::take(&mut state.places[chunk.index()].0);
-            let offsets = [places.param, places.master, places.exp_avg, places.exp_avg_sq, places.grad];
-            for (offset, bytes) in offsets.into_iter().zip(old) {
-                if let Some(offset) = offset {
-                    state.regions.give(offset, bytes);
-                }
-            }
         }
         Ok(())
     }
@@ -155,6 +160,21 @@ impl Engine {
     }
 }
 
+/// Regions for payloads of other sizes; one that keeps its size stays where it is, with what is in it.
+fn change_places(regions: &mut Regions, places: &mut HostPlaces, old: [u64; 5], new: [u64; 5]) -> Result<()> {
+    let changed = |sizes: [u64; 5]| std::array::from_fn(|i| if old[i] == new[i] { 0 } else { sizes[i] });
+    let taken = take_places(regions, changed(new))?.offsets();
+    let gone: [u64; 5] = changed(old);
+    let had = places.offsets();
+    for (offset, bytes) in had.into_iter().zip(gone) {
+        if let Some(offset) = offset.filter(|_| bytes > 0) {
+            regions.give(offset, bytes);
+        }
+    }
+    *places = HostPlaces::from_offsets(std::array::from_fn(|i| if old[i] == new[i] { had[i] } else { taken[i] }));
+    Ok(())
+}
+
 pub(super) fn take_places(regions: &mut Regions, sizes: [u64; 5]) -> Result<HostPlaces> {
     let mut taken = [None; 5];
     for at in 0..taken.len() {
@@ -173,6 +193,5 @@ pub(super) fn take_places(regions: &mut Regions, sizes: [u64; 5]) -> Result<Host
             }
         }
     }
-    let [param, master, exp_avg, exp_avg_sq, grad] = taken;
-    Ok(HostPlaces { param, master, exp_avg, exp_avg_sq, grad })
+    Ok(HostPlaces::from_offsets(taken))
 }

@@ -9,6 +9,7 @@ use crate::host_memory::HostSlab;
 use crate::memory::{DevicePlaces, HostPlaces, Regions};
 use crate::record::Recorder;
 use crate::spill::Spill;
+use crate::streaming::Streaming;
 use crate::workers::Worker;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -34,6 +35,7 @@ pub struct Shared {
     pub(crate) disk_jobs: [Worker; 2],
     pub(crate) landing_jobs: Worker,
     pub(crate) optimizer_jobs: Worker,
+    pub(crate) states_jobs: Worker,
     pub(crate) changed: Condvar,
     pub(super) stop: AtomicBool,
 }
@@ -47,6 +49,7 @@ pub struct State {
     /// Address of the undo record of every chunk that has one.
     pub(crate) undo_records: std::collections::BTreeMap<ChunkId, u64>,
     pub(crate) slab_address: u64,
+    pub(crate) streaming: Streaming,
     /// Latest event after which a chunk's device parameters are the current generation.
     pub(crate) written: Vec<Option<EventRef>>,
     /// Ranges of the slab whose last readers are this event.

@@ -34,6 +34,9 @@ impl Engine {
         if plan.stream_slab_bytes > 0 && state.slab_address == 0 {
             return Err(Error::Usage("no device memory was bound for the streaming slab".to_owned()));
         }
+        if let Some(problem) = state.streaming.missing(state.scheduler.layout(), state.scheduler.plan()) {
+            return Err(Error::Usage(problem));
+        }
         state.started = true;
         self.shared.read_ahead(&mut state)
     }
@@ -248,11 +251,12 @@ impl Engine {
         state.scheduler.settle(&mut actions)?;
         let outcome = self.shared.execute(&mut state, &actions);
         self.shared.or_stop(&mut state, outcome)?;
-        let state = self.shared.wait_until(state, keep_waiting, |state| {
-            !state.scheduler.is_busy() && !state.gradients.has_readers() && !state.spill.as_ref().is_some_and(Spill::is_busy)
-        })?;
-        let queues = [Queue::HostToDevice, Queue::DeviceToHost, Queue::Optimizer];
-        let events = queues.map(|queue| self.shared.device.record(queue));
+        let settled = |state: &mut State| {
+            let spilling = state.spill.as_ref().is_some_and(Spill::is_busy);
+            !(state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.away() > 0 || spilling)
+        };
+        let state = self.shared.wait_until(state, keep_waiting, settled)?;
+        let events = Queue::ALL.map(|queue| self.shared.device.record(queue));
         drop(state);
         for event in events {
             match event.and_then(|event| wait_for_event(&event, keep_waiting)) {

@@ -10,10 +10,10 @@ use std::thread::ThreadId;
 use tierwise_kernels::{AdamSegment, GradSpan, Pool, accumulate, adam, norm};
 use tierwise_runtime::device::{Clock, ComputeStream, Device, Event, EventRef, Queue, Transfer, WorkerId};
 use tierwise_runtime::error::{Error, Result};
-use tierwise_sim::executor::machine::{Lane, Machine, Task, Token};
+use tierwise_sim::executor::machine::{LANES, Lane, Machine, Task, Token};
 use tierwise_sim::hardware::Hardware;
 
-const WORKERS: usize = 3;
+const WORKERS: usize = 4;
 
 thread_local! {
     /// Which worker this thread is.
@@ -34,7 +34,7 @@ struct Inner {
     machine: Machine<'static, Memory>,
     pool: Arc<Pool>,
     /// Per lane: what its next task waits for.
-    waits: [Vec<Token>; 4],
+    waits: [Vec<Token>; LANES.len()],
     /// What every event ever recorded comes after.
     events: Vec<Vec<Token>>,
     workers: [Worker; WORKERS],
@@ -64,7 +64,7 @@ impl Inner {
     }
 
     fn push(&mut self, lane: Lane, work: f64, memory: Option<Memory>) -> Token {
-        let waits = self.waits.get_mut(lane as usize).map(std::mem::take).unwrap_or_default();
+        let waits = std::mem::take(&mut self.waits[lane as usize]);
         let task = Task { name: String::new(), bytes: 0, work, waits, on_start: Vec::new(), on_end: memory.into_iter().collect() };
         self.machine.push(lane, task)
     }
@@ -101,6 +101,8 @@ fn lane(queue: Queue) -> Lane {
         Queue::HostToDevice => Lane::HostToDevice,
         Queue::DeviceToHost => Lane::DeviceToHost,
         Queue::Optimizer => Lane::Optimizer,
+        Queue::StatesIn => Lane::StatesIn,
+        Queue::StatesOut => Lane::StatesOut,
     }
 }
 

@@ -3,6 +3,7 @@
 use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
+use tierwise_core::plan::OptimizerClass;
 use tierwise_core::plan::ParamHome;
 use tierwise_core::scheduler::{Action, Event, Progress};
 use tierwise_core::{ChunkId, Tier};
@@ -25,7 +26,10 @@ impl Run<'_> {
                         self.guards.protect(offset, end, token);
                     }
                 }
-                Action::Step { chunk, tier: Tier::Device, .. } => self.step_on_device(chunk),
+                Action::Step { chunk, tier: Tier::Device, .. } => match self.setup.plan.chunks[chunk.index()].class {
+                    OptimizerClass::Streamed => self.step_streamed(chunk),
+                    _ => self.step_on_device(chunk),
+                },
                 Action::Step { chunk, tier: Tier::Nvme, .. } => self.step_spilled(chunk),
                 Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
                 Action::Speculate { chunk, .. } => {

@@ -27,10 +27,14 @@ pub enum Lane {
     DiskRead,
     /// The disk's writes; work is bytes.
     DiskWrite,
+    /// The copy stream of optimizer states that visit the device; work is bytes.
+    StatesIn,
+    /// The copy stream of optimizer states that go back; work is bytes.
+    StatesOut,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 10] = [
+pub const LANES: [Lane; 12] = [
     Lane::Compute,
     Lane::HostToDevice,
     Lane::DeviceToHost,
@@ -41,6 +45,8 @@ pub const LANES: [Lane; 10] = [
     Lane::Landing,
     Lane::DiskRead,
     Lane::DiskWrite,
+    Lane::StatesIn,
+    Lane::StatesOut,
 ];
 
 impl Lane {
@@ -57,6 +63,8 @@ impl Lane {
             Lane::Landing => "host norm",
             Lane::DiskRead => "nvme read",
             Lane::DiskWrite => "nvme write",
+            Lane::StatesIn => "states in",
+            Lane::StatesOut => "states out",
         }
     }
 }
@@ -144,7 +152,7 @@ struct State<E> {
 pub struct Machine<'a, E> {
     speeds: Speeds<'a>,
     now_ns: u64,
-    lanes: [State<E>; 10],
+    lanes: [State<E>; LANES.len()],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
 }

@@ -1,11 +1,11 @@
 //! How fast the lanes are while others are busy: as measured, where the machine was calibrated, else by a model of its memory.
 
-use super::machine::Lane;
+use super::machine::{LANES, Lane};
 use crate::costs::ADAM_BYTES_PER_PARAM;
 use crate::hardware::{Hardware, Sharing};
 
 /// Work per nanosecond of every lane.
-pub type Rates = [f64; 10];
+pub type Rates = [f64; LANES.len()];
 
 /// The rates of a machine.
 pub struct Speeds<'a> {
@@ -48,10 +48,22 @@ impl<'a> Speeds<'a> {
 
     /// The rates while these lanes are busy.
     pub fn rates(&self, busy: impl Fn(Lane) -> bool) -> Rates {
-        let mut rates = match &self.measured {
-            Some(table) => self.as_measured(table, &busy),
-            None => self.by_model(&busy),
+        // A link is busy whichever of its two streams is.
+        let either = |lane: Lane| match lane {
+            Lane::HostToDevice => busy(lane) || busy(Lane::StatesIn),
+            Lane::DeviceToHost => busy(lane) || busy(Lane::StatesOut),
+            other => busy(other),
         };
+        let mut rates = match &self.measured {
+            Some(table) => self.as_measured(table, &either),
+            None => self.by_model(&either),
+        };
+        for (lane, states) in [(Lane::HostToDevice, Lane::StatesIn), (Lane::DeviceToHost, Lane::StatesOut)] {
+            // They take turns.
+            let turns = if busy(lane) && busy(states) { 0.5 } else { 1.0 };
+            rates[lane as usize] *= turns;
+            rates[states as usize] = rates[lane as usize];
+        }
         if busy(Lane::Compute) && busy(Lane::Optimizer) {
             // They share the GPU: together they do as much as one after the other.
             rates[Lane::Compute as usize] *= 0.5;
@@ -85,7 +97,7 @@ impl<'a> Speeds<'a> {
         let half = if busy(Lane::HostAdam) && busy(Lane::Landing) { 0.5 } else { 1.0 };
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
-        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0]
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0, 0.0, 0.0]
     }
 
     fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
@@ -106,7 +118,7 @@ impl<'a> Speeds<'a> {
         let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0]
+        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0, 0.0, 0.0]
     }
 }
 
@@ -173,6 +185,25 @@ mod tests {
         let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other)[Lane::HostAdam as usize];
         assert!((rate(None) / (26.0 * 6.0) - 1.0).abs() < 1e-12);
         assert!((rate(Some(Lane::HostToDevice)) / (26.0 * 5.4) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn two_streams_of_a_direction_take_turns_on_its_link() {
+        for hardware in [
+            preset("h100").unwrap(),
+            Hardware { measured: Some(Measured { sharing: rows(), ..Measured::default() }), ..preset("h100").unwrap() },
+        ] {
+            let speeds = Speeds::new(&hardware);
+            let rates = |lanes: &[Lane]| speeds.rates(|lane| lanes.contains(&lane));
+            let alone = rates(&[Lane::HostToDevice, Lane::DeviceToHost]);
+            let states = rates(&[Lane::StatesIn, Lane::StatesOut]);
+            let both = rates(&[Lane::HostToDevice, Lane::StatesIn, Lane::DeviceToHost]);
+            let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+            near(states[Lane::StatesIn as usize], alone[Lane::HostToDevice as usize]);
+            near(states[Lane::StatesOut as usize], alone[Lane::DeviceToHost as usize]);
+            near(both[Lane::StatesIn as usize] + both[Lane::HostToDevice as usize], alone[Lane::HostToDevice as usize]);
+            near(both[Lane::DeviceToHost as usize], alone[Lane::DeviceToHost as usize]);
+        }
     }
 
     #[test]

@@ -39,8 +39,8 @@ impl Tally {
                 self.compute_ns += ended.work as u64;
                 self.busy_compute_ns += busy;
             }
-            Lane::HostToDevice => self.h2d_bytes += ended.bytes,
-            Lane::DeviceToHost => self.d2h_bytes += ended.bytes,
+            Lane::HostToDevice | Lane::StatesIn => self.h2d_bytes += ended.bytes,
+            Lane::DeviceToHost | Lane::StatesOut => self.d2h_bytes += ended.bytes,
             Lane::DiskRead => self.nvme_read_bytes += ended.bytes,
             Lane::DiskWrite => self.nvme_written_bytes += ended.bytes,
             Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
