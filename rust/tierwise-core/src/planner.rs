@@ -333,7 +333,8 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     };
     // A deferred host step hides behind the first forward only, a speculated one behind the last backward too.
     let forward = activations.forward_flops / speeds.flops;
-    let speculated = if request.clip_mode == ClipMode::Defer || row.undo_bytes == 0 {
+    // Beside a disk, host memory has no room for undo records to count on.
+    let speculated = if request.clip_mode == ClipMode::Defer || row.undo_bytes == 0 || row.nvme.is_some() {
         0.0
     } else {
         let share = (request.host_budget - row.host.total() - activations.host_bytes) as f64 / row.undo_bytes as f64;

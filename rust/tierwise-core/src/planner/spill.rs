@@ -7,7 +7,8 @@ use crate::plan::{ChunkPlan, HostBytes, NvmePlan, OptimizerClass, ParamHome, hos
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
 const BUFFERS: u64 = 16;
-/// Host memory that staging takes at most, as a divisor of the budget.
+/// Staging takes at most this part of what the model's parameters and states are. Of the model, not of the budget: more host memory then never
+/// spills more, and what an error says is needed is enough.
 const STAGING_SHARE: u64 = 16;
 /// Largest staging buffer: beyond it a disk gains nothing.
 const MAX_BUFFER_BYTES: u64 = 32 << 20;
@@ -62,7 +63,8 @@ pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
 
 fn sizes(memory: &Memory) -> NvmePlan {
     let element = memory.layout.precision.undo_bytes();
-    let wanted = (memory.host_budget / STAGING_SHARE / BUFFERS).min(MAX_BUFFER_BYTES);
+    let staging = memory.layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() * element / STAGING_SHARE;
+    let wanted = (staging / BUFFERS).min(MAX_BUFFER_BYTES);
     let largest = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0);
     let piece_numel = (wanted / element).min(largest.next_multiple_of(PIECE_ALIGN)) / PIECE_ALIGN * PIECE_ALIGN;
     let piece_numel = piece_numel.max(PIECE_ALIGN);
@@ -71,7 +73,7 @@ fn sizes(memory: &Memory) -> NvmePlan {
     NvmePlan {
         piece_numel,
         buffer_bytes,
-        buffers: (memory.host_budget / STAGING_SHARE / buffer_bytes).min(BUFFERS).min(pieces).max(2) as u32,
+        buffers: (staging / buffer_bytes).min(BUFFERS).min(pieces).max(2) as u32,
         block_bytes: buffer_bytes.min(MAX_BLOCK_BYTES),
         ..NvmePlan::default()
     }
