@@ -54,15 +54,18 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
     one = runtime.trace_only(*_rows(inputs, rows, 1))
     two = runtime.trace_only(*_rows(inputs, rows, 2)) if rows > 1 else one
     predicted: dict[int, float] = {}
-    for size in sizes:
-        for trace in runtime.variants(_between(one, two, size)):
-            wanted = runtime.request(trace, rows // size)
-            try:
-                plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
-            except BudgetError:
-                continue
-            seconds = json.loads(plan)["predicted_step_s"]
-            predicted[size] = min(predicted.get(size, seconds), seconds)
+    for offload in runtime.offloads():
+        for size in sizes:
+            for trace in runtime.variants(_between(one, two, size)):
+                wanted = {**runtime.request(trace, rows // size), "offload": offload}
+                try:
+                    plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
+                except BudgetError:
+                    continue
+                seconds = json.loads(plan)["predicted_step_s"]
+                predicted[size] = min(predicted.get(size, seconds), seconds)
+        if predicted:
+            break
     if not predicted:
         # Says what is missing and what would fit.
         make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows))

@@ -123,19 +123,29 @@ class Runtime:
         speeds = self.target.speeds(self.plugin, trace.tokens)
         return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
 
+    def offloads(self) -> list[str]:
+        """How activations may be offloaded, in the order in which plans are looked for.
+
+        On CUDA only where nothing else fits: copies of activations were seen to slow the CPU's optimizer more than they saved on an H100.
+        """
+        asked = self.plugin.offload_activations
+        return ["none", "auto"] if asked == "auto" and not self.target.emulated else [asked]
+
     def _plan(self, trace: tracing.ModelTrace) -> tuple[tracing.ModelTrace, Planned]:
         """The faster plan of a trace's variants, with its variant. Raises BudgetError if none fits."""
-        found: list[tuple[tracing.ModelTrace, Planned]] = []
-        variants = self.variants(trace)
-        for variant in variants:
-            try:
-                planned = make_plan(self.plugin, self.layout, self.grouping, variant, self.request(variant, self.accumulation))
-            except BudgetError:
-                if variant is variants[-1] and not found:
-                    raise
-                continue
-            found.append((variant, planned))
-        return min(found, key=lambda pair: pair[1].plan["predicted_step_s"])
+        refused: BudgetError | None = None
+        for offload in self.offloads():
+            found: list[tuple[tracing.ModelTrace, Planned]] = []
+            for variant in self.variants(trace):
+                wanted = {**self.request(variant, self.accumulation), "offload": offload}
+                try:
+                    found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
+                except BudgetError as error:
+                    refused = error
+            if found:
+                return min(found, key=lambda pair: pair[1].plan["predicted_step_s"])
+        assert refused is not None
+        raise refused
 
     @property
     def undecided(self) -> bool:
@@ -158,6 +168,8 @@ class Runtime:
     def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
         device = self.target.torch_device
         with contextlib.ExitStack() as stack:
+            # Kernels of attention differ in what they save.
+            stack.enter_context(attention_backends(self.fused_attention))
             if self.fused is not None:
                 stack.enter_context(self.fused.active(args, kwargs, training=True))
             try:
@@ -165,7 +177,8 @@ class Runtime:
             except tracing.FusedLossMismatchError:
                 assert self.fused is not None
                 self.fused.refuse()
-        return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
+        with attention_backends(self.fused_attention):
+            return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
 
     def request(self, trace: tracing.ModelTrace, accumulation: int) -> dict[str, Any]:
         """The core's `PlanRequest` for a step of so many micro-batches like the traced one."""

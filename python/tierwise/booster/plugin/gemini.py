@@ -73,8 +73,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     recompute: Literal["auto", "none", "full"] = "auto"
     """Which layers recompute their forward in backward."""
     offload_activations: Literal["auto", "none", "full"] = "auto"
-    """Which layers keep what backward needs in pinned host memory: "auto": where the planner predicts a faster step, or nothing else fits;
-    "full": all that do not recompute. What a batch of other shapes has no room for there stays on the device."""
+    """Which layers keep what backward needs in pinned host memory: "auto": where nothing else fits, on the emulated device also where the
+    planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the device."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
