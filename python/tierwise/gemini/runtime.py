@@ -118,7 +118,7 @@ class Runtime:
 
     def variants(self, trace: tracing.ModelTrace) -> list[tracing.ModelTrace]:
         """The trace with everything kept, and where it has any, with outputs of cheap kernels made again in backward."""
-        if not trace.cheap_bytes or self.plugin.recompute == "none" or self.plugin.offload_activations == "full":
+        if not self.plugin.rematerialize or not trace.cheap_bytes or self.plugin.offload_activations == "full":
             return [trace]
         speeds = self.target.speeds(self.plugin, trace.tokens)
         return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]

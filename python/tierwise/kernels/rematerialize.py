@@ -50,6 +50,9 @@ def attach(output: Tensor, recipe: Recipe) -> Tensor:
     itself what it saves."""
     if not torch.compiler.is_compiling():
         setattr(output, _ATTRIBUTE, recipe)
+        if output._base is not None:
+            # A kernel that returns a view: views of it name the same base, not the output.
+            setattr(output._base, _ATTRIBUTE, recipe)
     return output
 
 

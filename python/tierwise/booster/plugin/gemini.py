@@ -74,7 +74,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Which layers recompute their forward in backward."""
     offload_activations: Literal["auto", "none", "full"] = "auto"
     """Which layers keep what backward needs in pinned host memory: "auto": where nothing else fits, on the emulated device also where the
-    planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the device."""
+    planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the
+    device."""
+    rematerialize: bool = False
+    """With liger-kernel: make outputs of normalizations and gated products again in backward where the planner finds that faster, instead
+    of keeping them. Equal bits. Not measured on a GPU yet, so it has to be asked for."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
@@ -139,7 +143,14 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
                 raise ValueError(f"nvme_path={self.nvme_path!r} is not a directory; name one on an NVMe disk")
         elif self.nvme_budget is not None:
             raise ValueError(f"nvme_budget={self.nvme_budget} needs nvme_path, the directory to spill to")
-        self._flags("fused_loss", "enable_flash_attention", "enable_fused_normalization", "enable_jit_fused", "enable_all_optimization")
+        self._flags(
+            "rematerialize",
+            "fused_loss",
+            "enable_flash_attention",
+            "enable_fused_normalization",
+            "enable_jit_fused",
+            "enable_all_optimization",
+        )
         self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
         self._numbers("initial_scale", "min_scale", "max_scale")
