@@ -191,7 +191,9 @@ class Runtime:
         device_budget = self.target.device_budget(self.plugin)
         speeds, host_budget = self.target.speeds(self.plugin, trace.tokens), self.target.host_budget(self.plugin)
         unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
-        return request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, unseen)
+        wanted = request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, unseen)
+        # Only where bits were seen to hold with a device that lags behind: on CUDA states visit the device where a static policy says so.
+        return {**wanted, "visiting": self.target.emulated}
 
     def temporary_bytes(self, trace: tracing.ModelTrace) -> int:
         """Device bytes beside everything traced; the emulated device counts only what is traced."""

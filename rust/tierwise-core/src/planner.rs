@@ -116,6 +116,9 @@ pub struct PlanRequest {
     /// Where host-stepped chunks add up the gradients of micro-batches, or the planner's choice.
     #[serde(default)]
     pub accumulate: Option<Tier>,
+    /// Whether the planner may let optimizer states visit the device where that is faster; a static placement says it itself.
+    #[serde(default)]
+    pub visiting: bool,
     /// Clipping mode. `Speculate` and `Auto` use what the host budget leaves for undo records.
     pub clip_mode: ClipMode,
     /// Speeds.

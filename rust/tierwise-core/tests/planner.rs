@@ -219,6 +219,7 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
                 offload,
                 accumulation,
                 accumulate,
+                visiting: true,
                 clip_mode,
                 speeds: Speeds {
                     flops: 1e6 * speeds.0,

@@ -155,6 +155,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         offload: Offload::None,
         accumulation,
         accumulate: None,
+        visiting: true,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),
         nvme: nvme(request, &rank)?,

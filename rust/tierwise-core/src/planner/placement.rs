@@ -104,7 +104,7 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
         return Ok(());
     }
     let order = streaming_order(memory);
-    let shares = visiting::shares(memory, &request.speeds);
+    let shares = if request.visiting { visiting::shares(memory, &request.speeds) } else { vec![0.0] };
     for streamed in levels(order.len(), memory.accumulation) {
         let mut base: Vec<ChunkPlan> = layout
             .chunks
