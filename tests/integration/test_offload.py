@@ -131,7 +131,9 @@ def test_a_fast_link_is_never_waited_for(kit: Any, tmp_path: Path) -> None:
         # Asked for while a later layer computed, and there before it was needed.
         assert back[0].start < backward.start
         assert max(span.end for span in back) <= backward.end
-        assert back[0].start >= max(span.end for span in out)
+        # What comes back had left, storage by storage; another one of the layer may still be on its way.
+        for returned, left in zip(back, sorted(span.end for span in out), strict=False):
+            assert returned.start >= left
     assert not_gone <= {LAYERS - 1}
 
 
