@@ -1,7 +1,7 @@
 """The NVMe tier beside its disk: throughput, bytes per spilled parameter, and a training step against what the disk allows, in one run.
 
     python benchmarks/nvme.py --size 7b --host-budget 24GiB --nvme-path /mnt/nvme       # on a GPU
-    python benchmarks/nvme.py --size tiny --host-budget 1200KiB --nvme-path /var/tmp    # a smoke test on the CPU
+    python benchmarks/nvme.py --size tiny --seq 64 --host-budget 12MiB --nvme-path /var/tmp    # a smoke test on the CPU
 
 The raw loop moves blocks of 4 MiB with O_DIRECT in a file of its own, as many at once as the engine does: reads alone, writes alone, and
 both at once. `fio` does the same where it is installed. The engine is measured while training runs: bytes read and written in a step, over
@@ -25,7 +25,8 @@ import threading
 import time
 from typing import Any
 
-from offload import BETAS, DECAY, LR, SIZES, build
+from llama import SIZES, fields, llama
+from offload import BETAS, DECAY, LR
 
 BLOCK = 4 << 20
 DEPTH = 32
@@ -158,7 +159,7 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
         nvme_budget=a.nvme_budget if disk else None,
         **options,
     )
-    model = build(a, "cpu", lazy=True)
+    model = llama(fields(a.size, a.seq), "cpu", lazy=True)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
     booster = Booster(plugin=plugin)
     started = time.perf_counter()

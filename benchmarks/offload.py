@@ -25,13 +25,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIZES = {  # hidden, intermediate, layers, heads
-    "tiny": (64, 160, 3, 4),
-    "1b": (2048, 5504, 24, 16),
-    "3b": (3200, 8640, 26, 32),
-    "7b": (4096, 11008, 32, 32),
-    "13b": (5120, 13824, 40, 40),
-}
+from llama import SIZES, fields, llama
+
 PEAK_FLOPS = 989.4e12  # dense bf16 of an H100 SXM, by its datasheet
 LR, BETAS, DECAY = 1e-5, (0.9, 0.95), 0.1
 
@@ -61,33 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(a: argparse.Namespace, device: str, lazy: bool = False) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, inner, layers, heads = SIZES[a.size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=32000,
-        max_position_embeddings=a.seq,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        if lazy:
-            import tierwise
-
-            with tierwise.lazy_init():
-                return LlamaForCausalLM(config)
-        with torch.device(device):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return llama(fields(a.size, a.seq), device, lazy)
 
 
 def liger(model_kernels: bool, loss: bool) -> bool:

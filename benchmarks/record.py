@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llama import llama
 from record_list import LISTS, Configuration
 
 UNTIMED, PROFILED = 2, 2
@@ -46,25 +47,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", action="append", default=[], help="file whose configurations are not recorded again")
     p.add_argument("--only", default=None, help="regular expression that names must match")
     return p
-
-
-def build(run: Configuration, device: str) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import tierwise
-
-    config = LlamaConfig(**run.model(), use_cache=False, attn_implementation="sdpa")
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        if run.size == "7b":
-            with tierwise.lazy_init():
-                return LlamaForCausalLM(config)
-        with torch.device(device):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 class Clock:
@@ -102,7 +84,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     cuda = a.device != "emulated" and torch.cuda.is_available()
     reset_peak_rss()
     started = time.perf_counter()
-    model = build(run, "cuda" if cuda else "cpu")
+    model = llama(run.model(), "cuda" if cuda else "cpu", lazy=run.size == "7b")
     plugin = GeminiPlugin(
         precision="bf16",
         gradient_accumulation_steps=run.accumulation,

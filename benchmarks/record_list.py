@@ -5,15 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from llama import fields
+
 from tierwise.config import parse_bytes
 
-SIZES = {  # hidden, intermediate, layers, heads
-    "tiny": (64, 160, 3, 4),
-    "350m": (1024, 2816, 24, 16),
-    "1b": (2048, 5504, 24, 16),
-    "7b-8-layers": (4096, 11008, 8, 32),
-    "7b": (4096, 11008, 32, 32),
-}
 PLACEMENTS: dict[str, dict[str, float]] = {
     "device": {"offload_optim_frac": 0.0},
     "half": {"offload_optim_frac": 0.5},
@@ -54,16 +49,7 @@ class Configuration:
 
     def model(self) -> dict[str, int]:
         """Fields of a LLaMA's config.json."""
-        hidden, inner, layers, heads = SIZES[self.size]
-        return {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "vocab_size": 512 if self.size == "tiny" else 32000,
-            "max_position_embeddings": max(self.seq, 2048),
-        }
+        return fields(self.size, max(self.seq, 2048), 512 if self.size == "tiny" else 32000)
 
     def budgets(self) -> dict[str, Any]:
         """Budgets as the plugin takes them."""
