@@ -57,7 +57,7 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
     for offload in runtime.offloads():
         for size in sizes:
             for trace in runtime.variants(_between(one, two, size)):
-                wanted = {**runtime.request(trace, rows // size), "offload": offload}
+                wanted = runtime.request(trace, rows // size, offload)
                 try:
                     plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
                 except BudgetError:
@@ -68,7 +68,7 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
             break
     if not predicted:
         # Says what is missing and what would fit.
-        make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows))
+        make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows, runtime.offloads()[-1]))
     best = min(predicted, key=lambda size: (predicted[size], -size))
     return Choice(best, rows // best, predicted)
 

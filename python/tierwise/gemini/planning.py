@@ -42,6 +42,7 @@ def request(
     device_budget: int,
     host_budget: int,
     recompute: object,
+    offload: str,
     temporary_bytes: int = 0,
 ) -> dict[str, Any]:
     """The core's `PlanRequest` as a dict; `temporary_bytes` is what the device needs beside everything that is traced."""
@@ -56,7 +57,7 @@ def request(
         "reserve_bytes": plugin.reserve_bytes(device_budget, temporary_bytes),
         "placement": placement,
         "recompute": recompute,
-        "offload": plugin.offload_activations,
+        "offload": offload,
         "accumulation": accumulation,
         "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,

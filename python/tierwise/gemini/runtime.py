@@ -137,7 +137,7 @@ class Runtime:
         for offload in self.offloads():
             found: list[tuple[tracing.ModelTrace, Planned]] = []
             for variant in self.variants(trace):
-                wanted = {**self.request(variant, self.accumulation), "offload": offload}
+                wanted = self.request(variant, self.accumulation, offload)
                 try:
                     found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
                 except BudgetError as error:
@@ -180,8 +180,8 @@ class Runtime:
         with attention_backends(self.fused_attention):
             return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
 
-    def request(self, trace: tracing.ModelTrace, accumulation: int) -> dict[str, Any]:
-        """The core's `PlanRequest` for a step of so many micro-batches like the traced one."""
+    def request(self, trace: tracing.ModelTrace, accumulation: int, offload: str) -> dict[str, Any]:
+        """The core's `PlanRequest` for a step of so many micro-batches like the traced one, activations offloaded as in `offloads`."""
         recompute: object = self.plugin.recompute
         own = [checkpoints_itself(unit.module) for unit in self.grouping.units]
         if any(own):
@@ -191,7 +191,7 @@ class Runtime:
         device_budget = self.target.device_budget(self.plugin)
         speeds, host_budget = self.target.speeds(self.plugin, trace.tokens), self.target.host_budget(self.plugin)
         unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
-        wanted = request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, unseen)
+        wanted = request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, offload, unseen)
         # Only where bits were seen to hold with a device that lags behind: on CUDA states visit the device where a static policy says so.
         return {**wanted, "visiting": self.target.emulated}
 
