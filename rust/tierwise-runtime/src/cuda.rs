@@ -4,7 +4,7 @@ mod clock;
 mod driver;
 mod kernels;
 
-use crate::device::{ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
+use crate::device::{Addition, ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
 use crate::error::{Error, Result};
 use clock::{Base, Clock, EventPool, Handle};
 use cudarc::driver::sys;
@@ -241,13 +241,15 @@ impl Device for CudaDevice {
         context.check("cuMemcpyDtoHAsync", code)
     }
 
-    #[expect(clippy::not_unsafe_ptr_arg_deref, reason = "the trait's contract covers every address")]
-    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()> {
+    fn accumulate(&self, additions: &[Addition]) -> Result<()> {
         let Inner { context, .. } = &*self.inner;
         let _entered = context.enter()?;
         let (kernels, stream) = (self.inner.kernels()?, self.inner.stream(Queue::Optimizer));
-        // SAFETY: the device's caller keeps both arrays alive and unaliased until an event recorded after this call is done.
-        unsafe { kernels.accumulate(context, stream, dst, src, overwrite) }
+        for &Addition { dst, src, overwrite } in additions {
+            // SAFETY: the device's caller keeps both arrays alive and unaliased until an event recorded after this call is done.
+            unsafe { kernels.accumulate(context, stream, dst, src, overwrite)? };
+        }
+        Ok(())
     }
 
     fn register_host(&self, ptr: *mut u8, bytes: usize) -> Result<()> {

@@ -60,6 +60,20 @@ pub struct Transfer {
 // SAFETY: a transfer is an address pair; the engine keeps both ends alive until its event is done.
 unsafe impl Send for Transfer {}
 
+/// One gradient on its way into an fp32 accumulator on the device.
+#[derive(Debug, Clone, Copy)]
+pub struct Addition {
+    /// The accumulator, of as many elements as `src`.
+    pub dst: *mut f32,
+    /// The gradient of a micro-batch.
+    pub src: GradSpan,
+    /// `dst = src` (the first micro-batch) instead of `dst += src`.
+    pub overwrite: bool,
+}
+
+// SAFETY: as for transfers.
+unsafe impl Send for Addition {}
+
 /// A point in a queue or compute stream.
 pub trait Event: Send + Sync {
     /// Whether everything before it is done. An error of the work before it is returned here.
@@ -151,8 +165,8 @@ pub trait Device: Send + Sync {
     /// Enqueues sums of squares on `Optimizer`: one per span into `out[i]` (host memory, pinned on CUDA), in the reduction tree of
     /// [`tierwise_kernels::norm`].
     fn sum_squares(&self, spans: &[GradSpan], out: *mut f64) -> Result<()>;
-    /// Enqueues `dst = src` (first micro-batch) or `dst += src` into an fp32 accumulator on `Optimizer`.
-    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()>;
+    /// Enqueues additions into accumulators on `Optimizer`.
+    fn accumulate(&self, additions: &[Addition]) -> Result<()>;
     /// Makes host memory reachable by asynchronous copies (page-locks it on CUDA). Blocks.
     fn register_host(&self, ptr: *mut u8, bytes: usize) -> Result<()>;
     /// Undoes [`Device::register_host`]. Blocks.

@@ -1,6 +1,6 @@
 //! The emulated device: host memory that behaves like a GPU behind links of a chosen speed.
 
-use crate::device::{ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
+use crate::device::{Addition, ComputeStream, Device, Event, EventRef, Link, Queue, Transfer};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -76,7 +76,7 @@ enum Work {
     Copy(Vec<Transfer>),
     Adam(Vec<AdamSegment>),
     SumSquares(Vec<GradSpan>, Address<f64>),
-    Accumulate { dst: Address<f32>, src: GradSpan, overwrite: bool },
+    Accumulate(Vec<Addition>),
 }
 
 /// A raw address that moves to a queue's thread.
@@ -194,8 +194,8 @@ impl Device for EmulatedDevice {
         self.run(Queue::Optimizer, "sum_squares", Work::SumSquares(spans.to_vec(), Address(out)))
     }
 
-    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()> {
-        self.run(Queue::Optimizer, "accumulate", Work::Accumulate { dst: Address(dst), src, overwrite })
+    fn accumulate(&self, additions: &[Addition]) -> Result<()> {
+        self.run(Queue::Optimizer, "accumulate", Work::Accumulate(additions.to_vec()))
     }
 
     fn register_host(&self, _ptr: *mut u8, _bytes: usize) -> Result<()> {
@@ -390,8 +390,13 @@ fn execute(shared: &Shared, queue: Queue, pool: Option<&Pool>, work: Work) -> Re
                 unsafe { out.0.add(i).write(sum) };
             }
         }
-        // SAFETY: as above.
-        Work::Accumulate { dst, src, overwrite } => unsafe { accumulate::accumulate(pool()?, dst.0, src, overwrite) },
+        Work::Accumulate(additions) => {
+            let pool = pool()?;
+            for Addition { dst, src, overwrite } in additions {
+                // SAFETY: as above.
+                unsafe { accumulate::accumulate(pool, dst, src, overwrite) };
+            }
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The way of gradients: from where autograd put them to where their step reads them, and their norm there.
 
-use crate::device::{ComputeStream, EventRef, Queue, Transfer};
+use crate::device::{Addition, ComputeStream, EventRef, Queue, Transfer};
 use crate::engine::{Hyper, KeepWaiting, Shared, State};
 use crate::error::{Error, Result};
 use crate::memory::{grad_dtype, span};
@@ -171,18 +171,20 @@ impl Shared {
         let dtype = grad_dtype(layout.precision);
         let accumulates = state.scheduler.plan().accumulation > 1;
         self.device.queue_wait(Queue::Optimizer, produced)?;
+        let mut additions = Vec::new();
         for grad in incoming {
             let param = &layout.chunks[chunk.index()].params[grad.position];
             let first = !std::mem::replace(&mut state.gradients.touched[chunk.index()][grad.position], true);
             if accumulates {
-                let dst = state.places[chunk.index()].1.accumulator + param.offset * 4;
+                let dst = (state.places[chunk.index()].1.accumulator + param.offset * 4) as *mut f32;
                 let src = GradSpan { ptr: grad.address as *const u8, dtype, numel: param.numel as usize };
-                self.device.accumulate(dst as *mut f32, src, first)?;
+                additions.push(Addition { dst, src, overwrite: first });
             } else {
                 state.gradients.addresses[chunk.index()][grad.position] = grad.address;
             }
         }
         if accumulates {
+            self.device.accumulate(&additions)?;
             let added = self.device.record(Queue::Optimizer)?;
             self.optimizer_jobs.send(Job::new(Some(added), move |shared| {
                 shared.lock().gradients.finish([ticket]);

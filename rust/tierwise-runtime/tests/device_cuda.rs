@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tierwise_kernels::{GradSpan, Pool, accumulate, adam, norm};
 use tierwise_runtime::cuda::{CudaDevice, is_available};
-use tierwise_runtime::device::{ComputeStream, Device, EventRef, Queue, Transfer};
+use tierwise_runtime::device::{Addition, ComputeStream, Device, EventRef, Queue, Transfer};
 use tierwise_runtime::error::Error;
 use tierwise_runtime::host_memory::HostSlab;
 
@@ -186,7 +186,7 @@ fn accumulation_has_the_bits_of_the_cpu() {
         on_device(&device, &mut actual, |base| {
             for pair in &pairs {
                 let (dst, span) = at(base, *pair);
-                device.accumulate(dst, span, overwrite).unwrap();
+                device.accumulate(&[Addition { dst, src: span, overwrite }]).unwrap();
             }
         });
         assert!(actual == expected, "overwrite: {overwrite}");

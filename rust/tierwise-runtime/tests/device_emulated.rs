@@ -6,7 +6,7 @@ mod device_support;
 use device_support::{Gate, Rng, accumulate_case, adam_case, differences, grad_case, in_forked_child, span_at, within_limit};
 use std::sync::Arc;
 use tierwise_kernels::{GradDtype, Pool, accumulate, adam, norm};
-use tierwise_runtime::device::{ComputeStream, Device, Event, EventRef, Queue, Transfer};
+use tierwise_runtime::device::{Addition, ComputeStream, Device, Event, EventRef, Queue, Transfer};
 use tierwise_runtime::emulated::{EmulatedConfig, EmulatedDevice};
 use tierwise_runtime::error::{Error, Result};
 
@@ -341,7 +341,7 @@ fn norms_and_accumulation_on_the_queue_equal_the_pool() {
             // SAFETY: the arena is alive and untouched by anyone else; accumulator and gradient do not overlap.
             unsafe { accumulate::accumulate(&pool, to, span, overwrite) };
             let (to, span) = at(actual_base);
-            device.accumulate(to, span, overwrite).unwrap();
+            device.accumulate(&[Addition { dst: to, src: span, overwrite }]).unwrap();
         }
         device.synchronize().unwrap();
         assert!(actual == expected, "overwrite: {overwrite}");

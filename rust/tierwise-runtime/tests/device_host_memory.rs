@@ -5,7 +5,7 @@ mod device_support;
 use device_support::in_forked_child;
 use std::sync::{Arc, Mutex};
 use tierwise_kernels::{AdamSegment, GradSpan};
-use tierwise_runtime::device::{ComputeStream, Device, EventRef, Queue, Transfer};
+use tierwise_runtime::device::{Addition, ComputeStream, Device, EventRef, Queue, Transfer};
 use tierwise_runtime::emulated::{EmulatedConfig, EmulatedDevice};
 use tierwise_runtime::error::{Error, Result};
 use tierwise_runtime::host_memory::{HostSlab, SLAB_ALIGNMENT};
@@ -58,8 +58,8 @@ impl Device for Registrar {
     fn sum_squares(&self, spans: &[GradSpan], out: *mut f64) -> Result<()> {
         self.device.sum_squares(spans, out)
     }
-    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()> {
-        self.device.accumulate(dst, src, overwrite)
+    fn accumulate(&self, additions: &[Addition]) -> Result<()> {
+        self.device.accumulate(additions)
     }
     fn register_host(&self, ptr: *mut u8, _bytes: usize) -> Result<()> {
         // SAFETY: the slab is mapped while it is registered; a range that is not would end the test here.

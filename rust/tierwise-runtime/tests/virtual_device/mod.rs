@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::ThreadId;
 use tierwise_kernels::{AdamSegment, GradSpan, Pool, accumulate, adam, norm};
-use tierwise_runtime::device::{Clock, ComputeStream, Device, Event, EventRef, Queue, Transfer, WorkerId};
+use tierwise_runtime::device::{Addition, Clock, ComputeStream, Device, Event, EventRef, Queue, Transfer, WorkerId};
 use tierwise_runtime::error::{Error, Result};
 use tierwise_sim::executor::machine::{LANES, Lane, Machine, Task, Token};
 use tierwise_sim::hardware::Hardware;
@@ -295,11 +295,16 @@ impl Device for VirtualDevice {
         Ok(())
     }
 
-    fn accumulate(&self, dst: *mut f32, src: GradSpan, overwrite: bool) -> Result<()> {
-        let (pool, dst) = (self.lock().pool.clone(), Address(dst));
-        let bytes = src.numel as u64 * (src.dtype.bytes() as u64 + if overwrite { 4 } else { 8 });
-        // SAFETY: as for copies.
-        self.enqueue(Lane::Optimizer, bytes, Box::new(move || unsafe { accumulate::accumulate(&pool, dst.get(), src, overwrite) }));
+    fn accumulate(&self, additions: &[Addition]) -> Result<()> {
+        let (pool, additions) = (self.lock().pool.clone(), additions.to_vec());
+        let bytes = additions.iter().map(|a| a.src.numel as u64 * (a.src.dtype.bytes() as u64 + if a.overwrite { 4 } else { 8 })).sum();
+        let memory = move || {
+            for Addition { dst, src, overwrite } in additions {
+                // SAFETY: as for copies.
+                unsafe { accumulate::accumulate(&pool, dst, src, overwrite) };
+            }
+        };
+        self.enqueue(Lane::Optimizer, bytes, Box::new(memory));
         Ok(())
     }
 
