@@ -76,9 +76,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Which layers keep what backward needs in pinned host memory: "auto": where nothing else fits, on the emulated device also where the
     planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the
     device."""
-    rematerialize: bool = False
+    rematerialize: bool = True
     """With liger-kernel: make outputs of normalizations and gated products again in backward where the planner finds that faster, instead
-    of keeping them. Equal bits. Not measured on a GPU yet, so it has to be asked for."""
+    of keeping them. Equal bits."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
@@ -90,7 +90,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     Their parameters stay on the device."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
-    on CUDA also what the traced model's backward is expected to need, and a 24th of the budget that the allocator may lose."""
+    on CUDA also what the traced model's backward is expected to need, and what the allocator may lose: a 96th of the budget, or a 24th
+    where the environment keeps it from using expandable segments."""
     initial_scale: float = 2.0**16
     """fp16: first loss scale."""
     min_scale: float = 1.0
