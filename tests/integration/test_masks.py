@@ -61,7 +61,10 @@ def test_packed_sequences_are_found_and_kept_apart(kit: Any, monkeypatch: pytest
 
 def test_only_the_call_itself_is_spared() -> None:
     positions = torch.tensor([[0, 1, 0, 1]])
-    search = lambda: masking_utils.find_packed_sequence_indices(positions)  # noqa: E731
+
+    def search() -> Any:
+        return masking_utils.find_packed_sequence_indices(positions)
+
     with without_packing((), {}):
         assert search() is None
         with without_packing((), {"position_ids": positions}):

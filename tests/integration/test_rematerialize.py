@@ -75,7 +75,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(fused, "liger_is_available", lambda: True)
-    monkeypatch.setattr(fused, "_runs", lambda tensor: True)
+    monkeypatch.setattr(fused, "_runs", lambda tensor, kernel: True)
 
 
 FUSED = {"enable_fused_normalization": True, "enable_jit_fused": True}

@@ -133,7 +133,7 @@ class Target:
     def fragmentation_bytes(self, device_budget: int) -> int:
         """Device bytes that torch's allocator loses between its blocks: some 4 % were seen, next to nothing with expandable segments; the
         emulated device loses none."""
-        return 0 if self.emulated else device_budget // (96 if self.expandable else 24)
+        return 0 if self.emulated else device_budget // (128 if self.expandable else 24)
 
     def host_budget(self, plugin: GeminiPlugin) -> int:
         """The plugin's host budget, or 80 % of the free RAM."""

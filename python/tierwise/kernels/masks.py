@@ -1,7 +1,7 @@
 """Attention masks that a model would make only because it cannot know that it needs none.
 
-transformers looks at the values of `position_ids` to find sequences that are packed into one row. On a GPU that waits for the device once per
-forward; in a trace, where tensors have no values, it makes a mask of tokens x tokens for every row, which training never sees. Without
+transformers looks at the values of `position_ids` to find sequences that are packed into one row. On a GPU that waits for the device once
+per forward; in a trace, where tensors have no values, it makes a mask of tokens x tokens for every row, which training never sees. Without
 `position_ids` in the call positions simply count up: nothing is packed, and attention is causal without a mask.
 """
 

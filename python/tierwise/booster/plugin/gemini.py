@@ -77,8 +77,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the
     device."""
     rematerialize: bool = True
-    """With liger-kernel: make outputs of normalizations and gated products again in backward where the planner finds that faster, instead
-    of keeping them. Equal bits."""
+    """With liger-kernel or `compile_layers`: make outputs of normalizations and gated products again in backward where the planner finds
+    that faster, instead of keeping them. Equal bits with liger-kernel."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
@@ -90,7 +90,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     Their parameters stay on the device."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
-    on CUDA also what the traced model's backward is expected to need, and what the allocator may lose: a 96th of the budget, or a 24th
+    on CUDA also what the traced model's backward is expected to need, and what the allocator may lose: a 128th of the budget, or a 24th
     where the environment keeps it from using expandable segments."""
     initial_scale: float = 2.0**16
     """fp16: first loss scale."""
@@ -116,6 +116,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """CUDA with liger-kernel: fused SwiGLU and rotary embedding in LLaMA-style models. Agrees to rounding, not to the bit."""
     enable_all_optimization: bool = False
     """All three of the above."""
+    compile_layers: bool = False
+    """Compile every layer with `torch.compile` when it first runs: fuses what the options above fuse inside layers, and more. Agrees with
+    the plain model to rounding; the first step takes longer by the compiler's time. Needs what torch's inductor needs."""
     device: Literal["auto", "cuda", "emulated"] = "auto"
     """"emulated" is host memory with a hard budget; "auto" takes CUDA where there is one."""
     h2d_bytes_per_second: float | None = None
@@ -151,6 +154,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             "enable_fused_normalization",
             "enable_jit_fused",
             "enable_all_optimization",
+            "compile_layers",
         )
         self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
