@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Placement, Recompute};
+use tierwise_core::planner::{Offload, Placement, Recompute};
 
 /// A file of recorded runs.
 #[derive(Debug, Deserialize)]
@@ -262,6 +262,8 @@ impl File {
                 Recomputes::Full => Recompute::Full,
                 Recomputes::Auto => Recompute::Auto,
             },
+            // A run that offloads activations has the plan that says which.
+            offload: Offload::None,
             pageable: run.pageable,
             clip_mode: run.clip_mode,
             clips: run.clips && run.has_max_norm,

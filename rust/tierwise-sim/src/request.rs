@@ -10,7 +10,7 @@ use crate::parallel::Parallel;
 use crate::peers::Policy;
 use serde::Serialize;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Placement, Recompute};
+use tierwise_core::planner::{Offload, Placement, Recompute};
 
 /// What to simulate.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +39,8 @@ pub struct Request {
     pub memory: Memory,
     /// Which layers recompute.
     pub recompute: Recompute,
+    /// Which layers' activations are offloaded to host memory.
+    pub offload: Offload,
     /// Whether a peer's host buffers are not pinned.
     pub pageable: bool,
     /// Clipping mode.

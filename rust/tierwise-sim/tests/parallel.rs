@@ -1,7 +1,7 @@
 //! Several GPUs, other systems, and the search.
 
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::Recompute;
+use tierwise_core::planner::{Offload, Recompute};
 use tierwise_sim::collectives::Group;
 use tierwise_sim::hardware::{self, Hardware};
 use tierwise_sim::models;
@@ -28,6 +28,7 @@ fn request(model: &str, machine: &str, gpus: u64, tokens_per_step: u64) -> Reque
         tokens_per_step,
         memory: tierwise_sim::request::Memory::Reserve(2_000_000_000),
         recompute: Recompute::Auto,
+        offload: Offload::None,
         pageable: false,
         clip_mode: ClipMode::Defer,
         clips: true,

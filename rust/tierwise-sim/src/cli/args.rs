@@ -13,10 +13,17 @@ use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use std::path::Path;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::Recompute;
+use tierwise_core::planner::{Offload, Recompute};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RecomputeArg {
+    Auto,
+    None,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OffloadArg {
     Auto,
     None,
     Full,
@@ -123,6 +130,9 @@ pub struct StepArgs {
     /// Which layers are recomputed in backward.
     #[arg(long, value_enum, default_value = "auto")]
     pub recompute: RecomputeArg,
+    /// Which layers' activations are offloaded to host memory.
+    #[arg(long, value_enum, default_value = "none")]
+    pub offload_activations: OffloadArg,
     /// Another system's host buffers are not pinned.
     #[arg(long)]
     pub pageable: bool,
@@ -167,6 +177,11 @@ impl StepArgs {
                 RecomputeArg::Auto => Recompute::Auto,
                 RecomputeArg::None => Recompute::None,
                 RecomputeArg::Full => Recompute::Full,
+            },
+            offload: match self.offload_activations {
+                OffloadArg::Auto => Offload::Auto,
+                OffloadArg::None => Offload::None,
+                OffloadArg::Full => Offload::Full,
             },
             pageable: self.pageable,
             clip_mode: match self.clip_mode {
