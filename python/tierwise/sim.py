@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tierwise import _core
 
-Policy = Literal["tierwise", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp", "fsdp-offload"]
+Policy = Literal["tierwise", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp", "fsdp1", "fsdp-offload"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 Recompute = Literal["auto", "none", "full"]
 Offload = Literal["auto", "none", "full"]

@@ -43,6 +43,8 @@ pub struct Request {
     pub offload: Offload,
     /// Whether a peer's host buffers are not pinned.
     pub pageable: bool,
+    /// Share of the parameters that the CPU steps under policy `zero3-offload` (Twin-Flow's ratio).
+    pub cpu_share: f64,
     /// Clipping mode.
     pub clip_mode: ClipMode,
     /// Whether the gradient norm is above its limit in every step.

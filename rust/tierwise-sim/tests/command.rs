@@ -20,7 +20,7 @@ const GOLDEN: [(&str, u64); 4] = [
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
         0x7ae6_6b7c_7d1b_25e7,
     ),
-    ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x757b_1a68_ba49_d6b6),
+    ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0xaeb3_ab15_07fa_ccec),
 ];
 
 const RUN: &str = "run --model llama2-7b --hardware h100 --seq 4096 --micro-batch 4 --tokens-per-step 16384";

@@ -136,6 +136,9 @@ pub struct StepArgs {
     /// Another system's host buffers are not pinned.
     #[arg(long)]
     pub pageable: bool,
+    /// Share of the parameters that the CPU steps under policy zero3-offload (the ratio of DeepSpeed's Twin-Flow).
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
+    pub cpu_share: f64,
     /// How clipping and the host's optimizer step overlap.
     #[arg(long, value_enum, default_value = "defer")]
     pub clip_mode: ClipModeArg,
@@ -184,6 +187,7 @@ impl StepArgs {
                 OffloadArg::Full => Offload::Full,
             },
             pageable: self.pageable,
+            cpu_share: self.cpu_share,
             clip_mode: match self.clip_mode {
                 ClipModeArg::Defer => ClipMode::Defer,
                 ClipModeArg::Speculate => ClipMode::Speculate,
@@ -196,6 +200,10 @@ impl StepArgs {
             hardware,
         })
     }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| format!("`{text}` is not a number between 0 and 1"))
 }
 
 pub fn find_model(name: &str) -> Result<Model, Failure> {
