@@ -34,13 +34,15 @@ class Configuration:
     clip: str = "fires"
     beyond: bool = False
     """The budget is more than the device has: whether it fits is the device's answer, not the planner's."""
-    timed: int = 5
+    offload: bool = False
+    """All activations that are not recomputed go to host memory."""
+    timed: int = 7
 
     @property
     def name(self) -> str:
         """Unique in a list."""
         parts = [self.size, self.placement, f"{self.micro_batch}x{self.seq}", f"{self.tokens // 1024}k", self.recompute]
-        return " ".join([*parts, self.clip_mode, self.clip])
+        return " ".join([*parts, self.clip_mode, self.clip, *(["offload"] if self.offload else [])])
 
     @property
     def accumulation(self) -> int:
@@ -50,6 +52,10 @@ class Configuration:
     def model(self) -> dict[str, int]:
         """Fields of a LLaMA's config.json."""
         return fields(self.size, max(self.seq, 2048), 512 if self.size == "tiny" else 32000)
+
+    def config(self) -> dict[str, Any]:
+        """The same as the simulator reads it; sequences only bound it."""
+        return {"model_type": "llama", **fields(self.size, 4096, 512 if self.size == "tiny" else 32000)}
 
     def budgets(self) -> dict[str, Any]:
         """Budgets as the plugin takes them."""
@@ -65,12 +71,10 @@ class Configuration:
         """Options of `GeminiPlugin`."""
         static = PLACEMENTS.get(self.placement)
         placed: dict[str, Any] = {"placement_policy": "auto"} if static is None else {"placement_policy": "static", **static}
-        # Offloaded activations are not among what is recorded.
-        offload = {"offload_activations": "none"}
         return {
             **placed,
-            **offload,
             **self.budgets(),
+            "offload_activations": "full" if self.offload else "none",
             "recompute": self.recompute,
             "clip_mode": self.clip_mode,
             "max_norm": CLIPS[self.clip],
@@ -145,6 +149,10 @@ FULL = [
     _of("7b-8-layers", "half", 4, 16),
     _of("7b-8-layers", "host", 2, 32),
     _of("7b-8-layers", "host", 4, 16, clip_mode="speculate", clip="quiet"),
+    _of("350m", "device", 4, 16, offload=True),
+    _of("1b", "device", 4, 16, offload=True),
+    _of("1b", "host", 4, 16, offload=True),
+    _of("7b-8-layers", "device", 4, 16, offload=True),
     _of("1b", "device", 8, 32, timed=3),
     _of("7b", "auto:78GB", 8, 32, "auto", timed=2),
     _of("7b", "auto:78GB", 2, 32, "auto", timed=2),
@@ -157,6 +165,7 @@ TINY = [
     Configuration(size="tiny", placement="stream", micro_batch=2, tokens=128, seq=64, recompute="full", timed=2),
     Configuration(size="tiny", placement="host", micro_batch=2, tokens=128, seq=64, clip_mode="speculate", clip="quiet", timed=2),
     Configuration(size="tiny", placement="auto:3MB", micro_batch=2, tokens=128, seq=64, recompute="auto", timed=2),
+    Configuration(size="tiny", placement="device", micro_batch=2, tokens=256, seq=64, offload=True, timed=2),
     Configuration(size="tiny", placement="auto:100KB", micro_batch=2, tokens=128, seq=64, timed=2),
 ]
 

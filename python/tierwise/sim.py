@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from tierwise import _core
 
-Policy = Literal["tierwise", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp", "fsdp-offload"]
+Policy = Literal["tierwise", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp", "fsdp1", "fsdp-offload"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 Recompute = Literal["auto", "none", "full"]
+Offload = Literal["auto", "none", "full"]
 ClipMode = Literal["defer", "speculate", "auto"]
 
 
@@ -26,6 +27,7 @@ class Stalls:
     communication_s: float
     pipeline_s: float
     device_memory_s: float
+    activations_s: float
     launch_s: float
 
 
@@ -106,6 +108,7 @@ def simulate(
     host_budget: int | str | None = None,
     nvme_budget: int | str | None = None,
     recompute: Recompute = "auto",
+    offload_activations: Offload = "none",
     clip_mode: ClipMode = "defer",
 ) -> Simulation | Shortage:
     """Plans and simulates one steady-state step.
@@ -120,7 +123,7 @@ def simulate(
         model=os.fspath(model), hardware=os.fspath(hardware), network=network, policy=policy, gpus=gpus, tensor_parallel=tensor_parallel,
         sequence_parallel=sequence_parallel, pipeline=pipeline, schedule=schedule, zero=zero, seq=seq, micro_batch=micro_batch_size,
         tokens_per_step=tokens_per_step, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget,
-        recompute=recompute, clip_mode=clip_mode,
+        recompute=recompute, offload_activations=offload_activations, clip_mode=clip_mode,
     )  # fmt: skip
     answer = _ask("run", values)
     return _simulation(answer) if answer["fits"] else _shortage(answer)

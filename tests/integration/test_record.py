@@ -52,26 +52,57 @@ def test_a_calibration_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "x.json").exists()
 
 
+def _record(hardware: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    args = ["--hardware", str(hardware), "--out", str(out), "--list", "tiny", "--device", "emulated", *more]
+    # The package that is tested, wherever it was imported from.
+    path = os.pathsep.join([str(Path(tierwise.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, str(_BENCHMARKS / "record.py"), *args], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+
+
 @pytest.mark.timeout(300)
 def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     out = hardware.parent / "runs.json"
-    args = ["--hardware", str(hardware), "--out", str(out), "--list", "tiny", "--device", "emulated"]
-    # The package that is tested, wherever it was imported from.
-    path = os.pathsep.join([str(Path(tierwise.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ran = subprocess.run(
-        [sys.executable, str(_BENCHMARKS / "record.py"), *args], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    # A recording is continued: what an earlier command recorded stays as it is.
+    first = _record(hardware, out, "--only", "tiny device.* fires$")
+    assert first.returncode == 0, first.stderr
+    begun = json.loads(out.read_text())["runs"]
+    assert len(begun) == 1
+    ran = _record(hardware, out)
     assert ran.returncode == 0, ran.stderr
     runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"]
-    assert [run["recorded"]["fits"] for run in runs] == [True] * 5 + [False]
+    assert runs[0] == begun[0]
+    assert [run["recorded"]["fits"] for run in runs] == [True] * 6 + [False]
     assert runs[2]["executed"]["streamed_chunks"]
     assert runs[2]["executed"]["recomputed_units"] == [f"model.layers.{i}" for i in range(3)]
     assert runs[3]["observed"]["per_step"]["speculated"] > 0
-    assert "BudgetError" in runs[5]["failed"]
+    assert runs[5]["executed"]["offload_window_bytes"] > 0
+    assert "BudgetError" in runs[6]["failed"]
+    # Nothing is left to do, and that needs no worker.
+    again = _record(hardware, out, "--limit", "0")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(out.read_text())["runs"] == runs
     code, text, log = _core.sim_output(["validate", str(out), "--format", "json"])
     assert code == 0, log
     found = json.loads(text)
     assert [run["fits"] for run in found["runs"]] == [run["recorded"]["fits"] for run in runs]
-    for run in found["runs"][:5]:
+    for run in found["runs"][:6]:
         # Bytes that nobody measures by a clock are predicted to the byte of the host's slab.
         assert run["metrics"]["host_peak_bytes"]["error_percent"] == 0, run
+
+
+@pytest.mark.timeout(300)
+def test_a_configuration_that_fails_does_not_end_the_recording(hardware: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs.json"
+    # No worker answers in so short a time: each is replaced.
+    ran = _record(hardware, out, "--each", "0.01", "--only", "tiny device.* fires$|100KB")
+    assert ran.returncode == 1
+    assert ran.stdout.count("a new worker: no answer within 0 s") == 2
+    assert ran.stderr.count("not recorded: tiny") == 2
+    assert not out.exists()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"schema_version": 1, "runs": [{"name": "x", "hardware": "elsewhere.json"}]}))
+    mixed = _record(hardware, other)
+    assert mixed.returncode == 1
+    assert "elsewhere.json" in mixed.stderr

@@ -15,7 +15,7 @@ from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_no
 from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
 _STARVED = 1.2
-_SUSTAINED_S = 1.2
+_SUSTAINED_S = 1.0
 """Of forward and backward in turn, the second half of which counts."""
 
 

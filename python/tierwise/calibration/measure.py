@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,30 +60,31 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     device = _device(options)
     cuda = device.type == "cuda"
     free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else available_memory_bytes()
-    begun = time.perf_counter()
+    sections = _Sections(cuda)
     measured: dict[str, Any] = {}
     scale = options.seconds / 45.0
-    bench = HostBench(options.host_numel)
-    measured["host"] = host.by_threads(bench, 5.0 * scale, log)
+    with sections("host"):
+        bench = HostBench(options.host_numel)
+        measured["host"] = host.by_threads(bench, 3.5 * scale, log)
     from tierwise.calibration.sharing import beside
 
-    measured["sharing"] = beside(device, bench, 0.3 * scale, log)
-    del bench
-    _free(cuda)
-    measured |= _kernels(device, scale, log)
-    _free(cuda)
-    from tierwise.calibration import engine
+    with sections("links"):
+        measured["sharing"] = beside(device, bench, 0.3 * scale, log)
+        del bench
+    measured |= _kernels(device, scale, log, sections)
+    with sections("launches"):
+        from tierwise.calibration import engine
 
-    measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
-    measured["device_adam_params_per_s"] = _if_possible("device Adam", lambda: engine.device_adam_params_per_s(device), log)
-    _free(cuda)
-    measured["host_adam_params_per_s"] = _if_possible("host Adam in the engine", lambda: engine.host_adam_params_per_s(device), log)
+        measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
+    with sections("device Adam"):
+        measured["device_adam_params_per_s"] = _if_possible("device Adam", lambda: engine.device_adam_params_per_s(device), log)
+    with sections("host Adam"):
+        measured["host_adam_params_per_s"] = _if_possible("host Adam in the engine", lambda: engine.host_adam_params_per_s(device), log)
     on_device, on_host = measured["device_adam_params_per_s"], measured["host_adam_params_per_s"]
     log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
-    _free(cuda)
-    measured["disk"] = _disk(options.disk)
-    took = time.perf_counter() - begun
-    log(f"measured in {took:.0f} s")
+    with sections("disk"):
+        measured["disk"] = _disk(options.disk)
+    log(sections.summary())
     about = {
         "machine": f"{torch.cuda.get_device_name(device) if cuda else 'emulated device'}, {os.cpu_count()} CPUs, {platform.machine()}",
         "software": f"torch {torch.__version__}, Python {platform.python_version()}, tierwise {_core.__version__}",
@@ -111,18 +113,40 @@ def _device(options: Options) -> Any:
     return torch.device("cpu")
 
 
-def _kernels(device: Any, scale: float, log: Callable[[str], None]) -> dict[str, Any]:
+class _Sections:
+    """How long every part of the calibration took: what has to be shortened if it takes too long. Frees memory between them."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.took: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        _free(self.cuda)
+        self.took[name] = time.perf_counter() - begun
+
+    def summary(self) -> str:
+        return f"measured in {sum(self.took.values()):.0f} s: " + ", ".join(f"{name} {took:.1f}" for name, took in self.took.items())
+
+
+def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _Sections) -> dict[str, Any]:
     from tierwise.calibration import compute
     from tierwise.calibration.timing import Timer
 
     sizes = compute.DEVICE_SIZES if device.type == "cuda" else compute.CPU_SIZES
-    timer = Timer(device, 0.012 * scale)
-    return {
-        "products": compute.products(sizes, timer, log),
-        "attention": compute.attention(sizes, timer, log),
-        "layers": _if_possible("layers", lambda: compute.layers(sizes, timer, log), log) or [],
-        "losses": compute.losses(sizes, timer, log),
-    }
+    timer = Timer(device, 0.01 * scale)
+    found: dict[str, Any] = {}
+    with sections("products"):
+        found["products"] = compute.products(sizes, timer, log)
+    with sections("attention"):
+        found["attention"] = compute.attention(sizes, timer, log)
+    with sections("layers"):
+        found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log) or []
+    with sections("losses"):
+        found["losses"] = compute.losses(sizes, timer, log)
+    return found
 
 
 def _if_possible(what: str, measure: Callable[[], Any], log: Callable[[str], None]) -> Any:

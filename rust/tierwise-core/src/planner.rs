@@ -217,8 +217,11 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                 continue;
             }
             for &(slab, tight) in &group.variants {
+                if best.as_ref().is_some_and(|best| is_hopeless(&memory, activations, group, slab, tight, request, best)) {
+                    continue;
+                }
                 let device = |row: &Row| row.device_bytes(activations, slab, tight, request.reserve_bytes);
-                let fitting = group.rows.partition_point(|row| device(row) <= request.device_budget);
+                let fitting = group.first_where(|row| device(row) > request.device_budget);
                 let Some(last) = fitting.checked_sub(1) else {
                     let needed = device(&group.rows[0]);
                     if least_device.is_none_or(|(least, _, _)| needed < least) {
@@ -245,7 +248,7 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                     }
                     let step = predict(&memory, activations, row, group, slab, tight, request);
                     if best.as_ref().is_none_or(|best| is_better(activations, row, step, best)) {
-                        best = Some(Candidate { activations, row: row.clone(), slab, tight, step });
+                        best = Some(Candidate { activations, row: Row::clone(row), slab, tight, step });
                     }
                 }
             }
@@ -288,7 +291,7 @@ pub fn minimum_device_bytes(layout: &Layout, trace: &Trace, request: &PlanReques
                     row.host.total() + activations.host_bytes > request.host_budget
                         || spilled(row) > request.nvme.map_or(0, |nvme| nvme.budget)
                 };
-                let first = group.rows.partition_point(too_large);
+                let first = group.first_where(|row| !too_large(row));
                 let Some(row) = group.rows.get(first) else { continue };
                 for &(slab, tight) in &group.variants {
                     least = least.min(row.device_bytes(activations, slab, tight, request.reserve_bytes));
@@ -317,6 +320,22 @@ fn is_better(activations: &Activations, row: &Row, step: Step, best: &Candidate)
 fn least_seconds(activations: &Activations, request: &PlanRequest) -> f64 {
     let stall = activations.stall.leaving + activations.stall.returning;
     f64::from(request.accumulation) * (activations.total_flops / request.speeds.flops + stall)
+}
+
+/// Whether no placement of a group can be better than what was found: not even the fastest, whether it fits the device or not.
+fn is_hopeless(
+    memory: &Memory,
+    activations: &Activations,
+    group: &Group,
+    slab: u64,
+    tight: bool,
+    request: &PlanRequest,
+    best: &Candidate,
+) -> bool {
+    let Some(fastest) = group.rows.last().filter(|_| group.monotone && request.nvme.is_none()) else { return false };
+    // It needs the least host memory too. What is equal up to rounding is looked at.
+    fastest.host.total() + activations.host_bytes > request.host_budget
+        || predict(memory, activations, fastest, group, slab, tight, request).seconds > best.step.seconds * (1.0 + 1e-9)
 }
 
 /// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.

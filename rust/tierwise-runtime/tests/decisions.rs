@@ -17,6 +17,7 @@ use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
 use tierwise_sim::costs::{Costs, Launch};
 use tierwise_sim::executor::calls::{Call, calls};
+use tierwise_sim::executor::offload::{Need, Offload as Offloaded};
 use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
 use tierwise_sim::hardware::{Hardware, preset};
 use virtual_device::VirtualDevice;
@@ -99,28 +100,28 @@ impl Case {
         engine.start().unwrap();
         let mut patience = || true;
         let step = calls(&self.trace, &self.plan, &self.backward());
+        let mut away = Away::new(&engine, self);
         let first_micro_batch = (step.len() - 1) / self.plan.accumulation as usize;
         for _ in 0..=WARM_UP_STEPS {
             for (at, call) in step.iter().enumerate() {
                 match *call {
+                    Call::Begin => away.begin(),
                     Call::Enter(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
                         engine.enter(unit, phase, STREAM, &mut patience).unwrap();
-                        let again = if self.plan.activations[unit as usize] == ActivationPlan::Recompute {
-                            self.costs.forward_ns[unit as usize]
-                        } else {
-                            0
-                        };
-                        device.compute(match phase {
-                            Phase::Forward => self.costs.forward_ns[unit as usize],
-                            Phase::Backward => self.costs.backward_ns[unit as usize] + again,
-                        });
-                        device.spend(
-                            self.costs.launch[unit as usize].ns(phase, self.plan.activations[unit as usize] == ActivationPlan::Recompute),
-                        );
+                        if away.policy.is_none() {
+                            self.compute(&device, unit, phase);
+                        }
+                    }
+                    Call::AskBack(op) => away.ask_back(self.trace.ops[op.index()].unit),
+                    Call::Work(op) => {
+                        let Op { unit, phase } = self.trace.ops[op.index()];
+                        away.work(unit, phase);
+                        self.compute(&device, unit, phase);
                     }
                     Call::Leave(op) => {
                         let Op { unit, phase } = self.trace.ops[op.index()];
+                        away.leave(unit, phase);
                         engine.leave(unit, phase, STREAM).unwrap();
                     }
                     Call::BackwardBegin => engine.backward_begin(1.0, &mut patience).unwrap(),
@@ -143,6 +144,18 @@ impl Case {
         turns
     }
 
+    /// Enqueues a unit's work and spends what that takes.
+    fn compute(&self, device: &VirtualDevice, unit: u32, phase: Phase) {
+        let index = unit as usize;
+        let recomputed = self.plan.activations[index] == ActivationPlan::Recompute;
+        let again = if recomputed { self.costs.forward_ns[index] } else { 0 };
+        device.compute(match phase {
+            Phase::Forward => self.costs.forward_ns[index],
+            Phase::Backward => self.costs.backward_ns[index] + again,
+        });
+        device.spend(self.costs.launch[index].ns(phase, recomputed));
+    }
+
     /// Compares turn by turn, and gives them.
     fn check(&self) -> Vec<Turn> {
         let (simulated, executed) = (self.simulated(), self.executed());
@@ -157,6 +170,124 @@ impl Case {
             simulated.get(executed.len()).or(executed.get(simulated.len()))
         );
         simulated
+    }
+}
+
+/// What the hooks do with offloaded activations, on the engine.
+struct Away<'a> {
+    engine: &'a Engine,
+    policy: Option<Offloaded<u64>>,
+    /// Per unit: its storage on the device, and the copy that brings it back.
+    storages: Vec<Vec<u8>>,
+    back: Vec<Option<u64>>,
+    /// Per unit: what the host holds; and what it holds of finished backwards until its copy has left the device.
+    tickets: Vec<Option<u64>>,
+    dying: Vec<u64>,
+}
+
+impl<'a> Away<'a> {
+    fn new(engine: &'a Engine, case: &Case) -> Self {
+        let policy = Offloaded::new(&case.trace, &case.plan);
+        let units = 0..case.trace.units.len() as u32;
+        let storages = units.clone().map(|unit| vec![0; policy.as_ref().map_or(0, |p| p.bytes(unit)) as usize]).collect();
+        let none = vec![None; units.len()];
+        Away { engine, policy, storages, back: none.clone(), tickets: none, dying: Vec::new() }
+    }
+
+    fn settle(&mut self) {
+        let engine = self.engine;
+        let has_left = |ticket: &u64| engine.activation_has_left(*ticket, false, STREAM, &mut || true).unwrap();
+        if let Some(policy) = &mut self.policy {
+            policy.settle(has_left);
+        }
+        let (gone, dying) = std::mem::take(&mut self.dying).into_iter().partition(has_left);
+        self.dying = dying;
+        let gone: Vec<u64> = gone;
+        for ticket in gone {
+            engine.free_activation(ticket).unwrap();
+        }
+    }
+
+    fn begin(&mut self) {
+        self.settle();
+        if let Some(policy) = &mut self.policy {
+            policy.begin();
+        }
+    }
+
+    fn ask_back(&mut self, unit: u32) {
+        self.settle();
+        let wanted = self.policy.as_mut().map_or_else(Vec::new, |policy| policy.enter_backward(unit));
+        for at in wanted {
+            let Some((unit, ticket)) = self.policy.as_mut().and_then(|policy| policy.fetch_ahead(at)) else { break };
+            self.fetch(unit, ticket);
+        }
+    }
+
+    fn fetch(&mut self, unit: u32, ticket: u64) {
+        self.engine.fetch_activation(ticket, self.storages[unit as usize].as_mut_ptr() as u64, STREAM).unwrap();
+        self.back[unit as usize] = Some(ticket);
+    }
+
+    fn work(&mut self, unit: u32, phase: Phase) {
+        if !self.policy.as_ref().is_some_and(|policy| policy.has(unit)) {
+            return;
+        }
+        self.settle();
+        loop {
+            let Some(policy) = &mut self.policy else { return };
+            let wait = match phase {
+                Phase::Forward => policy.room_for(unit).copied(),
+                Phase::Backward => match policy.need(unit) {
+                    Need::Nothing => None,
+                    Need::Wait(ticket) => Some(ticket),
+                    Need::Fetch(unit, ticket) => {
+                        self.fetch(unit, ticket);
+                        None
+                    }
+                },
+            };
+            let Some(ticket) = wait else { break };
+            self.engine.activation_has_left(ticket, true, STREAM, &mut || true).unwrap();
+            self.settle();
+        }
+        if phase == Phase::Forward {
+            if let Some(policy) = &mut self.policy {
+                policy.save(unit);
+            }
+        } else if let Some(ticket) = self.back[unit as usize].take() {
+            self.engine.await_activation(ticket, STREAM, &mut || true).unwrap();
+        }
+    }
+
+    fn leave(&mut self, unit: u32, phase: Phase) {
+        let index = unit as usize;
+        if self.policy.is_none() {
+            return;
+        }
+        if phase == Phase::Backward {
+            self.settle();
+            if let Some(policy) = &mut self.policy {
+                policy.leave_backward(unit);
+            }
+            self.dying.extend(self.tickets[index].take());
+            self.settle();
+            return;
+        }
+        let offloaded = !self.storages[index].is_empty();
+        if offloaded {
+            self.settle();
+        }
+        let Some(policy) = &mut self.policy else { return };
+        let ticket = if offloaded {
+            let (address, bytes) = (self.storages[index].as_ptr() as u64, self.storages[index].len() as u64);
+            self.engine.send_activation(unit, address, bytes, STREAM).unwrap()
+        } else {
+            None
+        };
+        assert_eq!(ticket.is_some(), policy.may_send(unit), "room in host memory");
+        self.tickets[index] = ticket;
+        policy.leave(unit, ticket);
     }
 }
 
@@ -181,8 +312,9 @@ fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
             chunks: reads,
             saved_bytes,
             input_bytes: saved_bytes / 4,
-            offload_bytes: 0,
-            offload_host_bytes: 0,
+            offload_bytes: if number > 0 { saved_bytes / 3 * 2 } else { 0 },
+            // Host memory is taken in whole pages.
+            offload_host_bytes: if number > 0 { (saved_bytes / 3 * 2).next_multiple_of(4096) } else { 0 },
             recomputable: number > 0,
             flops: numel as f64 * 1e3,
         });
@@ -336,6 +468,32 @@ fn speculation_that_is_accepted_and_undone() {
 }
 
 #[test]
+fn activations_are_offloaded() {
+    // Links from far too slow to fast enough: forward waits for the window, backward for what comes back, or neither.
+    for link in [0.02, 0.3, 1.0, 20.0] {
+        for (optim, param, accumulation, clip_mode) in [
+            (0.0, 0.0, 1, ClipMode::Defer),
+            (1.0, 0.0, 1, ClipMode::Defer),
+            (1.0, 0.5, 3, ClipMode::Defer),
+            (1.0, 0.5, 1, ClipMode::Speculate),
+        ] {
+            let wanted = PlanRequest {
+                offload: Offload::Full,
+                recompute: Recompute::None,
+                ..request(fixed(optim, param), accumulation, clip_mode, PLENTY)
+            };
+            let case = case(&SIZES, &wanted, slow([link, link, 1.0, 1.0]), false);
+            assert_eq!(case.plan.activations.iter().filter(|a| **a == ActivationPlan::Offload).count(), 5);
+            case.check();
+        }
+    }
+    let wanted = PlanRequest { offload: Offload::Auto, ..request(fixed(1.0, 0.5), 2, ClipMode::Defer, 160_000) };
+    let mixed = case(&SIZES, &wanted, slow([1.0; 4]), true);
+    assert!(mixed.plan.activations.contains(&ActivationPlan::Offload), "{:?}", mixed.plan.activations);
+    mixed.check();
+}
+
+#[test]
 fn a_machine_that_takes_other_times_decides_otherwise() {
     // Else the comparison would say nothing about time.
     let wanted = request(fixed(1.0, 0.5), 1, ClipMode::Defer, PLENTY);
@@ -357,6 +515,7 @@ proptest! {
         accumulation in 1_u32..4,
         mode in 0_usize..3,
         recompute in 0_usize..3,
+        offload in 0_usize..3,
         accumulate in prop::option::of(prop::sample::select(vec![Tier::Device, Tier::Host])),
         scale in prop::array::uniform4(0.1..8.0_f64),
         clips: bool,
@@ -366,6 +525,7 @@ proptest! {
         let placement = if room.is_some() { Placement::Auto } else { visiting(optim.max(param), param, stream) };
         let mut wanted = PlanRequest { accumulate, ..request(placement, accumulation, clip_mode, PLENTY) };
         wanted.recompute = [Recompute::None, Recompute::Full, Recompute::Auto][recompute].clone();
+        wanted.offload = [Offload::None, Offload::Full, Offload::Auto][offload];
         if let Some(room) = room {
             let (layout, trace) = model(&sizes);
             let least = minimum_device_bytes(&layout, &trace, &wanted);

@@ -90,11 +90,23 @@ impl Costs {
     }
 }
 
+/// The width of a head that kernels of attention compute: FlashAttention-2 has one kernel for each of these, and pads (`HEADDIM_SWITCH` in its
+/// csrc/flash_attn/src/static_switch.h).
+fn padded(head_dim: u64) -> u64 {
+    [32, 64, 96, 128, 192, 256].into_iter().find(|width| *width >= head_dim).unwrap_or(head_dim)
+}
+
 /// Compute-bound kernels and element-wise kernels one after the other; without measurements backward does everything twice.
 fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
+    let widths: u64 = work.attention_widths.iter().sum();
+    let padding = work.attention_widths.first().map_or(1.0, |&width| {
+        let head_dim = (width / work.heads).max(1);
+        padded(head_dim) as f64 / head_dim as f64
+    });
+    let attention_flops = work.attention_flops * padding;
     let Some(tables) = tables else {
         let seconds = |matmul: f64, attention: f64| {
-            work.matmul_flops / matmul + work.attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s
+            work.matmul_flops / matmul + attention_flops / attention + work.memory_bytes / hardware.device_memory_bytes_per_s
         };
         return Pair {
             forward_s: seconds(hardware.matmul_forward_flops, hardware.attention_forward_flops),
@@ -117,10 +129,9 @@ fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
     for &(inputs, outputs) in products {
         add(rank(tables.product(work.tokens, inputs, outputs)));
     }
-    let widths: u64 = work.attention_widths.iter().sum();
     for &width in &work.attention_widths {
-        let flops = work.attention_flops * width as f64 / widths as f64;
-        add(tables.attention(work.seq, (width / work.heads).max(1), work.sequences * work.heads, flops));
+        let flops = attention_flops * width as f64 / widths as f64;
+        add(tables.attention(work.seq, padded((width / work.heads).max(1)), work.sequences * work.heads, flops));
     }
     // The loss was measured with its element-wise kernels.
     if work.kind != Kind::Head || products.len() == work.products.len() {

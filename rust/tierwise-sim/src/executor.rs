@@ -7,6 +7,8 @@ mod actions;
 pub mod calls;
 mod collectives;
 pub mod machine;
+pub mod offload;
+mod offloading;
 mod sharing;
 mod spill;
 pub(crate) mod stalls;
@@ -22,13 +24,14 @@ use crate::costs::Costs;
 use crate::hardware::Hardware;
 use calls::{Call, calls};
 use machine::{Began, Ended, Lane, Machine, Token};
+use offload::Offload;
 use stalls::{Blocks, Cause};
 use std::collections::BTreeMap;
 use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ActivationPlan, OptimizerClass, Plan};
+use tierwise_core::plan::{OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
 use tierwise_core::staging::StagingError;
@@ -158,6 +161,11 @@ struct Run<'a> {
     latest_compute: [Option<Token>; 2],
     window: Option<Window>,
     spilled: spill::Spilled,
+    /// Activations that leave the device, if the plan has any, and the device bytes that they take.
+    offload: Option<Offload<Token>>,
+    offloaded_live: u64,
+    /// Per unit: the latest copy of its activations back, until its backward waits for it.
+    activations_back: Vec<Option<Token>>,
 }
 
 /// Executes a plan until its steps repeat, and measures one.
@@ -191,12 +199,6 @@ impl<'a> Run<'a> {
                 plan.activations.len(),
                 costs.forward_ns.len(),
                 layout.chunks.len()
-            )));
-        }
-        if let Some(unit) = plan.activations.iter().position(|kept| *kept == ActivationPlan::Offload) {
-            let name = &trace.units[unit].name;
-            return Err(SimError::Mismatch(format!(
-                "`{name}` offloads its activations, which is not simulated; plan with offload \"none\""
             )));
         }
         let mut device = Budget::new(Tier::Device, setup.device_budget);
@@ -249,6 +251,9 @@ impl<'a> Run<'a> {
             latest_compute: [None; 2],
             window: None,
             spilled,
+            offload: Offload::new(trace, plan),
+            offloaded_live: 0,
+            activations_back: vec![None; units],
             setup,
         })
     }

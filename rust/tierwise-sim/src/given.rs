@@ -21,6 +21,15 @@ pub struct GivenPlan {
     pub streamed_chunks: Vec<String>,
     /// Units that are recomputed.
     pub recomputed_units: Vec<String>,
+    /// Units whose activations were offloaded to host memory.
+    #[serde(default)]
+    pub offloaded_units: Vec<String>,
+    /// Device bytes of them that were allowed at once.
+    #[serde(default)]
+    pub offload_window_bytes: u64,
+    /// What host memory held.
+    #[serde(default)]
+    pub host: GivenHost,
     /// Whether outputs of cheap kernels were made again in backward.
     #[serde(default)]
     pub rematerialized: bool,
@@ -30,6 +39,14 @@ pub struct GivenPlan {
     pub grad_in_flight_bytes: u64,
     /// Bytes of undo records that may be alive at once.
     pub undo_bytes: u64,
+}
+
+/// The part of a recorded plan's host memory that the model's figures do not give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GivenHost {
+    /// The region of offloaded activations, in bytes.
+    #[serde(default)]
+    pub activations: u64,
 }
 
 impl GivenPlan {
@@ -46,8 +63,10 @@ impl GivenPlan {
                 return Err(format!("the {what} chunk `{name}` is not in the model"));
             }
         }
-        if let Some(name) = self.recomputed_units.iter().find(|name| built.trace.units.iter().all(|u| u.name != **name)) {
-            return Err(format!("the recomputed unit `{name}` is not in the model"));
+        for (what, names) in [("recomputed", &self.recomputed_units), ("offloaded", &self.offloaded_units)] {
+            if let Some(name) = names.iter().find(|name| built.trace.units.iter().all(|u| u.name != **name)) {
+                return Err(format!("the {what} unit `{name}` is not in the model"));
+            }
         }
         let has = |names: &[String], name: &str| names.iter().any(|n| n == name);
         let chunks: Vec<ChunkPlan> = layout
@@ -64,13 +83,17 @@ impl GivenPlan {
                 accumulate: if has(&self.device_summed_chunks, &chunk.name) { Tier::Device } else { Tier::Host },
             })
             .collect();
-        let kept = |name: &str| if has(&self.recomputed_units, name) { ActivationPlan::Recompute } else { ActivationPlan::Keep };
+        let kept = |name: &str| match () {
+            () if has(&self.recomputed_units, name) => ActivationPlan::Recompute,
+            () if has(&self.offloaded_units, name) => ActivationPlan::Offload,
+            () => ActivationPlan::Keep,
+        };
         let activations = built.trace.units.iter().map(|unit| kept(&unit.name)).collect();
         let mut plan = Plan {
             version: tierwise_core::plan::VERSION,
             chunks,
             activations,
-            offload_window_bytes: 0,
+            offload_window_bytes: self.offload_window_bytes,
             stream_slab_bytes: self.stream_slab_bytes,
             grad_in_flight_bytes: self.grad_in_flight_bytes,
             accumulation,
@@ -78,7 +101,7 @@ impl GivenPlan {
             undo_bytes: self.undo_bytes,
             device: DeviceBytes { stream_slab: self.stream_slab_bytes, ..DeviceBytes::default() },
             device_peak_op: OpId(0),
-            host: HostBytes { undo: host_region_bytes(self.undo_bytes), ..HostBytes::default() },
+            host: HostBytes { undo: host_region_bytes(self.undo_bytes), activations: self.host.activations, ..HostBytes::default() },
             nvme: None,
             fetches: Vec::new(),
             predicted_step_s: 0.0,

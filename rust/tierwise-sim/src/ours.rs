@@ -6,8 +6,8 @@ use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan, host_region_bytes};
+use tierwise_core::planner::{NvmeRequest, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -152,7 +152,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
             Memory::Reserve(_) | Memory::Given(_) => Placement::Auto,
         },
         recompute: request.recompute.clone(),
-        offload: Offload::None,
+        offload: request.offload,
         accumulation,
         accumulate: None,
         visiting: true,
@@ -222,7 +222,10 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
 /// Backward makes outputs of cheap kernels again instead of keeping them.
 fn rematerialize(rank: &mut Rank) {
     for (unit, [saved, traffic]) in rank.built.cheap_bytes.iter().enumerate() {
-        rank.built.trace.units[unit].saved_bytes -= saved;
+        let traced = &mut rank.built.trace.units[unit];
+        traced.saved_bytes -= saved;
+        traced.offload_bytes = traced.offload_bytes.min(traced.saved_bytes);
+        traced.offload_host_bytes = host_region_bytes(traced.offload_bytes);
         rank.costs.backward_ns[unit] += (*traffic as f64 / rank.hardware.device_memory_bytes_per_s * 1e9).round() as u64;
     }
 }

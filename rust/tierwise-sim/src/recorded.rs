@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Placement, Recompute};
+use tierwise_core::planner::{Offload, Placement, Recompute};
 
 /// A file of recorded runs.
 #[derive(Debug, Deserialize)]
@@ -80,6 +80,8 @@ pub struct Run {
     recompute: Recomputes,
     #[serde(default)]
     pageable: bool,
+    #[serde(default = "whole")]
+    cpu_share: f64,
     #[serde(default)]
     device_budget: Option<u64>,
     #[serde(default)]
@@ -145,6 +147,10 @@ fn ours() -> String {
 
 fn one() -> u64 {
     1
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 fn auto() -> Recomputes {
@@ -262,7 +268,10 @@ impl File {
                 Recomputes::Full => Recompute::Full,
                 Recomputes::Auto => Recompute::Auto,
             },
+            // A run that offloads activations has the plan that says which.
+            offload: Offload::None,
             pageable: run.pageable,
+            cpu_share: run.cpu_share,
             clip_mode: run.clip_mode,
             clips: run.clips && run.has_max_norm,
             model,

@@ -10,7 +10,7 @@ use crate::parallel::Parallel;
 use crate::peers::Policy;
 use serde::Serialize;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Placement, Recompute};
+use tierwise_core::planner::{Offload, Placement, Recompute};
 
 /// What to simulate.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,8 +39,12 @@ pub struct Request {
     pub memory: Memory,
     /// Which layers recompute.
     pub recompute: Recompute,
+    /// Which layers' activations are offloaded to host memory.
+    pub offload: Offload,
     /// Whether a peer's host buffers are not pinned.
     pub pageable: bool,
+    /// Share of the parameters that the CPU steps under policy `zero3-offload` (Twin-Flow's ratio).
+    pub cpu_share: f64,
     /// Clipping mode.
     pub clip_mode: ClipMode,
     /// Whether the gradient norm is above its limit in every step.

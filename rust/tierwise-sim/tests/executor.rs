@@ -1,6 +1,6 @@
 //! The executor: nothing lost, nothing exceeded, nothing slower for being faster.
 
-use tierwise_core::plan::{ClipMode, OptimizerClass, ParamHome, Plan};
+use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
 use tierwise_sim::executor::{Outcome, Setup, SimError, simulate};
@@ -99,6 +99,15 @@ fn cases(hardware: &Hardware) -> Vec<Case> {
             }
         }
     }
+    for offload in [Offload::Full, Offload::Auto] {
+        for (device_budget, accumulation) in [(24_000_000_000, 1), (60_000_000_000, 3)] {
+            cases.extend(case("llama2-7b", 2, hardware, |request| {
+                request.device_budget = device_budget;
+                request.accumulation = accumulation;
+                request.offload = offload;
+            }));
+        }
+    }
     cases
 }
 
@@ -120,12 +129,15 @@ fn bytes_and_time_are_conserved_and_budgets_hold() {
             let gradients = sum(&|c| host(c) && !sums_on_device(c), &|c| layout.grad_bytes(c));
             let sums = sum(&|c| host(c) && sums_on_device(c), &|c| layout.grad_acc_bytes(c));
             let visited = sum(&|c| plan.chunks[c].class == OptimizerClass::Streamed, &|c| layout.state_bytes(c));
-            assert_eq!(out.d2h_bytes, gradients * u64::from(plan.accumulation) + sums + visited);
+            let away: Vec<usize> = (0..plan.activations.len()).filter(|u| plan.activations[*u] == ActivationPlan::Offload).collect();
+            let activations: u64 = away.iter().map(|u| case.built.trace.units[*u].offload_host_bytes).sum();
+            assert_eq!(out.d2h_bytes, (gradients + activations) * u64::from(plan.accumulation) + sums + visited);
+            assert!(away.iter().all(|u| case.built.trace.units[*u].recomputable));
             let refreshed = sum(&|c| host(c) && !streamed(c), &|c| layout.param_bytes(c));
             let fetched = sum(&streamed, &|c| layout.param_bytes(c));
             assert!(out.h2d_bytes >= refreshed + fetched, "{} < {refreshed} + {fetched}", out.h2d_bytes);
             assert!(out.h2d_bytes >= refreshed + fetched + visited);
-            if fetched == 0 {
+            if fetched == 0 && activations == 0 {
                 assert_eq!(out.h2d_bytes, refreshed + visited);
             }
             let moved = |track: &str| out.timeline.spans.iter().filter(|s| s.track == track).map(|s| s.bytes).sum::<u64>();
@@ -182,6 +194,52 @@ fn more_bandwidth_never_slows_a_fixed_plan() {
             // Rates change at whole nanoseconds, a few times per operation.
             assert!(step <= before.saturating_add(10_000), "x{factor}: {step} ns after {before} ns");
             before = step;
+        }
+    }
+}
+
+#[test]
+fn offloaded_activations_cross_the_link_twice_within_their_window() {
+    let base = preset("h100").unwrap();
+    // Links from one that bounds the step to one that hides behind compute.
+    for (factor, bound) in [(0.05, true), (1.0, true), (16.0, false), (64.0, false)] {
+        let hardware = Hardware {
+            h2d_bytes_per_s: base.h2d_bytes_per_s * factor,
+            d2h_bytes_per_s: base.d2h_bytes_per_s * factor,
+            h2d_duplex_bytes_per_s: base.h2d_duplex_bytes_per_s * factor,
+            d2h_duplex_bytes_per_s: base.d2h_duplex_bytes_per_s * factor,
+            host_memory_bytes_per_s: base.host_memory_bytes_per_s * factor,
+            ..base.clone()
+        };
+        for (offload, accumulation) in [(Offload::Full, 1), (Offload::Full, 3), (Offload::Auto, 1)] {
+            let on_device =
+                Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+            let planned = case("llama-1.35b", 4, &base, |request| {
+                request.placement = on_device;
+                request.offload = offload;
+                request.accumulation = accumulation;
+                request.recompute = if offload == Offload::Full { Recompute::None } else { Recompute::Auto };
+                request.device_budget = if offload == Offload::Full { 40_000_000_000 } else { 30_000_000_000 };
+            });
+            let Some(case) = planned else { panic!("{offload:?} {accumulation} does not fit") };
+            let units: Vec<usize> =
+                (0..case.plan.activations.len()).filter(|u| case.plan.activations[*u] == ActivationPlan::Offload).collect();
+            assert!(!units.is_empty());
+            let moved: u64 = units.iter().map(|u| case.built.trace.units[*u].offload_host_bytes).sum::<u64>() * u64::from(accumulation);
+            let out = run(&case, &hardware, true).unwrap();
+            // What was still on its way when its backward came did not go back and forth.
+            assert_eq!(out.d2h_bytes, moved);
+            assert!(out.h2d_bytes <= moved && out.h2d_bytes > 0);
+            assert_eq!(out.compute_ns + out.slowdown_ns + out.stalls.total_ns(), out.step_ns);
+            assert_eq!(out.host_peak_bytes, case.plan.host.total());
+            assert!(out.device_peak_bytes <= case.request.device_budget);
+            // The window is a bound whatever the link does: kept, everything would not fit.
+            let kept: u64 = case.built.trace.units.iter().map(|unit| unit.saved_bytes).sum();
+            let away: u64 = units.iter().map(|u| case.built.trace.units[*u].offload_bytes).sum();
+            assert!(out.device_peak_activation_bytes <= kept - away + case.plan.offload_window_bytes || offload == Offload::Auto);
+            if offload == Offload::Full {
+                assert_eq!(out.stalls.activations_ns > out.compute_ns / 10, bound, "x{factor}: {:?}", out.stalls);
+            }
         }
     }
 }

@@ -135,8 +135,8 @@ impl<'a> Memory<'a> {
         placement.class.on_cpu() && !(self.accumulation > 1 && placement.accumulate == Tier::Device)
     }
 
-    /// Gradients alive at every operation, those on their way to the host included.
-    pub fn gradients(&self, chunks: &[ChunkPlan], in_flight_bytes: u64) -> Vec<u64> {
+    /// Gradients alive at every operation, those on their way to the host included, for two limits of the latter.
+    pub fn gradients(&self, chunks: &[ChunkPlan], in_flight_bytes: [u64; 2]) -> [Vec<u64>; 2] {
         let ops = self.trace.ops.len();
         let mut born = vec![0; ops + 1];
         let mut gone = vec![0; ops + 1];
@@ -165,14 +165,16 @@ impl<'a> Memory<'a> {
             }
         }
         let (mut alive, mut total_sent, mut largest_sent) = (0, 0, 0);
-        (0..ops)
-            .map(|at| {
-                alive = alive + born[at] - gone[at];
-                total_sent += sent[at];
-                largest_sent = sent_largest[at].max(largest_sent);
+        let mut bytes = [Vec::with_capacity(ops), Vec::with_capacity(ops)];
+        for at in 0..ops {
+            alive = alive + born[at] - gone[at];
+            total_sent += sent[at];
+            largest_sent = sent_largest[at].max(largest_sent);
+            for (bytes, limit) in bytes.iter_mut().zip(in_flight_bytes) {
                 // One gradient may always be on its way, however large.
-                alive + in_flight_bytes.max(largest_sent).min(total_sent)
-            })
-            .collect()
+                bytes.push(alive + limit.max(largest_sent).min(total_sent));
+            }
+        }
+        bytes
     }
 }

@@ -9,7 +9,9 @@ use crate::plan::{ChunkPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, P
 use crate::slab::SLOT_ALIGN;
 use crate::streaming::staging_bytes;
 use crate::{OpId, Tier};
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// A search level has at most about this many choices, so that models of thousands of chunks plan in a moment too.
 const MAX_LEVELS: usize = 96;
@@ -18,9 +20,12 @@ const MAX_LEVELS_ACCUMULATING: usize = 40;
 /// Shares of the chunks that may add up their gradients on the device while the host steps them.
 const ACCUMULATE_LEVELS: usize = 8;
 
+/// A row is computed when it is looked at: most never are.
+type LazyRow<'a> = LazyCell<Row, Box<dyn FnOnce() -> Row + 'a>>;
+
 /// Placements with the same streamed parameters, sums on the device and share of streamed states, from the least device memory to the most.
-pub(super) struct Group {
-    pub rows: Vec<Row>,
+pub(super) struct Group<'a> {
+    pub rows: Vec<LazyRow<'a>>,
     /// Whether a later row never takes more time.
     pub monotone: bool,
     /// Slab bytes, and whether only one gradient may be on its way.
@@ -70,6 +75,21 @@ pub(super) struct Cost {
     pub accumulate_bytes: u64,
 }
 
+impl Group<'_> {
+    /// The first row for which `reached` holds, as it then does for all later ones; their number if it holds for none. Looks at both ends
+    /// first: few groups have the answer in between.
+    pub fn first_where(&self, reached: impl Fn(&Row) -> bool) -> usize {
+        let last = self.rows.len() - 1;
+        if reached(&self.rows[0]) {
+            0
+        } else if !reached(&self.rows[last]) {
+            self.rows.len()
+        } else {
+            1 + self.rows[1..last].partition_point(|row| !reached(row))
+        }
+    }
+}
+
 impl Row {
     /// Device bytes at the peak.
     pub fn device_bytes(&self, activations: &Activations, slab: u64, tight: bool, reserve: u64) -> u64 {
@@ -93,14 +113,14 @@ impl Row {
 }
 
 /// Calls `visit` with every group of placements that the request allows.
-pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: impl FnMut(&Group)) -> Result<(), PlanError> {
+pub(super) fn for_each_group<'a>(memory: &'a Memory, request: &PlanRequest, mut visit: impl FnMut(&Group<'a>)) -> Result<(), PlanError> {
     let layout = memory.layout;
     let forward_order = &memory.forward_order;
     if let Placement::Static { shard_param_frac, offload_optim_frac, offload_param_frac, stream_optim_frac } = request.placement {
         let mut chunks = fixed(memory, forward_order, shard_param_frac, offload_optim_frac, offload_param_frac)?;
         visiting::fixed(memory, forward_order, stream_optim_frac, &mut chunks)?;
-        let rows = accumulate_levels(request, chunks.len()).into_iter().map(|sums| with_sums(&chunks, forward_order, sums)).collect();
-        visit(&group(memory, rows, false));
+        let sums = accumulate_levels(request, chunks.len());
+        visit(&group(memory, &sums, false, move |&sums| with_sums(&chunks, forward_order, sums)));
         return Ok(());
     }
     let order = streaming_order(memory);
@@ -129,17 +149,14 @@ pub(super) fn for_each_group(memory: &Memory, request: &PlanRequest, mut visit: 
                 if !visiting::spread(memory, &eligible, share, &mut base) && share > 0.0 {
                     continue;
                 }
-                let rows = levels(eligible.len(), memory.accumulation)
-                    .into_iter()
-                    .map(|on_device| {
-                        let mut chunks = base.clone();
-                        for &chunk in &eligible[..on_device] {
-                            chunks[chunk] = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
-                        }
-                        chunks
-                    })
-                    .collect();
-                visit(&group(memory, rows, true));
+                let (on_device, eligible) = (levels(eligible.len(), memory.accumulation), eligible.clone());
+                visit(&group(memory, &on_device, true, move |&on_device| {
+                    let mut chunks = base.clone();
+                    for &chunk in &eligible[..on_device] {
+                        chunks[chunk] = ChunkPlan::new(OptimizerClass::Device, ParamHome::Resident);
+                    }
+                    chunks
+                }));
             }
         }
     }
@@ -205,9 +222,11 @@ fn streaming_order(memory: &Memory) -> Vec<usize> {
     order
 }
 
-fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Group {
+/// One row per level. The first one streams and sends all that any of them does.
+fn group<'a, T: Clone + 'a>(memory: &'a Memory, levels: &[T], monotone: bool, place: impl Fn(&T) -> Vec<ChunkPlan> + 'a) -> Group<'a> {
+    let first = place(&levels[0]);
     let slot = |c: usize| memory.layout.param_bytes(crate::ChunkId(c as u32)).next_multiple_of(SLOT_ALIGN);
-    let streamed = |c: &usize| placements[0][*c].home == ParamHome::Streamed;
+    let streamed = |c: &usize| first[*c].home == ParamHome::Streamed;
     let streamed_bytes: u64 = (0..memory.layout.chunks.len()).filter(streamed).map(slot).sum();
     let largest_op = memory.unit_chunks.iter().map(|chunks| chunks.iter().copied().filter(streamed).map(slot).sum()).max().unwrap_or(0);
     // A chunk that no operation reads can still be asked for by name.
@@ -215,15 +234,23 @@ fn group(memory: &Memory, placements: Vec<Vec<ChunkPlan>>, monotone: bool) -> Gr
     // Beyond two operations' worth, a chunk that stays resident saves as many fetches as one more slot.
     let prefetch_slab = (2 * largest).min(streamed_bytes);
     // The same for all, so that a further chunk with states on the device never needs less.
-    let staging = placements.iter().map(|chunks| staging_bytes(memory.layout, chunks)).max().unwrap_or(0);
-    let rows: Vec<Row> = placements.into_iter().map(|chunks| row(memory, chunks, streamed_bytes, largest, staging)).collect();
+    let staging = staging_bytes(memory.layout, &first);
     let mut variants = vec![(prefetch_slab, false)];
     if largest < prefetch_slab {
         variants.push((largest, false));
     }
-    if rows.iter().any(|row| row.gradients[0] != row.gradients[1]) {
+    if first.iter().any(|&placed| memory.sends(placed)) {
         variants.extend(variants.clone().iter().map(|&(slab, _)| (slab, true)));
     }
+    let place = Rc::new(place);
+    let rows = levels
+        .iter()
+        .map(|level| {
+            let (level, place) = (level.clone(), Rc::clone(&place));
+            let make: Box<dyn FnOnce() -> Row + 'a> = Box::new(move || row(memory, place(&level), streamed_bytes, largest, staging));
+            LazyCell::new(make)
+        })
+        .collect();
     Group { rows, monotone, variants, prefetch_slab }
 }
 
@@ -275,7 +302,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
     host.staging = spill::landing_bytes(memory, &chunks);
     host.nvme_staging = nvme.map_or(0, |n| u64::from(n.buffers) * n.buffer_bytes);
     let ample = memory.in_flight_bytes(&chunks);
-    let gradients = [memory.gradients(&chunks, ample), memory.gradients(&chunks, 0)];
+    let gradients = memory.gradients(&chunks, [ample, 0]);
     Row { chunks, host, nvme, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
 }
 

@@ -13,10 +13,17 @@ use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use std::path::Path;
 use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::Recompute;
+use tierwise_core::planner::{Offload, Recompute};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RecomputeArg {
+    Auto,
+    None,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OffloadArg {
     Auto,
     None,
     Full,
@@ -123,9 +130,15 @@ pub struct StepArgs {
     /// Which layers are recomputed in backward.
     #[arg(long, value_enum, default_value = "auto")]
     pub recompute: RecomputeArg,
+    /// Which layers' activations are offloaded to host memory.
+    #[arg(long, value_enum, default_value = "none")]
+    pub offload_activations: OffloadArg,
     /// Another system's host buffers are not pinned.
     #[arg(long)]
     pub pageable: bool,
+    /// Share of the parameters that the CPU steps under policy zero3-offload (the ratio of DeepSpeed's Twin-Flow).
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
+    pub cpu_share: f64,
     /// How clipping and the host's optimizer step overlap.
     #[arg(long, value_enum, default_value = "defer")]
     pub clip_mode: ClipModeArg,
@@ -168,7 +181,13 @@ impl StepArgs {
                 RecomputeArg::None => Recompute::None,
                 RecomputeArg::Full => Recompute::Full,
             },
+            offload: match self.offload_activations {
+                OffloadArg::Auto => Offload::Auto,
+                OffloadArg::None => Offload::None,
+                OffloadArg::Full => Offload::Full,
+            },
             pageable: self.pageable,
+            cpu_share: self.cpu_share,
             clip_mode: match self.clip_mode {
                 ClipModeArg::Defer => ClipMode::Defer,
                 ClipModeArg::Speculate => ClipMode::Speculate,
@@ -181,6 +200,10 @@ impl StepArgs {
             hardware,
         })
     }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| format!("`{text}` is not a number between 0 and 1"))
 }
 
 pub fn find_model(name: &str) -> Result<Model, Failure> {

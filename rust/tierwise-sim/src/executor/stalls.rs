@@ -15,6 +15,8 @@ pub enum Cause {
     Communication,
     /// Device memory was not given back yet.
     Memory,
+    /// Offloaded activations were on their way.
+    Activations,
     /// The training thread had not enqueued the next operation.
     Launch,
 }
@@ -28,6 +30,7 @@ impl Cause {
             Cause::Gradients => "gradient hand-over",
             Cause::Communication => "communication",
             Cause::Memory => "device memory",
+            Cause::Activations => "activations",
             Cause::Launch => "launch",
         }
     }
@@ -48,6 +51,8 @@ pub struct Stalls {
     pub pipeline_ns: u64,
     /// Gradients that a device step still read left no room.
     pub device_memory_ns: u64,
+    /// Offloaded activations were on their way to the host or back.
+    pub activations_ns: u64,
     /// The training thread had not enqueued the next operation.
     pub launch_ns: u64,
 }
@@ -61,12 +66,13 @@ impl Stalls {
             Cause::Gradients => &mut self.gradient_hand_over_ns,
             Cause::Communication => &mut self.communication_ns,
             Cause::Memory => &mut self.device_memory_ns,
+            Cause::Activations => &mut self.activations_ns,
             Cause::Launch => &mut self.launch_ns,
         } += ns;
     }
 
     /// Every cause for people, with its nanoseconds.
-    pub fn by_cause(&self) -> [(&'static str, u64); 7] {
+    pub fn by_cause(&self) -> [(&'static str, u64); 8] {
         [
             ("stall: parameter fetch", self.parameter_fetch_ns),
             ("stall: optimizer step", self.optimizer_step_ns),
@@ -74,6 +80,7 @@ impl Stalls {
             ("stall: communication", self.communication_ns),
             ("stall: pipeline", self.pipeline_ns),
             ("stall: device memory", self.device_memory_ns),
+            ("stall: activations", self.activations_ns),
             ("stall: launch", self.launch_ns),
         ]
     }

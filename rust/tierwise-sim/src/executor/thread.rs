@@ -2,6 +2,7 @@
 
 use super::calls::Call;
 use super::machine::{Lane, Task, Token};
+use super::offload::Offload;
 use super::stalls::Cause;
 use super::{Run, SimError, WARM_UP_STEPS};
 use tierwise_core::OpId;
@@ -45,16 +46,25 @@ impl Run<'_> {
     /// Makes one call; gives what it waits for if it has to be repeated.
     pub(super) fn call(&mut self, call: Call) -> Result<Option<Cause>, SimError> {
         match call {
+            Call::Begin => {
+                self.settle();
+                if let Some(offload) = &mut self.offload {
+                    offload.begin();
+                }
+            }
             Call::Enter(op) => return self.enter(op),
+            Call::AskBack(op) => self.ask_back(op)?,
+            Call::Work(op) => return self.work_offloading(op),
             Call::Leave(op) => {
                 let (unit, phase) = self.op(op);
+                self.leave_offloading(unit, phase);
                 self.release = self.machine.record(Lane::Compute);
                 self.apply(&Event::Leave { unit, phase })?;
                 if phase == Phase::Backward {
                     let trace_unit = &self.setup.trace.units[unit as usize];
                     let recomputed = self.setup.plan.activations[unit as usize] == ActivationPlan::Recompute;
                     // What a recomputation saved is freed with the input that it started from.
-                    let bytes = trace_unit.saved_bytes + if recomputed { trace_unit.input_bytes } else { 0 };
+                    let bytes = trace_unit.saved_bytes - self.offloaded_bytes(unit) + if recomputed { trace_unit.input_bytes } else { 0 };
                     self.activations -= bytes;
                     self.device.release(bytes);
                     self.sample_device();
@@ -90,32 +100,51 @@ impl Run<'_> {
         (op.unit, op.phase)
     }
 
-    pub(super) fn enter(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
+    /// Bytes that an operation saves for good, and gradients that are born in it.
+    pub(super) fn needs(&self, op: OpId) -> (u64, u64) {
         let (unit, phase) = self.op(op);
-        let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
+        let trace = self.setup.trace;
         let index = unit as usize;
-        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
+        let recomputed = self.setup.plan.activations[index] == ActivationPlan::Recompute;
         let saved = match (phase, recomputed) {
             (Phase::Forward, true) => trace.units[index].input_bytes,
-            (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes,
+            (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes - self.offloaded_bytes(unit),
             (Phase::Backward, false) => 0,
         };
-        let born: u64 = trace.units[index]
+        let born = trace.units[index]
             .chunks
             .iter()
             .filter(|c| phase == Phase::Backward && self.backward[c.index()].is_some_and(|(first, _)| first == op))
             .map(|&c| self.setup.layout.grad_bytes(c))
             .sum();
-        let room = self.device.limit() - self.device.used();
-        if saved + born > room && self.freeable() >= saved + born - room {
+        (saved, born)
+    }
+
+    pub(super) fn enter(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
+        let (unit, phase) = self.op(op);
+        let (saved, born) = self.needs(op);
+        let leaves = if phase == Phase::Forward { self.offloaded_bytes(unit) } else { 0 };
+        if self.waits_for_memory(saved + born + leaves) {
             return Ok(Some(Cause::Memory));
         }
         self.release = self.machine.record(Lane::Compute);
         if self.apply(&Event::Enter { unit, phase })? != Progress::Done {
             return Ok(Some(if self.scheduler.is_undecided() { Cause::Gradients } else { Cause::Optimizer }));
         }
+        if self.offload.is_none() {
+            self.work(op, Vec::new())?;
+        }
+        Ok(None)
+    }
+
+    /// Enqueues an operation's work, which waits for its parameters, and for `waits` too.
+    pub(super) fn work(&mut self, op: OpId, mut waits: Vec<(Token, Cause)>) -> Result<(), SimError> {
+        let (unit, phase) = self.op(op);
+        let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
+        let index = unit as usize;
+        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
+        let (saved, born) = self.needs(op);
         self.reserve(saved, born, op)?;
-        let mut waits = Vec::new();
         for chunk in &trace.units[index].chunks {
             if let Some((token, cause)) = self.written[chunk.index()] {
                 if self.machine.ended_ns(token).is_none() {
@@ -132,7 +161,7 @@ impl Run<'_> {
         };
         self.compute(op, ns, waits);
         self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);
-        Ok(None)
+        Ok(())
     }
 
     pub(super) fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) {
@@ -153,9 +182,21 @@ impl Run<'_> {
         self.latest_compute = [self.latest_compute[1], Some(token)];
     }
 
+    /// Whether so many device bytes are missing now and will not be.
+    pub(super) fn waits_for_memory(&mut self, bytes: u64) -> bool {
+        if bytes > self.room() {
+            self.settle();
+        }
+        bytes > self.room() && self.freeable() >= bytes - self.room()
+    }
+
+    pub(super) fn room(&self) -> u64 {
+        self.device.limit() - self.device.used()
+    }
+
     /// Device bytes that will be given back without the training thread.
     pub(super) fn freeable(&self) -> u64 {
-        self.in_flight_bytes + self.leaving_bytes
+        self.in_flight_bytes + self.leaving_bytes + self.offload.as_ref().map_or(0, Offload::leaving_bytes)
     }
 
     pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {

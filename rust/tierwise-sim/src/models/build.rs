@@ -4,6 +4,7 @@ use super::{Architecture, Block, Kind, Model};
 use std::ops::Range;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, Precision};
+use tierwise_core::plan::host_region_bytes;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 
 /// What a unit does in forward; backward does twice of each.
@@ -106,13 +107,15 @@ impl Model {
             let of_unit = block_work(block, &self.architecture, seq, tokens, share);
             // Tensor-parallel ranks share the saved tokens of norms and residual sums too.
             let kept = |per_token: u64| (per_token * tokens).div_ceil(share.tensor) * share.in_flight;
+            // What a layer saves per token is its own, in storages of whole pages.
+            let offloaded = if block.kind == Kind::Layer { kept(block.saved_bytes) } else { 0 };
             units.push(Unit {
                 name: block.name.clone(),
                 chunks: reads,
                 saved_bytes: kept(block.saved_bytes) + block.saved_once_bytes.div_ceil(share.tensor) * share.in_flight,
                 input_bytes: kept(block.input_bytes),
-                offload_bytes: 0,
-                offload_host_bytes: 0,
+                offload_bytes: offloaded,
+                offload_host_bytes: host_region_bytes(offloaded),
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
             });

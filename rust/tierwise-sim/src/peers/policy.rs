@@ -20,6 +20,8 @@ pub enum Policy {
     Zero3Offload,
     /// torch FSDP2, fp32 shards, bf16 compute.
     Fsdp,
+    /// torch's first `FullyShardedDataParallel` as LLM-Foundry ran it in 2023: prefetching after a layer's backward, gradients reduced in bf16.
+    Fsdp1,
     /// torch FSDP2 with `CPUOffloadPolicy`.
     FsdpOffload,
 }
@@ -30,6 +32,8 @@ pub enum Policy {
 pub struct Traits {
     /// Parameters are split and gathered before every use.
     pub gathers: bool,
+    /// In backward, parameters are gathered only after the gradients of the unit before were reduced: both are on one communicator.
+    pub gathers_late: bool,
     /// Optimizer states are split.
     pub splits_states: bool,
     /// Bytes of gradients that stay on the device until the step.
@@ -50,16 +54,30 @@ pub struct Traits {
     pub fetch_bytes: u64,
     /// Bytes of the final gradient copied to the host.
     pub offload_grad_bytes: u64,
+    /// Bytes of a gradient's buffer on the host that go there and back in every micro-batch, before the final gradient leaves.
+    pub bounced_grad_bytes: u64,
+    /// Whether the training thread waits for the final copies: nothing is computed meanwhile.
+    pub grad_copies_block: bool,
+    /// Device memory bytes that the norm of a gradient, in 64 bit, and its conversion read and write.
+    pub grad_traffic_bytes: u64,
     /// Bytes of accumulated gradients copied each way between micro-batches.
     pub accumulate_bytes: u64,
-    /// Host memory bytes that clipping, the optimizer and conversions read and write.
+    /// Host memory bytes that one thread alone reads: a norm on the CPU.
+    pub one_thread_bytes: u64,
+    /// Host memory bytes that clipping, the optimizer and conversions read and write, with all threads.
     pub host_traffic_bytes: u64,
+    /// Bytes of host memory that every step takes from the system afresh.
+    pub fresh_bytes: u64,
     /// Bytes of rewritten parameters copied to the device after the host's step.
     pub refresh_bytes: u64,
-    /// Whether that copy comes from fresh memory that is not pinned, whatever was asked for.
+    /// Whether they are converted on the device, where they are whole for a moment.
+    pub refresh_on_device: bool,
+    /// Whether that copy comes from memory that is not pinned, whatever was asked for.
     pub refresh_is_pageable: bool,
     /// Device memory bytes that the device's optimizer reads and writes.
     pub device_traffic_bytes: u64,
+    /// Bytes of optimizer states of parameters that the device steps although the optimizer is offloaded.
+    pub kept_state_bytes: u64,
     /// Bytes of pinned host memory, buffer by buffer; torch rounds each up to a power of two.
     pub pinned_bytes: &'static [u64],
     /// Bytes of other host memory.
@@ -69,10 +87,12 @@ pub struct Traits {
 /// Two buckets of 5e8 elements in bf16: DeepSpeed's `reduce_bucket_size` with `overlap_comm`.
 const DEEPSPEED_BUCKETS: u64 = 2_000_000_000;
 
-/// Nothing split, everything on the device: 2 bytes each of parameters and gradients, 12 of fp32 masters and moments. The optimizer reads
-/// a gradient (2), reads and writes the states (24) and writes the parameter (2).
+/// Nothing split, everything on the device: 2 bytes each of parameters and gradients, 12 of fp32 masters and moments. Clipping reads a
+/// gradient and scales it (6), it is made fp32 (6), the fused AdamW reads four and writes three fp32 numbers (28), and the parameter is
+/// rounded from its master (6).
 const DDP: Traits = Traits {
     gathers: false,
+    gathers_late: false,
     splits_states: false,
     // DDP's buckets are copies of the gradients unless `gradient_as_bucket_view` is set.
     device_grad_bytes: 4,
@@ -84,18 +104,25 @@ const DDP: Traits = Traits {
     all_reduces: true,
     fetch_bytes: 0,
     offload_grad_bytes: 0,
+    bounced_grad_bytes: 0,
+    grad_copies_block: false,
+    grad_traffic_bytes: 0,
     accumulate_bytes: 0,
+    one_thread_bytes: 0,
     host_traffic_bytes: 0,
+    fresh_bytes: 0,
     refresh_bytes: 0,
+    refresh_on_device: false,
     refresh_is_pageable: false,
-    device_traffic_bytes: 28,
+    device_traffic_bytes: 46,
+    kept_state_bytes: 0,
     pinned_bytes: &[],
     host_bytes: 0,
 };
 
 impl Policy {
     /// All of them.
-    pub const ALL: [Policy; 8] = [
+    pub const ALL: [Policy; 9] = [
         Policy::Ddp,
         Policy::Zero1,
         Policy::Zero2,
@@ -103,6 +130,7 @@ impl Policy {
         Policy::Zero2Offload,
         Policy::Zero3Offload,
         Policy::Fsdp,
+        Policy::Fsdp1,
         Policy::FsdpOffload,
     ];
 
@@ -116,6 +144,7 @@ impl Policy {
             Policy::Zero2Offload => "zero2-offload",
             Policy::Zero3Offload => "zero3-offload",
             Policy::Fsdp => "fsdp",
+            Policy::Fsdp1 => "fsdp1",
             Policy::FsdpOffload => "fsdp-offload",
         }
     }
@@ -136,24 +165,45 @@ impl Policy {
             },
             Policy::Zero2 => Traits { splits_grads: true, ..Policy::Zero1.traits() },
             Policy::Zero3 => Traits { gathers: true, ..Policy::Zero2.traits() },
-            // On the host: fp32 master and gradient and a bf16 staging copy, pinned; two moments. A gradient is made fp32 on the GPU and
-            // copied. The step scales gradients (8), runs Adam (28) and fills the staging copy (6).
+            // DeepSpeed, runtime/zero/stage_1_and_2.py. On the host: fp32 master and gradient and a bf16 staging copy, pinned; two
+            // moments. The norm of a gradient is taken in fp64 on the GPU (18), where it is also made fp32 (6) before it is
+            // copied. The step scales gradients (8) and runs Adam (28); the fp32 master goes to the GPU whole and is converted there.
             Policy::Zero2Offload => Traits {
                 device_grad_bytes: 0,
                 device_state_bytes: 0,
                 device_traffic_bytes: 0,
                 offload_grad_bytes: 4,
+                grad_traffic_bytes: 24,
                 accumulate_bytes: 2,
-                host_traffic_bytes: 42,
-                refresh_bytes: 2,
+                host_traffic_bytes: 36,
+                refresh_bytes: 4,
+                refresh_on_device: true,
                 pinned_bytes: &[4, 4, 2],
                 host_bytes: 8,
                 ..Policy::Zero2.traits()
             },
-            // `copy_` from fp32 on the host to bf16 on the device converts into fresh host memory first.
-            Policy::Zero3Offload => Traits { gathers: true, refresh_is_pageable: true, ..Policy::Zero2Offload.traits() },
-            // fp32 shards, gradients and moments; gathered in bf16, reduced in fp32.
+            // runtime/zero/stage3.py. A gradient goes to its bf16 buffer on the host and comes back; in later micro-batches the buffer comes
+            // first and goes again. In the last one its norm is taken, it is made fp32 and copied out, which waits (`copy_` without
+            // `non_blocking`). The fp32 master is copied to the bf16 parameter by a `copy_` that waits too:
+            // torch (ATen native/cuda/Copy.cu) then converts on the CPU (6), into memory that is fresh every time and not pinned. Subgroups
+            // that Twin-Flow leaves to the GPU keep master, gradient and moments there (16), stepped like the rest.
+            Policy::Zero3Offload => Traits {
+                gathers: true,
+                bounced_grad_bytes: 2,
+                accumulate_bytes: 0,
+                grad_copies_block: true,
+                host_traffic_bytes: 42,
+                fresh_bytes: 2,
+                refresh_bytes: 2,
+                refresh_on_device: false,
+                refresh_is_pageable: true,
+                kept_state_bytes: 16,
+                device_traffic_bytes: 44,
+                ..Policy::Zero2Offload.traits()
+            },
+            // fp32 shards, gradients and moments; gathered in bf16, reduced in fp32. Clipping reads and scales (12), AdamW as above (28).
             Policy::Fsdp => Traits {
+                device_traffic_bytes: 40,
                 gathers: true,
                 splits_states: true,
                 splits_grads: true,
@@ -164,7 +214,13 @@ impl Policy {
                 all_reduces: false,
                 ..DDP
             },
-            // The fp32 shard is copied to the device for every use and cast there. The step takes the norm (4), scales (8), and steps (28).
+            // torch distributed/fsdp/_runtime_utils.py with `BackwardPrefetch.BACKWARD_POST`, the default of composer's FSDP: after a layer's
+            // backward its gradients are reduced, and then the next layer is gathered. One process group is one NCCL stream, so both are
+            // waited for. Mixed precision PURE gathers and reduces in bf16.
+            Policy::Fsdp1 => Traits { gathers_late: true, reduce_bytes: 2, ..Policy::Fsdp.traits() },
+            // torch distributed/fsdp/_fully_shard. The fp32 shard is copied to the device for every use and cast there; gradients are reduced in
+            // fp32 and copied to pinned memory. The norm on the CPU (4) runs on one thread: torch's reduction of a whole tensor to one number
+            // is parallel over outputs only (ATen native/cpu/Reduce.h). Scaling (8) and the fused AdamW (28) use all.
             Policy::FsdpOffload => Traits {
                 device_grad_bytes: 0,
                 device_param_bytes: 0,
@@ -172,7 +228,8 @@ impl Policy {
                 device_traffic_bytes: 0,
                 fetch_bytes: 4,
                 offload_grad_bytes: 4,
-                host_traffic_bytes: 40,
+                one_thread_bytes: 4,
+                host_traffic_bytes: 36,
                 pinned_bytes: &[4, 4],
                 host_bytes: 8,
                 ..Policy::Fsdp.traits()

@@ -15,7 +15,15 @@ use tierwise_core::trace::Phase;
 
 /// Share of the host's streaming rate that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
 /// and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
-const HOST_PASS_SHARE: f64 = 0.71;
+const HOST_PASS_SHARE: f64 = 0.675;
+
+/// Share of the streaming rate of all threads at which one thread of torch takes a norm: one thread of 16 moved 24 of the 120 GB/s on the
+/// host of the `h100` preset, and a norm reads 0.53 of what an addition moves (measured per second of one CPU).
+const ONE_THREAD_SHARE: f64 = 24.0 / 120.0 * 0.53;
+
+/// Bytes per second of host memory that is taken from the system: touching 21 GB with 16 threads took 0.6 to 3.0 s on the host of the `h100`
+/// preset; the middle of that.
+const FRESH_BYTES_PER_S: f64 = 21e9 / 1.8;
 
 /// Host memory of a Python process with torch and CUDA, measured with forward and backward alone.
 const PROCESS_BYTES: u64 = 2_000_000_000;
@@ -62,6 +70,8 @@ struct Carried {
     updated: Vec<Token>,
     /// Compute tasks, the latest last: gathered parameters take the place of those of the last but one.
     latest: [Option<Token>; 2],
+    /// The latest gradient that was reduced.
+    reduced: Option<Token>,
 }
 
 impl Step<'_> {
@@ -86,11 +96,13 @@ impl Step<'_> {
     /// One optimizer step; gives its last task.
     fn step(&self, program: &mut Program, carried: &mut Carried) -> Token {
         let trace = &self.rank.built.trace;
-        let mut arrived = Vec::new();
+        let (mut arrived, mut blocked) = (Vec::new(), Vec::new());
         for micro_batch in 0..self.accumulation {
             for (at, op) in trace.ops.iter().enumerate() {
                 let unit = op.unit as usize;
-                let mut waits = self.gather(program, carried, unit);
+                // What the training thread waited for, nothing was enqueued before.
+                let mut waits = std::mem::take(&mut blocked);
+                waits.extend(self.gather(program, carried, unit, op.phase));
                 waits.extend(carried.updated.iter().copied());
                 let compute = self.compute(program, unit, op.phase, waits);
                 carried.latest = [carried.latest[1], Some(compute)];
@@ -100,7 +112,13 @@ impl Step<'_> {
                             later.phase == Phase::Backward && trace.units[later.unit as usize].chunks.contains(&chunk)
                         };
                         if !trace.ops[at + 1..].iter().any(again) {
-                            arrived.extend(self.gradient(program, chunk, micro_batch, compute));
+                            let (reduced, done) = self.gradient(program, chunk, micro_batch, compute);
+                            carried.reduced = Some(reduced);
+                            let last = micro_batch + 1 == self.accumulation;
+                            if (self.traits.grad_copies_block && last) || self.request.pageable {
+                                blocked.push(done);
+                            }
+                            arrived.push(done);
                         }
                     }
                 }
@@ -114,6 +132,11 @@ impl Step<'_> {
 
     fn ways(&self) -> u64 {
         self.request.parallel.shards()
+    }
+
+    /// Share of the parameters that the CPU steps, where the optimizer is offloaded.
+    fn cpu_share(&self) -> f64 {
+        if self.traits.kept_state_bytes > 0 { self.request.cpu_share } else { 1.0 }
     }
 
     fn part(&self, numel: u64, split: bool) -> u64 {
@@ -137,13 +160,23 @@ impl Step<'_> {
     }
 
     /// Copies and gathers the parameters of a unit.
-    fn gather(&self, program: &mut Program, carried: &Carried, unit: usize) -> Vec<Token> {
+    fn gather(&self, program: &mut Program, carried: &Carried, unit: usize, phase: Phase) -> Vec<Token> {
         if !self.traits.gathers {
             return Vec::new();
         }
         let mut done = Vec::new();
         for &chunk in &self.rank.built.trace.units[unit].chunks {
             let mut waits: Vec<Token> = carried.latest[0].into_iter().chain(carried.updated.iter().copied()).collect();
+            if self.traits.gathers_late && phase == Phase::Backward {
+                waits.extend(carried.reduced);
+            }
+            if self.traits.fetch_bytes > 0 && self.ways() == 1 {
+                // With nobody to gather from, FSDP2 copies and casts on the compute stream. What belongs to no layer stays after its first use.
+                if phase == Phase::Backward && !self.rank.built.trace.units[unit].recomputable {
+                    continue;
+                }
+                waits.extend(carried.latest[1]);
+            }
             if self.traits.fetch_bytes > 0 {
                 let bytes = self.traits.fetch_bytes * self.part(self.numel(chunk), true);
                 let work = self.copy_work(bytes, true, false);
@@ -174,8 +207,8 @@ impl Step<'_> {
         program.push_with(Lane::Compute, name, 0, ns as f64, waits, Cause::Launch, taken, given)
     }
 
-    /// The way of a gradient, from the backward that made it.
-    fn gradient(&self, program: &mut Program, chunk: ChunkId, micro_batch: u32, made: Token) -> Vec<Token> {
+    /// The way of a gradient, from the backward that made it: where it is reduced, and where its way ends.
+    fn gradient(&self, program: &mut Program, chunk: ChunkId, micro_batch: u32, made: Token) -> (Token, Token) {
         let traits = &self.traits;
         let last = micro_batch + 1 == self.accumulation;
         let numel = self.numel(chunk);
@@ -186,21 +219,36 @@ impl Step<'_> {
             let ns = if traits.all_reduces { self.rank.data.all_reduce_ns(wire) } else { self.rank.data.all_gather_ns(wire) };
             at = program.push(Lane::Reduce, self.name("reduce", chunk), 0, ns as f64, vec![at], Cause::Communication);
         }
+        let reduced = at;
+        let part = self.part(numel, true);
+        let mut copy = |lane: Lane, what: &str, bytes: u64, after: Token| {
+            let work = self.copy_work(bytes, lane == Lane::HostToDevice, self.request.pageable);
+            program.push(lane, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
+        };
+        if traits.bounced_grad_bytes > 0 {
+            let [out, back] = [(Lane::DeviceToHost, "gradients to their buffer"), (Lane::HostToDevice, "gradients from their buffer")];
+            for (lane, what) in if micro_batch == 0 { [out, back] } else { [back, out] } {
+                at = copy(lane, what, traits.bounced_grad_bytes * part, at);
+            }
+        }
         if traits.offload_grad_bytes > 0 {
-            let part = self.part(numel, true);
-            let mut copy = |lane: Lane, what: &str, bytes: u64, after: Token| {
-                let work = self.copy_work(bytes, lane == Lane::HostToDevice, self.request.pageable);
-                program.push(lane, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
-            };
             if micro_batch > 0 && traits.accumulate_bytes > 0 {
                 at = copy(Lane::HostToDevice, "accumulated gradients", traits.accumulate_bytes * part, at);
             }
-            let bytes = if last { traits.offload_grad_bytes } else { traits.accumulate_bytes };
+            if last && traits.grad_traffic_bytes > 0 {
+                let bytes = traits.grad_traffic_bytes * part;
+                at = program.push(Lane::Optimizer, self.name("norm", chunk), 0, bytes as f64, vec![at], Cause::Gradients);
+            }
+            let mut copy = |what: &str, bytes: u64, after: Token| {
+                let work = self.copy_work(bytes, false, self.request.pageable);
+                program.push(Lane::DeviceToHost, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
+            };
+            let bytes = if last { (traits.offload_grad_bytes as f64 * self.cpu_share()).round() as u64 } else { traits.accumulate_bytes };
             if bytes > 0 {
-                at = copy(Lane::DeviceToHost, "gradients", bytes * part, at);
+                at = copy("gradients", bytes * part, at);
             }
         }
-        vec![at]
+        (reduced, at)
     }
 
     /// The optimizer, after everything that came before; gives its last task.
@@ -208,17 +256,30 @@ impl Step<'_> {
         let traits = &self.traits;
         let whole: u64 = self.rank.built.layout.chunks.iter().map(|c| c.numel).sum();
         let part = self.part(whole, traits.splits_states);
+        let on_cpu = (part as f64 * self.cpu_share()).round() as u64;
+        // What the device steps of an offloaded optimizer is what Twin-Flow leaves there.
+        let on_device = if traits.host_traffic_bytes > 0 { part - on_cpu } else { part };
         let mut at =
-            program.push(Lane::Optimizer, "step".to_owned(), 0, (traits.device_traffic_bytes * part) as f64, waits, Cause::Optimizer);
-        if traits.host_traffic_bytes > 0 {
-            let bytes = traits.host_traffic_bytes * part;
-            let work = bytes as f64 / HOST_PASS_SHARE;
-            at = program.push(Lane::Landing, "clip and step".to_owned(), bytes, work, vec![at], Cause::Optimizer);
+            program.push(Lane::Optimizer, "step".to_owned(), 0, (traits.device_traffic_bytes * on_device) as f64, waits, Cause::Optimizer);
+        // Everything on the host is one pass after the other; its work is in bytes that all threads move.
+        let stream = self.rank.hardware.host_stream_bytes_per_s;
+        for (what, bytes, slower) in [
+            ("norm", traits.one_thread_bytes * on_cpu, 1.0 / ONE_THREAD_SHARE),
+            ("clip and step", traits.host_traffic_bytes * on_cpu, 1.0 / HOST_PASS_SHARE),
+            ("fresh memory", traits.fresh_bytes * on_cpu, stream / FRESH_BYTES_PER_S),
+        ] {
+            if bytes > 0 {
+                at = program.push(Lane::Landing, what.to_owned(), bytes, bytes as f64 * slower, vec![at], Cause::Optimizer);
+            }
         }
         if traits.refresh_bytes > 0 {
-            let bytes = traits.refresh_bytes * part;
+            let bytes = traits.refresh_bytes * on_cpu;
             let work = self.copy_work(bytes, true, traits.refresh_is_pageable || self.request.pageable);
-            at = program.push(Lane::HostToDevice, "parameters".to_owned(), bytes, work, vec![at], Cause::Optimizer);
+            let whole = if traits.refresh_on_device { bytes as i64 } else { 0 };
+            // By then the buckets of the backward are given back.
+            let more = whole - if whole > 0 { traits.buffer_bytes as i64 } else { 0 };
+            let (lane, cause) = (Lane::HostToDevice, Cause::Optimizer);
+            at = program.push_with(lane, "parameters".to_owned(), bytes, work, vec![at], cause, more, more);
         }
         if traits.splits_states && !traits.gathers {
             let ns = self.rank.data.all_gather_ns(2.0 * whole as f64) as f64;
@@ -243,6 +304,7 @@ impl Step<'_> {
         traits.device_param_bytes * self.part(whole, traits.gathers)
             + traits.device_grad_bytes * self.part(whole, traits.splits_grads)
             + traits.device_state_bytes * self.part(whole, traits.splits_states)
+            + (traits.kept_state_bytes as f64 * (1.0 - self.cpu_share()) * self.part(whole, traits.splits_states) as f64) as u64
             + traits.buffer_bytes
             + gathered
             + moving
@@ -251,7 +313,7 @@ impl Step<'_> {
 
     fn host_bytes(&self) -> u64 {
         let whole: u64 = self.rank.built.layout.chunks.iter().map(|c| c.numel).sum();
-        let part = self.part(whole, self.traits.splits_states);
+        let part = (self.part(whole, self.traits.splits_states) as f64 * self.cpu_share()).round() as u64;
         let accumulated = if self.accumulation > 1 { self.traits.accumulate_bytes } else { 0 };
         let pinned = self.traits.pinned_bytes.iter().chain((accumulated > 0).then_some(&accumulated));
         let buffers: u64 = pinned.map(|&bytes| if self.request.pageable { bytes * part } else { (bytes * part).next_power_of_two() }).sum();

@@ -1,0 +1,260 @@
+"""Trains recorded configurations, one after the other, in a process of its own that `record.py` starts and replaces."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import os
+import re
+import statistics
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from llama import llama
+from record_list import Configuration
+from record_observed import executed, spans_of, summary, traced
+
+UNTIMED, PROFILED = 2, 2
+LEFT_BYTES = 200_000_000
+"""Of torch's own workspaces."""
+OUTSIDE_BYTES = 2_500_000_000
+"""Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
+LEFT_HOST_BYTES = 3_000_000_000
+"""Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
+PATIENCE_S = 15.0
+"""A process that ended gives its memory back with a delay."""
+OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a configuration."""
+
+    run: dict[str, Any] | None
+    """In the schema of `validate`; None if it could not be recorded."""
+    problem: str | None = None
+    """Why it could not."""
+    dirty: str | None = None
+    """What is left behind in this process, which must not record anything more."""
+
+
+def serve(pipe: Connection, a: argparse.Namespace) -> None:
+    """Says what this machine is, then answers configurations until None comes."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    pipe.send(machine(a))
+    resident = None
+    while (run := pipe.recv()) is not None:
+        try:
+            wait_for_memory(a)
+            resident = resident_bytes() if resident is None else resident
+            answer = Answer(run=record(run, a))
+        except Exception as error:
+            answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
+        pipe.send(dataclasses.replace(answer, dirty=left_behind(answer, resident or 0)))
+
+
+def wait_for_memory(a: argparse.Namespace) -> None:
+    """Returns when the device is empty. Raises RuntimeError if it stays taken: peaks and out-of-memory errors would say nothing."""
+    import torch
+
+    if not uses_cuda(a):
+        return
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()
+        if torch.cuda.memory_allocated() <= LEFT_BYTES and outside <= OUTSIDE_BYTES:
+            return
+        if time.monotonic() > until:
+            held = torch.cuda.memory_allocated()
+            raise RuntimeError(f"{held} device bytes are allocated before the run, {outside} outside the allocator")
+        time.sleep(0.5)
+
+
+def left_behind(answer: Answer, resident: int) -> str | None:
+    """Frees what a configuration held, and says what cannot be freed."""
+    import torch
+
+    # The planner refuses before anything is allocated.
+    if answer.run is None or not answer.run.get("failed", "BudgetError").startswith("BudgetError"):
+        return "a configuration failed"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.memory_allocated() > LEFT_BYTES:
+            return f"{torch.cuda.memory_allocated()} device bytes stay allocated"
+    grown = resident_bytes() - resident
+    return f"{grown} host bytes stay resident" if grown > LEFT_HOST_BYTES else None
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def uses_cuda(a: argparse.Namespace) -> bool:
+    import torch
+
+    return a.device != "emulated" and torch.cuda.is_available()
+
+
+class Clock:
+    """Marks on the compute stream; the wall clock where there is no device."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Now, on the compute stream."""
+        if not self.cuda:
+            self.marks.append(time.perf_counter())
+            return
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def intervals(self) -> list[float]:
+        """Seconds between marks, once they have passed."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in pairs]
+
+
+def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
+    """One configuration; gives what `recorded`, `executed`, `planned` and `observed` hold."""
+    import torch
+
+    from tierwise.booster import Booster
+    from tierwise.booster.plugin import GeminiPlugin
+    from tierwise.observe.memory import peak_rss_bytes, reset_peak_rss
+
+    cuda = uses_cuda(a)
+    reset_peak_rss()
+    started = time.perf_counter()
+    model = llama(run.model(), "cuda" if cuda else "cpu", lazy=run.size == "7b")
+    plugin = GeminiPlugin(
+        precision="bf16",
+        gradient_accumulation_steps=run.accumulation,
+        micro_batch_size=run.micro_batch,
+        seq_len=run.seq,
+        enable_all_optimization=True,
+        device=a.device,
+        **run.plugin_options(),
+    )
+    booster = Booster(plugin=plugin)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    model.train()
+    boosted = time.perf_counter()
+    ids = torch.randint(0, run.model()["vocab_size"], (run.micro_batch, run.seq), device="cuda" if cuda else "cpu")
+    clock = Clock(cuda)
+
+    def step() -> None:
+        for _ in range(run.accumulation):
+            loss = model(input_ids=ids, labels=ids).loss
+            booster.backward(loss, optimizer)
+            del loss
+        clock.mark()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def rest() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    for _ in range(UNTIMED):
+        step()
+    rest()
+    before, clock.marks = booster.stats(), []
+    for _ in range(run.timed + 1):
+        step()
+    rest()
+    after, times = booster.stats(), clock.intervals()
+    booster.record_timeline()
+    for _ in range(PROFILED):
+        step()
+    booster.flush()
+    rest()
+    runtime = booster._boosted()
+    spans = list(spans_of(runtime.engine.timeline()))
+    steps = run.timed + 1
+    counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
+    recorded = {
+        "fits": True,
+        "step_s": statistics.median(times),
+        "step_times_s": [round(t, 6) for t in times],
+        "host_peak_bytes": after["host_peak_bytes"],
+        "wait_s": (after["wait_ns"] - before["wait_ns"]) / 1e9 / steps,
+    }
+    if cuda:
+        free, total = torch.cuda.mem_get_info()
+        recorded["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+        observed_device = {
+            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+            "device_outside_allocator_bytes": total - free - torch.cuda.memory_reserved(),
+        }
+    else:
+        recorded["device_peak_bytes"] = after["device_peak_bytes"]
+        observed_device = {}
+    observed = {
+        **observed_device,
+        "process_peak_bytes": peak_rss_bytes(),
+        "boost_s": round(boosted - started, 2),
+        "per_step": {name: (after[name] - before[name]) / steps for name in counters},
+        "spans": summary(spans),
+    }
+    return {
+        "recorded": recorded,
+        "executed": executed(runtime),
+        "plan_request": runtime.planned.wanted,
+        "traced": traced(runtime),
+        "observed": observed,
+    }
+
+
+def record(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
+    """A run in the schema of `validate`. One that runs out of memory did not fit; other errors are raised."""
+    import torch
+
+    from tierwise._core import BudgetError, TierwiseError
+
+    request = {
+        "name": run.name,
+        "model": run.size,
+        "hardware": Path(a.hardware).name,
+        "seq": run.seq,
+        "micro_batch": run.micro_batch,
+        "tokens_per_step": run.tokens,
+        **run.request(),
+    }
+    try:
+        return {**request, **train(run, a)}
+    except (torch.OutOfMemoryError, TierwiseError, MemoryError) as error:
+        if isinstance(error, TierwiseError) and not isinstance(error, BudgetError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        failed = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+    return {**request, "recorded": {"fits": False}, "failed": failed}
+
+
+def machine(a: argparse.Namespace) -> dict[str, Any]:
+    """What recorded."""
+    import torch
+    import transformers
+
+    import tierwise
+    from tierwise.kernels.fused import liger_is_available
+
+    return {
+        "device": torch.cuda.get_device_name() if uses_cuda(a) else "emulated",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tierwise": tierwise.__version__,
+        "liger_kernel": liger_is_available(),
+        "kernel_threads": tierwise._core.kernel_threads(),
+    }
