@@ -32,6 +32,16 @@ class DeviceError(TierwiseError):
 class EngineStoppedError(TierwiseError):
     """A worker failed earlier; the engine does nothing any more."""
 
+class StorageError(TierwiseError, OSError):
+    """The disk, or the spill file on it, failed.
+
+    `errno` and `strerror` are the system's where a call failed; EIO for data that is not what was written, ENOSPC for a spill file without
+    room, ETIMEDOUT for a disk that does not answer. `filename` is the directory of the spill file. Each is None where there is none.
+    """
+
+class StorageStoppedError(EngineStoppedError, StorageError):
+    """The disk failed a worker earlier; the engine does nothing any more."""
+
 @final
 class Layout:
     """Chunks and the element offsets of their parameters."""

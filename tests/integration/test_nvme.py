@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tierwise import BudgetError, TierwiseError, _core
+from tierwise import BudgetError, StorageError, StorageStoppedError, TierwiseError, _core
 from tierwise.observe import StepMeter
 
 torch = pytest.importorskip("torch")
@@ -314,7 +316,10 @@ def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, d
 
     with pytest.raises(TierwiseError) as caught:
         go_on()
-    message = str(caught.value)
+    error = caught.value
+    assert isinstance(error, StorageStoppedError)
+    assert (error.errno, error.strerror, error.filename) == (errno.EIO, os.strerror(errno.EIO), str(disk))
+    message = str(error)
     assert re.search(r"spilled param, master, exp_avg, exp_avg_sq of `[\w.]+`, elements \d+ to \d+: ", message), message
     assert re.search(r"generation \d+", message), message
     wanted = "has checksum 0x.* continue from the last checkpoint"
@@ -322,11 +327,42 @@ def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, d
         # A write behind the cut makes the file long again, with zeros where the data was.
         wanted += "|the spill file was truncated"
     assert re.search(wanted, message), message
-    # It stays stopped, and says why.
-    with pytest.raises(TierwiseError, match="the engine stopped: spilled"):
+    # It stays stopped, and says why, also to who only knows the system's errors.
+    with pytest.raises(OSError, match="the engine stopped: spilled") as again:
         booster.flush()
+    assert again.value.errno == errno.EIO
     with pytest.raises(TierwiseError):
         optimizer.state_dict()
+
+
+def test_a_disk_that_is_full_at_the_start_says_so_by_number(kit: Any, disk: Path) -> None:
+    options = {**STATIC, "host_budget": least_host(kit, disk, **STATIC), "nvme_path": disk}
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    booster, *_ = kit.boosted(kit.llama(), **options)
+    runtime = booster._runtime
+    # The same plan with a spill file that the disk has no room for.
+    plan = {**runtime.planned.plan, "nvme": {**runtime.planned.plan["nvme"], "file_bytes": 2 * free + 2**40}}
+    with pytest.raises(StorageError, match=r"nvme_path .*cannot make a spill file of \d+ bytes.*; ") as caught:
+        _core.Engine(
+            runtime.layout,
+            runtime.planned.trace_json,
+            json.dumps(plan),
+            _core.Device.emulated(),
+            device_budget=2**40,
+            host_budget=2**40,
+            nvme_path=disk,
+            nvme_budget=2**62,
+        )
+    error = caught.value
+    assert isinstance(error, OSError)
+    # A file system may find the size itself too large first.
+    assert error.errno in (errno.ENOSPC, errno.EFBIG)
+    assert error.strerror == os.strerror(error.errno)
+    assert error.filename == str(disk)
+    missing = disk / "missing"
+    with pytest.raises(OSError, match="missing") as caught_missing:
+        _core.probe_disk(missing)
+    assert (caught_missing.value.errno, caught_missing.value.filename) == (errno.ENOENT, str(missing))
 
 
 SCRIPT = """
@@ -367,4 +403,4 @@ def test_a_file_that_cannot_be_that_large_is_an_error_before_the_first_step(kit:
     process = start("limit", disk, least_host(kit, disk, **STATIC))
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert re.search(r"TierwiseError: nvme_path .*cannot make a spill file of \d+ bytes.*File too large.*ulimit -f", err), err
+    assert re.search(r"StorageError: nvme_path .*cannot make a spill file of \d+ bytes.*File too large.*ulimit -f", err), err

@@ -24,7 +24,7 @@ fn each_backend(name: &str, test: impl Fn(&str, &Store)) {
             assert_eq!(store.setup().backend, "io_uring");
             test("io_uring", &store);
         }
-        Err(Error::Backend { backend, reason }) => {
+        Err(Error::Backend { backend, reason, .. }) => {
             println!("SKIPPED over io_uring: {backend}: {reason}; runs where the system allows io_uring");
         }
         Err(error) => panic!("{error}"),

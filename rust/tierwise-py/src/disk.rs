@@ -13,6 +13,6 @@ use tierwise_io::doctor::{ProbeLimits, probe};
 pub fn probe_disk(py: Python<'_>, directory: PathBuf, max_bytes: u64, max_seconds: f64) -> PyResult<String> {
     let time = Duration::try_from_secs_f64(max_seconds)
         .map_err(|error| pyo3::exceptions::PyValueError::new_err(format!("max_seconds={max_seconds}: {error}")))?;
-    let report = py.detach(|| probe(&directory, ProbeLimits { bytes: max_bytes, time })).map_err(|error| errors::storage(&error))?;
+    let report = py.detach(|| probe(&directory, ProbeLimits { bytes: max_bytes, time })).map_err(|error| errors::storage(py, &error))?;
     Ok(serde_json::to_string(&report).unwrap_or_default())
 }
