@@ -244,10 +244,63 @@ def test_options_that_cannot_work_are_refused(kit: Any, tmp_path: Path) -> None:
         kit.plugin(nvme_path=tmp_path / "missing")
     with pytest.raises(ValueError, match="nvme_budget=1048576 needs nvme_path"):
         kit.plugin(nvme_budget="1MiB")
+    with pytest.raises(ValueError, match=r"nvme_read_bytes_per_second=1000000000.0 needs nvme_path"):
+        kit.plugin(nvme_read_bytes_per_second=1e9)
+    with pytest.raises(ValueError, match="nvme_write_bytes_per_second must be a positive finite number or None, got 0"):
+        kit.plugin(nvme_path=tmp_path, nvme_write_bytes_per_second=0)
     if os.path.isdir("/dev/shm"):
         options = {**STATIC, "nvme_path": "/dev/shm"}
         with pytest.raises(ValueError, match="keeps files in memory: spilling there saves nothing"):
             kit.boosted(kit.llama(), **options, host_budget=least_host(kit, Path("/dev/shm"), **STATIC))
+
+
+def test_the_planner_counts_on_the_speeds_that_the_disk_has(kit: Any, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {**STATIC, "host_budget": least_host(kit, disk, **STATIC), "nvme_path": disk}
+    measured = {"nvme_read_bytes_per_second": None, "nvme_write_bytes_per_second": None}
+
+    def speeds(**given: Any) -> tuple[float, float, str]:
+        booster, *_ = kit.boosted(kit.llama(), **options, **given)
+        wanted = booster._runtime.planned.wanted["nvme"]
+        (line,) = [line for line in booster.explain().splitlines() if line.startswith("disk: ")]
+        assert f"reads {wanted['read_bytes'] / 1e9:.2f} GB/s, writes {wanted['write_bytes'] / 1e9:.2f} GB/s, each alone" in line
+        return wanted["read_bytes"], wanted["write_bytes"], line
+
+    calls = []
+    probe = _core.probe_disk
+
+    def counted(directory: str, max_bytes: int, max_seconds: float) -> str:
+        calls.append((directory, max_bytes, max_seconds))
+        # As the machine would, but with little.
+        return probe(directory, 2**25, max_seconds / 10)
+
+    monkeypatch.setattr(_core, "probe_disk", counted)
+    assert speeds()[:2] == (2.5e9, 2e9), "what the user says wins"
+    assert calls == []
+    read, write, line = speeds(**measured)
+    assert line.endswith("(measured)")
+    assert (read, write) != (2.5e9, 2e9)
+    assert min(read, write) > 1e5
+    assert [directory for directory, *_ in calls] == [str(disk.resolve())]
+    assert calls[0][2] < 1
+    assert speeds(**measured)[:2] == (read, write), "once per process"
+    assert len(calls) == 1
+    found = speeds(nvme_read_bytes_per_second=None, nvme_write_bytes_per_second=1e6)
+    assert found[:2] == (read, 1e6)
+    assert found[2].endswith("(write given, the other measured)")
+
+
+def test_a_disk_that_cannot_be_measured_counts_as_a_common_one(kit: Any, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(directory: str, max_bytes: int, max_seconds: float) -> str:
+        raise StorageError("nearly full")
+
+    monkeypatch.setattr(_core, "probe_disk", refuse)
+    unknown = {"nvme_read_bytes_per_second": None, "nvme_write_bytes_per_second": None}
+    booster, *_ = kit.boosted(kit.llama(), **STATIC, nvme_path=disk, **unknown)
+    assert "(a common disk's, because this one could not be measured: nearly full)" in booster.explain()
+    if os.path.isdir("/dev/shm"):
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="keeps files in memory: spilling there saves nothing"):
+            kit.boosted(kit.llama(), **STATIC, nvme_path="/dev/shm", **unknown)
 
 
 def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Path, tmp_path: Path) -> None:
