@@ -321,6 +321,9 @@ def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Pat
     assert payload <= metrics.nvme_written_bytes <= 1.1 * payload
     assert metrics.nvme_read_bytes > payload / 2
     assert metrics.nvme_wait_ms >= 0
+    # Less time than the step took, and more than one transfer after the other would leave.
+    assert 0 < metrics.nvme_busy_ms <= metrics.seconds * 1e3
+    assert booster.stats()["nvme_transfer_ns"] >= booster.stats()["nvme_read_ns"]
     booster.timeline(tmp_path / "trace.json")
     trace = (tmp_path / "trace.json").read_text()
     for track in ('"nvme read"', '"nvme write"', '"nvme bytes"', '"write model.layers.0"'):

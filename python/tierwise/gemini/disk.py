@@ -43,7 +43,9 @@ def disk_speeds(plugin: GeminiPlugin) -> DiskSpeeds | None:
     found = _measured(os.path.realpath(plugin.nvme_path))
     if read is None and write is None:
         return found
-    return DiskSpeeds(read or found.read_bytes, write or found.write_bytes, f"{'read' if read else 'write'} given, the other {found.source}")
+    return DiskSpeeds(
+        read or found.read_bytes, write or found.write_bytes, f"{'read' if read else 'write'} given, the other {found.source}"
+    )
 
 
 @functools.cache

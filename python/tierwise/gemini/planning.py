@@ -188,7 +188,13 @@ def _spilling(error: BudgetError, layout: Layout, trace_json: str, wanted: dict[
     if error.tier != "host" or wanted["nvme"] is not None:
         return ""
     try:
-        plan = json.loads(_core.plan(layout, trace_json, json.dumps({**wanted, "nvme": {"budget": _PLENTY, "read_bytes": COMMON_READ, "write_bytes": COMMON_WRITE}})))
+        plan = json.loads(
+            _core.plan(
+                layout,
+                trace_json,
+                json.dumps({**wanted, "nvme": {"budget": _PLENTY, "read_bytes": COMMON_READ, "write_bytes": COMMON_WRITE}}),
+            )
+        )
     except (BudgetError, ValueError):
         return ""
     size = format_bytes(plan["nvme"]["file_bytes"])

@@ -283,7 +283,7 @@ impl Store {
     /// What was counted.
     pub fn metrics(&self) -> Result<Metrics> {
         self.shared.check_process()?;
-        Ok(self.shared.with_queue(|queue| queue.metrics()))
+        Ok(self.shared.metrics())
     }
 }
 

@@ -280,6 +280,11 @@ fn metrics_count_what_moved() {
         assert_eq!((metrics.write.requests, metrics.read.requests), (1, 1), "{name}");
         assert!(metrics.write.in_flight_ns > 0 && metrics.read.in_flight_ns > 0, "{name}");
         assert_eq!(metrics.used_bytes, moved, "{name}");
+        for direction in [metrics.write, metrics.read] {
+            assert!(metrics.busy_ns >= direction.in_flight_ns && direction.transfer_ns >= direction.in_flight_ns, "{name}: {metrics:?}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        assert_eq!(store.metrics().unwrap().busy_ns, metrics.busy_ns, "{name}: nothing is busy where nothing was asked for");
     });
 }
 

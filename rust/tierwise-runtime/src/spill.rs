@@ -109,6 +109,8 @@ impl Spill {
         value["nvme_written_bytes"] = metrics.write.bytes.into();
         value["nvme_read_ns"] = metrics.read.in_flight_ns.into();
         value["nvme_write_ns"] = metrics.write.in_flight_ns.into();
+        value["nvme_busy_ns"] = metrics.busy_ns.into();
+        value["nvme_transfer_ns"] = (metrics.read.transfer_ns + metrics.write.transfer_ns).into();
         value["nvme_wait_ns"] = self.waited_ns.into();
         value["nvme_retries"] = (metrics.retries + metrics.rereads + metrics.short_transfers).into();
         value["nvme_payload_bytes"] = self.plan.payload_bytes.into();

@@ -57,7 +57,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     nvme_budget: int | str | None = None
     """Hard limit of the spill file's bytes; needs `nvme_path`. None: 90 % of what the directory's file system has free."""
     nvme_read_bytes_per_second: float | None = None
-    """Speed of the disk for the planner, while it only reads; needs `nvme_path`. None: measured when the model is boosted, in about a second."""
+    """Speed of the disk for the planner, while it only reads; needs `nvme_path`. None: measured when the model is boosted, in about a
+    second."""
     nvme_write_bytes_per_second: float | None = None
     """Like `nvme_read_bytes_per_second`, while it only writes."""
     max_norm: float | None = None
