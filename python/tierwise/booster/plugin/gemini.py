@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
 
 _DEFAULT_RESERVE = 256 * 10**6
+_DISK_SPEEDS = ("nvme_read_bytes_per_second", "nvme_write_bytes_per_second")
 _FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
 
 
@@ -55,6 +56,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     the process ends, however it ends."""
     nvme_budget: int | str | None = None
     """Hard limit of the spill file's bytes; needs `nvme_path`. None: 90 % of what the directory's file system has free."""
+    nvme_read_bytes_per_second: float | None = None
+    """Speed of the disk for the planner, while it only reads; needs `nvme_path`. None: measured when the model is boosted, in about a
+    second."""
+    nvme_write_bytes_per_second: float | None = None
+    """Like `nvme_read_bytes_per_second`, while it only writes."""
     max_norm: float | None = None
     """Clip the global gradient norm to this. None: no clipping."""
     clip_mode: Literal["defer", "speculate", "auto"] = "defer"
@@ -145,8 +151,10 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         if self.nvme_path is not None:
             if not isinstance(self.nvme_path, (str, os.PathLike)) or not os.path.isdir(self.nvme_path):
                 raise ValueError(f"nvme_path={self.nvme_path!r} is not a directory; name one on an NVMe disk")
-        elif self.nvme_budget is not None:
-            raise ValueError(f"nvme_budget={self.nvme_budget} needs nvme_path, the directory to spill to")
+        else:
+            for name in ("nvme_budget", *_DISK_SPEEDS):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} needs nvme_path, the directory to spill to")
         self._flags(
             "rematerialize",
             "fused_loss",
@@ -156,7 +164,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             "enable_all_optimization",
             "compile_layers",
         )
-        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
+        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second", *_DISK_SPEEDS)
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
         self._numbers("initial_scale", "min_scale", "max_scale")
         latency = self.link_latency_ns
