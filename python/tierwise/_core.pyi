@@ -46,8 +46,9 @@ class StorageStoppedError(EngineStoppedError, StorageError):
 class Layout:
     """Chunks and the element offsets of their parameters."""
 
-    def __new__(cls, precision: str, chunks: Sequence[tuple[str, Sequence[tuple[str, int, bool]]]]) -> Layout:
-        """Lays out `chunks`: `(chunk name, [(parameter name, numel, trainable), ...])`; precision "bf16", "fp16" or "fp32"."""
+    def __new__(cls, precision: str, chunks: Sequence[tuple[str, Sequence[tuple[str, int, bool]]]], sums: str = "fp32") -> Layout:
+        """Lays out `chunks`: `(chunk name, [(parameter name, numel, trainable), ...])`; precision "bf16", "fp16" or "fp32". Sums of the
+        gradients of several micro-batches are kept in fp32, or in `precision`."""
 
     @property
     def precision(self) -> str: ...

@@ -88,6 +88,17 @@ def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: 
             assert stats["clipped"] > 0
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_sums_in_bf16_are_the_same_everywhere(where: str) -> None:
+    losses, weights, _ = train("bf16", 4, 0.5, placement_policy="static", accumulate_dtype="bf16")
+    got, theirs, _ = train("bf16", 4, 0.5, **STATIC, accumulate_on=where, accumulate_dtype="bf16")
+    assert got == losses
+    for key, value in weights.items():
+        assert torch.equal(value, theirs[key]), key
+    others, _, _ = train("bf16", 4, 0.5, placement_policy="static")
+    assert others != losses
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, 0.5)])
 def test_the_disk_changes_nothing(precision: str, accumulation: int, max_norm: float | None, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def request(
         "accumulate": None if plugin.accumulate_on == "auto" else plugin.accumulate_on,
         "clip_mode": plugin.clip_mode,
         "speeds": dataclasses.asdict(speeds),
+        "visiting": True,
         "nvme": nvme,
     }
 

@@ -91,6 +91,7 @@ class Runtime:
                 (chunk.name, [(name, p.numel(), p in trainable) for name, p in zip(chunk.names, chunk.params, strict=True)])
                 for chunk in grouping.chunks
             ],
+            sums=plugin.accumulate_dtype,
         )
         self.scaler: LossScaler | None = None
         if plugin.precision == "fp16":
@@ -194,9 +195,7 @@ class Runtime:
         device_budget = self.target.device_budget(self.plugin)
         speeds, host_budget = self.target.speeds(self.plugin, trace.tokens), self.target.host_budget(self.plugin)
         unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
-        wanted = request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, offload, unseen)
-        # Only where bits were seen to hold with a device that lags behind: on CUDA states visit the device where a static policy says so.
-        return {**wanted, "visiting": self.target.emulated}
+        return request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, offload, unseen)
 
     def temporary_bytes(self, trace: tracing.ModelTrace) -> int:
         """Device bytes beside everything traced; the emulated device counts only what is traced."""

@@ -51,6 +51,17 @@ impl Precision {
     }
 }
 
+/// In what sums of the gradients of several micro-batches are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sums {
+    /// fp32.
+    #[default]
+    Fp32,
+    /// As gradients come: half the memory for 16-bit ones, and every addition is rounded.
+    Gradient,
+}
+
 /// One parameter as the caller describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParamSpec {
@@ -95,6 +106,9 @@ pub struct ChunkLayout {
 pub struct Layout {
     /// Precision of parameters and gradients.
     pub precision: Precision,
+    /// Precision of sums of gradients.
+    #[serde(default)]
+    pub sums: Sums,
     /// Chunks in the order given.
     pub chunks: Vec<ChunkLayout>,
 }
@@ -128,7 +142,21 @@ impl Layout {
                 ChunkLayout { name, params, numel: end, state_numel }
             })
             .collect();
-        Layout { precision, chunks }
+        Layout { precision, sums: Sums::default(), chunks }
+    }
+
+    /// The same with sums of gradients of another precision.
+    #[must_use]
+    pub fn with_sums(self, sums: Sums) -> Self {
+        Layout { sums, ..self }
+    }
+
+    /// Bytes of one element of a sum of gradients.
+    pub fn sum_bytes(&self) -> u64 {
+        match self.sums {
+            Sums::Fp32 => 4,
+            Sums::Gradient => self.precision.grad_bytes(),
+        }
     }
 
     /// Bytes of the `param` payload of a chunk.
@@ -141,9 +169,9 @@ impl Layout {
         self.chunks[chunk.index()].state_numel * self.precision.grad_bytes()
     }
 
-    /// Bytes of an fp32 gradient accumulator of a chunk.
+    /// Bytes of the gradient accumulator of a chunk.
     pub fn grad_acc_bytes(&self, chunk: crate::ChunkId) -> u64 {
-        self.chunks[chunk.index()].state_numel * 4
+        self.chunks[chunk.index()].state_numel * self.sum_bytes()
     }
 
     /// Bytes of the optimizer state of a chunk (master completion and both moments).

@@ -183,9 +183,6 @@ const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
 /// Bytes of device memory traffic of one optimizer step per parameter.
 const OPTIMIZER_BYTES: f64 = 26.0;
 
-/// Bytes of device memory traffic of adding one gradient to its fp32 accumulator.
-const ACCUMULATE_BYTES: f64 = 10.0;
-
 /// One point of the search.
 struct Candidate<'a> {
     activations: &'a Activations,
@@ -345,7 +342,9 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     let micro_batch = activations.total_flops / speeds.flops;
     // What is stepped or added up on the host costs the device about as much in copies as it would there.
     let optimizer = memory.state_numel as f64 * OPTIMIZER_BYTES / speeds.device_memory_bytes;
-    let added = if request.accumulation > 1 { memory.state_numel as f64 * ACCUMULATE_BYTES / speeds.device_memory_bytes } else { 0.0 };
+    // A gradient is read, its accumulator read and written.
+    let add_bytes = memory.layout.precision.grad_bytes() + 2 * memory.layout.sum_bytes();
+    let added = if request.accumulation > 1 { memory.state_numel as f64 * add_bytes as f64 / speeds.device_memory_bytes } else { 0.0 };
     let compute = accumulation * (micro_batch + added) + optimizer;
     // Adding to accumulators in host memory runs beside compute and the fetches, and no micro-batch is over before its own is.
     let accumulate = if row.cost.grad_bytes > 0 && request.accumulation > 1 {

@@ -35,6 +35,35 @@ pub unsafe fn accumulate_at(pool: &Pool, level: Level, dst: *mut f32, src: GradS
     }
 }
 
+/// `dst = src` (`overwrite`) or `dst += src` where `dst` holds `sums`: fp32, as [`accumulate`] does, or the span's own type, as
+/// [`add_in_place`] does.
+///
+/// # Panics
+/// If the types are others.
+///
+/// # Safety
+/// Until this returns, the caller keeps `dst` valid for `src.numel` elements of `sums` and untouched by anyone else, and the span valid and
+/// unwritten; both are naturally aligned and do not overlap.
+pub unsafe fn add(pool: &Pool, dst: *mut u8, sums: GradDtype, src: GradSpan, overwrite: bool) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if sums == GradDtype::Fp32 {
+            return accumulate(pool, dst.cast(), src, overwrite);
+        }
+        assert_eq!(sums, src.dtype, "sums are kept in fp32 or as gradients come");
+        if !overwrite {
+            return add_in_place(pool, dst, src);
+        }
+        let bytes = sums.bytes();
+        let grains = Grains::new(std::iter::once(src.numel), GRAIN_NUMEL);
+        let (dst, src) = (Shared(dst), Shared::from_const(src.ptr));
+        pool.for_each_grain(grains.count(), |grain| {
+            let (_, start, numel) = grains.locate(grain);
+            dst.slice_mut(start * bytes, numel * bytes).copy_from_slice(src.slice(start * bytes, numel * bytes));
+        });
+    }
+}
+
 /// `dst += src`, both of the span's type: the sum is taken in fp32 and rounded to nearest, ties to even, as torch does.
 ///
 /// # Safety

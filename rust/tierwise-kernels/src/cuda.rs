@@ -64,6 +64,15 @@ pub fn accumulate_kernel(grad: GradDtype) -> &'static str {
     }
 }
 
+/// Name of the kernel that adds a gradient to an accumulator of its own type.
+pub fn add_kernel(grad: GradDtype) -> &'static str {
+    match grad {
+        GradDtype::Bf16 => "tw_add_bf16",
+        GradDtype::Fp16 => "tw_add_fp16",
+        GradDtype::Fp32 => accumulate_kernel(grad),
+    }
+}
+
 /// Blocks for `tw_adam` and `tw_accumulate`: a thread per 4 elements, at most 8 blocks for each of the device's multiprocessors.
 pub fn elementwise_grid(numel: usize, multiprocessors: u32) -> u32 {
     let blocks = numel.div_ceil(4 * THREADS as usize).max(1);
@@ -89,6 +98,7 @@ mod tests {
         let mut names = vec![SUM_BLOCKS];
         for grad in grads {
             names.extend([sum_squares_kernel(grad), accumulate_kernel(grad)]);
+            names.extend(Some(add_kernel(grad)).filter(|_| grad != GradDtype::Fp32));
             names.extend([Format::SplitBf16, Format::Fp16Master, Format::Fp32].map(|format| adam_kernel(format, grad)));
         }
         let mut entries: Vec<&str> =

@@ -4,7 +4,7 @@ use crate::parse;
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use tierwise_core::ChunkId;
-use tierwise_core::layout::{self, ChunkLayout, ParamSpec, Precision};
+use tierwise_core::layout::{self, ChunkLayout, ParamSpec, Precision, Sums};
 
 /// Chunks and the element offsets of their parameters.
 #[pyclass(frozen, module = "tierwise._core")]
@@ -32,7 +32,13 @@ impl Layout {
 impl Layout {
     #[new]
     #[allow(clippy::type_complexity)]
-    fn new(precision: &str, chunks: Vec<(String, Vec<(String, u64, bool)>)>) -> PyResult<Self> {
+    #[pyo3(signature = (precision, chunks, sums = "fp32"))]
+    fn new(precision: &str, chunks: Vec<(String, Vec<(String, u64, bool)>)>, sums: &str) -> PyResult<Self> {
+        let sums = match sums {
+            "fp32" => Sums::Fp32,
+            own if own == precision => Sums::Gradient,
+            other => return Err(PyValueError::new_err(format!("sums must be \"fp32\" or the precision {precision:?}, not {other:?}"))),
+        };
         let chunks = chunks
             .into_iter()
             .map(|(name, params)| {
@@ -40,7 +46,7 @@ impl Layout {
                 (name, specs.collect())
             })
             .collect();
-        Ok(Layout { inner: layout::Layout::new(self::precision(precision)?, chunks) })
+        Ok(Layout { inner: layout::Layout::new(self::precision(precision)?, chunks).with_sums(sums) })
     }
 
     #[getter]

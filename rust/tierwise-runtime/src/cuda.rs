@@ -245,9 +245,9 @@ impl Device for CudaDevice {
         let Inner { context, .. } = &*self.inner;
         let _entered = context.enter()?;
         let (kernels, stream) = (self.inner.kernels()?, self.inner.stream(Queue::Optimizer));
-        for &Addition { dst, src, overwrite } in additions {
+        for addition in additions {
             // SAFETY: the device's caller keeps both arrays alive and unaliased until an event recorded after this call is done.
-            unsafe { kernels.accumulate(context, stream, dst, src, overwrite)? };
+            unsafe { kernels.accumulate(context, stream, addition)? };
         }
         Ok(())
     }

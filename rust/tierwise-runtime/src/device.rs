@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use std::sync::Arc;
-use tierwise_kernels::{AdamSegment, GradSpan};
+use tierwise_kernels::{AdamSegment, GradDtype, GradSpan};
 
 /// The device's own in-order queues. Compute runs on the caller's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,11 +60,13 @@ pub struct Transfer {
 // SAFETY: a transfer is an address pair; the engine keeps both ends alive until its event is done.
 unsafe impl Send for Transfer {}
 
-/// One gradient on its way into an fp32 accumulator on the device.
+/// One gradient on its way into its accumulator on the device.
 #[derive(Debug, Clone, Copy)]
 pub struct Addition {
     /// The accumulator, of as many elements as `src`.
-    pub dst: *mut f32,
+    pub dst: *mut u8,
+    /// What the accumulator holds: fp32, or the type of `src`.
+    pub sums: GradDtype,
     /// The gradient of a micro-batch.
     pub src: GradSpan,
     /// `dst = src` (the first micro-batch) instead of `dst += src`.

@@ -392,9 +392,9 @@ fn execute(shared: &Shared, queue: Queue, pool: Option<&Pool>, work: Work) -> Re
         }
         Work::Accumulate(additions) => {
             let pool = pool()?;
-            for Addition { dst, src, overwrite } in additions {
+            for Addition { dst, sums, src, overwrite } in additions {
                 // SAFETY: as above.
-                unsafe { accumulate::accumulate(pool, dst, src, overwrite) };
+                unsafe { accumulate::add(pool, dst, sums, src, overwrite) };
             }
         }
     }

@@ -3,14 +3,14 @@
 use crate::device::{Queue, Transfer};
 use crate::engine::{Hyper, Shared, State};
 use crate::error::{Error, Result};
-use crate::memory::{StepBases, grad_dtype};
+use crate::memory::{StepBases, final_dtype};
 use crate::workers::Job;
 use std::sync::Arc;
 use tierwise_core::layout::Precision;
 use tierwise_core::plan::{OptimizerClass, ParamHome};
 use tierwise_core::scheduler::{Action, Event};
 use tierwise_core::{ChunkId, Tier};
-use tierwise_kernels::{AdamConstants, AdamSegment, GradDtype, adam, convert};
+use tierwise_kernels::{AdamConstants, AdamSegment, adam, convert};
 
 impl Shared {
     /// Carries out actions in order.
@@ -221,7 +221,7 @@ pub(crate) fn segments(
 ) -> Result<Vec<AdamSegment>> {
     let layout = state.scheduler.layout();
     let accumulates = state.scheduler.plan().accumulation > 1;
-    let dtype = if accumulates { GradDtype::Fp32 } else { grad_dtype(layout.precision) };
+    let dtype = final_dtype(layout, accumulates);
     state
         .gradients
         .touched(layout, chunk)

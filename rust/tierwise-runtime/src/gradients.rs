@@ -3,7 +3,7 @@
 use crate::device::{Addition, ComputeStream, EventRef, Queue, Transfer};
 use crate::engine::{Hyper, KeepWaiting, Shared, State};
 use crate::error::{Error, Result};
-use crate::memory::{grad_dtype, span};
+use crate::memory::{final_dtype, grad_dtype, span};
 use crate::workers::Job;
 use std::sync::{Arc, MutexGuard};
 use tierwise_core::ChunkId;
@@ -170,15 +170,16 @@ impl Shared {
         let layout = state.scheduler.layout();
         let dtype = grad_dtype(layout.precision);
         let accumulates = state.scheduler.plan().accumulation > 1;
+        let sums = final_dtype(layout, accumulates);
         self.device.queue_wait(Queue::Optimizer, produced)?;
         let mut additions = Vec::new();
         for grad in incoming {
             let param = &layout.chunks[chunk.index()].params[grad.position];
             let first = !std::mem::replace(&mut state.gradients.touched[chunk.index()][grad.position], true);
             if accumulates {
-                let dst = (state.places[chunk.index()].1.accumulator + param.offset * 4) as *mut f32;
+                let dst = (state.places[chunk.index()].1.accumulator + param.offset * sums.bytes() as u64) as *mut u8;
                 let src = GradSpan { ptr: grad.address as *const u8, dtype, numel: param.numel as usize };
-                additions.push(Addition { dst, src, overwrite: first });
+                additions.push(Addition { dst, sums, src, overwrite: first });
             } else {
                 state.gradients.addresses[chunk.index()][grad.position] = grad.address;
             }
@@ -202,12 +203,13 @@ impl Shared {
         let layout = state.scheduler.layout();
         let accumulator = state.places[chunk.index()].1.accumulator;
         let dtype = grad_dtype(layout.precision);
+        let sums = final_dtype(layout, true);
         let norms = state.gradients.norms;
         let mut spans = Vec::new();
         let mut indices = Vec::new();
         for (param, address) in state.gradients.touched(layout, chunk) {
             spans.push(match address {
-                0 => span(accumulator, param, GradDtype::Fp32),
+                0 => span(accumulator, param, sums),
                 address => GradSpan { ptr: address as *const u8, dtype, numel: param.numel as usize },
             });
             indices.push(param.index);
@@ -241,11 +243,11 @@ impl Shared {
             .gradients
             .touched(layout, chunk)
             .map(|(param, _)| {
-                let offset = param.offset * 4;
+                let offset = param.offset * layout.sum_bytes();
                 Transfer {
                     dst: (home + offset) as *mut u8,
                     src: (device.accumulator + offset) as *const u8,
-                    bytes: param.numel as usize * 4,
+                    bytes: (param.numel * layout.sum_bytes()) as usize,
                 }
             })
             .collect();
@@ -282,6 +284,7 @@ impl Shared {
         } else {
             (home, None)
         };
+        let sums = final_dtype(layout, accumulates);
         let mut transfers = Vec::with_capacity(incoming.len());
         let mut additions = Vec::new();
         for grad in incoming {
@@ -291,7 +294,7 @@ impl Shared {
             let size = param.numel as usize * dtype.bytes();
             transfers.push(Transfer { dst: landed.ptr.cast_mut(), src: grad.address as *const u8, bytes: size });
             if accumulates {
-                additions.push((home + param.offset * 4, landed, first));
+                additions.push((home + param.offset * sums.bytes() as u64, landed, first));
             }
         }
         let moved: u64 = transfers.iter().map(|t| t.bytes as u64).sum();
@@ -310,10 +313,10 @@ impl Shared {
                 state.gradients.finish([ticket]);
             }
             shared.notify();
-            shared.host_work(|| additions.iter().map(|&(_, src, overwrite)| added_bytes(src, overwrite)).sum());
+            shared.host_work(|| additions.iter().map(|&(_, src, overwrite)| added_bytes(src, sums, overwrite)).sum());
             for &(dst, src, overwrite) in &additions {
                 // SAFETY: both ends are in the slab that `shared` keeps alive; the staging buffer is taken until below.
-                unsafe { accumulate::accumulate(&shared.pool, dst as *mut f32, src, overwrite) };
+                unsafe { accumulate::add(&shared.pool, dst as *mut u8, sums, src, overwrite) };
             }
             if let Some(buffer) = buffer {
                 shared.lock().gradients.staging_free[buffer] = true;
@@ -338,14 +341,14 @@ impl Shared {
 fn host_spans(state: &State, host: u64, chunk: ChunkId) -> Result<Vec<(u32, GradSpan)>> {
     let layout = state.scheduler.layout();
     let accumulates = state.scheduler.plan().accumulation > 1;
-    let dtype = if accumulates { GradDtype::Fp32 } else { grad_dtype(layout.precision) };
+    let dtype = final_dtype(layout, accumulates);
     let grad = state.places[chunk.index()].0.grad.ok_or_else(|| Error::Usage("no host gradient".to_owned()))?;
     Ok(state.gradients.touched(layout, chunk).map(|(param, _)| (param.index, span(host + grad, param, dtype))).collect())
 }
 
-/// Bytes of memory that adding a gradient to an fp32 accumulator reads and writes.
-fn added_bytes(src: GradSpan, overwrite: bool) -> u64 {
-    src.numel as u64 * (src.dtype.bytes() as u64 + if overwrite { 4 } else { 8 })
+/// Bytes of memory that adding a gradient to its accumulator reads and writes.
+pub(crate) fn added_bytes(src: GradSpan, sums: GradDtype, overwrite: bool) -> u64 {
+    (src.numel * (src.dtype.bytes() + sums.bytes() * if overwrite { 1 } else { 2 })) as u64
 }
 
 fn reduce_on_host(shared: &Arc<Shared>, chunk: ChunkId, spans: &[(u32, GradSpan)]) -> Result<()> {

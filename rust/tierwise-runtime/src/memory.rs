@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use tierwise_core::ChunkId;
-use tierwise_core::layout::{Layout, ParamLayout, Precision};
+use tierwise_core::layout::{Layout, ParamLayout, Precision, Sums};
 use tierwise_core::plan::{ChunkPlan, OptimizerClass, Plan, host_region_bytes};
 use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
 
@@ -17,7 +17,7 @@ pub struct HostPlaces {
     pub exp_avg: Option<u64>,
     /// Second moment.
     pub exp_avg_sq: Option<u64>,
-    /// Kept gradient or fp32 accumulator.
+    /// Kept gradient or accumulator.
     pub grad: Option<u64>,
 }
 
@@ -40,7 +40,7 @@ pub struct DevicePlaces {
     pub param: u64,
     /// Master completion, first and second moment, one after the other.
     pub states: u64,
-    /// fp32 accumulator.
+    /// Accumulator of gradients.
     pub accumulator: u64,
 }
 
@@ -122,6 +122,14 @@ pub fn grad_dtype(precision: Precision) -> GradDtype {
         Precision::Bf16 => GradDtype::Bf16,
         Precision::Fp16 => GradDtype::Fp16,
         Precision::Fp32 => GradDtype::Fp32,
+    }
+}
+
+/// The type of a final gradient: of a sum, where gradients are added up.
+pub fn final_dtype(layout: &Layout, accumulates: bool) -> GradDtype {
+    match (accumulates, layout.sums) {
+        (true, Sums::Fp32) => GradDtype::Fp32,
+        (true, Sums::Gradient) | (false, _) => grad_dtype(layout.precision),
     }
 }
 

@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use device_support::{Arena, Gate, accumulate_case, adam_case, differences, grad_case, in_forked_child, span_at, within_limit};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tierwise_kernels::{GradSpan, Pool, accumulate, adam, norm};
+use tierwise_kernels::{GradDtype, GradSpan, Pool, accumulate, adam, norm};
 use tierwise_runtime::cuda::{CudaDevice, is_available};
 use tierwise_runtime::device::{Addition, ComputeStream, Device, EventRef, Queue, Transfer};
 use tierwise_runtime::error::Error;
@@ -173,23 +173,24 @@ fn norms_of_two_threads_do_not_mix() {
 fn accumulation_has_the_bits_of_the_cpu() {
     let Some(device) = cuda() else { return };
     let pool = Pool::try_new(None).unwrap();
-    for overwrite in [true, false] {
-        let (mut expected, pairs) = accumulate_case(7, &[0, 1, 9, 65_536, 300_001]);
+    for (overwrite, own) in [(true, false), (false, false), (true, true), (false, true)] {
+        let sums = |dtype| if own { dtype } else { GradDtype::Fp32 };
+        let (mut expected, pairs) = accumulate_case(7, &[0, 1, 9, 65_536, 300_001], sums);
         let mut actual = expected.clone();
-        let at = |base: *mut u8, (dst, offset, dtype, numel)| (base.wrapping_add(dst).cast(), span_at(base, (offset, dtype, numel)));
+        let at = |base: *mut u8, (dst, offset, dtype, numel)| (base.wrapping_add(dst), span_at(base, (offset, dtype, numel)));
         let base = expected.as_mut_ptr();
         for pair in &pairs {
             let (dst, span) = at(base, *pair);
             // SAFETY: the arena is alive and untouched by anyone else; accumulator and gradient do not overlap.
-            unsafe { accumulate::accumulate(&pool, dst, span, overwrite) };
+            unsafe { accumulate::add(&pool, dst, sums(span.dtype), span, overwrite) };
         }
         on_device(&device, &mut actual, |base| {
             for pair in &pairs {
                 let (dst, span) = at(base, *pair);
-                device.accumulate(&[Addition { dst, src: span, overwrite }]).unwrap();
+                device.accumulate(&[Addition { dst, sums: sums(span.dtype), src: span, overwrite }]).unwrap();
             }
         });
-        assert!(actual == expected, "overwrite: {overwrite}");
+        assert!(actual == expected, "overwrite: {overwrite}, sums in the gradients' type: {own}");
     }
 }
 

@@ -331,20 +331,21 @@ fn norms_and_accumulation_on_the_queue_equal_the_pool() {
     assert_eq!(sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>(), expected.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>());
     assert!(expected.iter().any(|sum| *sum > 0.0));
 
-    for overwrite in [true, false] {
-        let (mut expected, pairs) = accumulate_case(13, &numels);
+    for (overwrite, own) in [(true, false), (false, false), (true, true), (false, true)] {
+        let sums = |dtype| if own { dtype } else { GradDtype::Fp32 };
+        let (mut expected, pairs) = accumulate_case(13, &numels, sums);
         let mut actual = expected.clone();
         let (expected_base, actual_base) = (expected.as_mut_ptr(), actual.as_mut_ptr());
         for (dst, offset, dtype, numel) in pairs {
-            let at = |base: *mut u8| (base.wrapping_add(dst).cast::<f32>(), span_at(base, (offset, dtype, numel)));
+            let at = |base: *mut u8| (base.wrapping_add(dst), span_at(base, (offset, dtype, numel)));
             let (to, span) = at(expected_base);
             // SAFETY: the arena is alive and untouched by anyone else; accumulator and gradient do not overlap.
-            unsafe { accumulate::accumulate(&pool, to, span, overwrite) };
+            unsafe { accumulate::add(&pool, to, sums(dtype), span, overwrite) };
             let (to, span) = at(actual_base);
-            device.accumulate(&[Addition { dst: to, src: span, overwrite }]).unwrap();
+            device.accumulate(&[Addition { dst: to, sums: sums(dtype), src: span, overwrite }]).unwrap();
         }
         device.synchronize().unwrap();
-        assert!(actual == expected, "overwrite: {overwrite}");
+        assert!(actual == expected, "overwrite: {overwrite}, sums in the gradients' type: {own}");
     }
 }
 

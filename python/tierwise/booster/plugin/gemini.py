@@ -68,8 +68,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     gradient_accumulation_steps: int = 1
     """Calls of `Booster.backward` per optimizer step."""
     accumulate_on: Literal["auto", "device", "host"] = "auto"
-    """Where the gradients of several micro-batches are added up, in fp32, if the CPU steps their parameters. "auto": the planner's choice,
+    """Where the gradients of several micro-batches are added up, if the CPU steps their parameters. "auto": the planner's choice,
     chunk by chunk. Gradients of parameters that are stepped on the device are always added up there."""
+    accumulate_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the gradients of several micro-batches are added up in. "bf16" (with `precision="bf16"`) halves that memory and its traffic, and
+    rounds every addition, as torch's own accumulation into `.grad` does."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch. "auto": the planner chooses the divisor of
     the batch that makes `Booster.train_step` fastest, and so the number of micro-batches. (Sums over other micro-batches round otherwise:
@@ -139,6 +142,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         self._one_of("placement_policy", ("auto", "static"))
         self._one_of("clip_mode", ("defer", "speculate", "auto"))
         self._one_of("accumulate_on", ("auto", "device", "host"))
+        self._one_of("accumulate_dtype", ("fp32", "bf16"))
+        if self.accumulate_dtype == "bf16" and self.precision != "bf16":
+            raise ValueError(f"accumulate_dtype='bf16' needs gradients in bf16, and precision={self.precision!r}; leave it 'fp32'")
         self._one_of("recompute", ("auto", "none", "full"))
         self._one_of("offload_activations", ("auto", "none", "full"))
         if self.recompute == "full" and self.offload_activations == "full":

@@ -26,6 +26,10 @@ enum : u32 {
 struct Bf16 {
     typedef u16 T;
     static __device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
+    static __device__ __forceinline__ u16 round(float x) {
+        const u32 bits = __float_as_uint(x);
+        return x != x ? (u16)0x7fc0 : (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
 };
 struct Fp16 {
     typedef u16 T;
@@ -43,6 +47,7 @@ struct Fp16 {
 struct Fp32 {
     typedef float T;
     static __device__ __forceinline__ float widen(float x) { return x; }
+    static __device__ __forceinline__ float round(float x) { return x; }
 };
 
 template <u32 BYTES>
@@ -218,8 +223,9 @@ __device__ __forceinline__ void sum_squares(const typename G::T* __restrict__ gr
     if (threadIdx.x == 0) block_out[blockIdx.x] = lanes[0];
 }
 
-template <typename G>
-__device__ __forceinline__ void accumulate(float* __restrict__ dst, const typename G::T* __restrict__ src, u64 numel, bool overwrite) {
+template <typename G, typename Sum>
+__device__ __forceinline__ void accumulate(typename Sum::T* __restrict__ dst, const typename G::T* __restrict__ src, u64 numel,
+                                           bool overwrite) {
     const bool v_dst = aligned(dst), v_src = aligned(src);
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     const u64 stride = (u64)gridDim.x * blockDim.x;
@@ -227,15 +233,16 @@ __device__ __forceinline__ void accumulate(float* __restrict__ dst, const typena
     for (u64 vector = thread; vector < vectors; vector += stride) {
         const u64 at = vector * VECTOR;
         Vector<typename G::T, VECTOR> x;
-        Vector<float, VECTOR> y;
+        Vector<typename Sum::T, VECTOR> y;
         load(x, src + at, v_src);
-        if (!overwrite) load(y, (const float*)dst + at, v_dst);
+        if (!overwrite) load(y, (const typename Sum::T*)dst + at, v_dst);
 #pragma unroll
-        for (u32 k = 0; k < VECTOR; ++k) y.x[k] = overwrite ? G::widen(x.x[k]) : __fadd_rn(y.x[k], G::widen(x.x[k]));
+        for (u32 k = 0; k < VECTOR; ++k)
+            y.x[k] = Sum::round(overwrite ? G::widen(x.x[k]) : __fadd_rn(Sum::widen(y.x[k]), G::widen(x.x[k])));
         store(dst + at, y, v_dst);
     }
     const u64 i = vectors * VECTOR + thread;
-    if (i < numel) dst[i] = overwrite ? G::widen(src[i]) : __fadd_rn(dst[i], G::widen(src[i]));
+    if (i < numel) dst[i] = Sum::round(overwrite ? G::widen(src[i]) : __fadd_rn(Sum::widen(dst[i]), G::widen(src[i])));
 }
 
 #define ADAM(name, S, G)                                                                                                               \
@@ -258,11 +265,18 @@ ADAM(fp32_fp32, Fp32Only, Fp32)
         sum_squares<G>(grad, numel, block_out);                                                                                \
     }                                                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) tw_accumulate_##name(float* dst, const G::T* src, u64 numel, u32 overwrite) { \
-        accumulate<G>(dst, src, numel, overwrite != 0);                                                                        \
+        accumulate<G, Fp32>(dst, src, numel, overwrite != 0);                                                                  \
     }
 GRADIENT(bf16, Bf16)
 GRADIENT(fp16, Fp16)
 GRADIENT(fp32, Fp32)
+
+#define ADD(name, G)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) tw_add_##name(G::T* dst, const G::T* src, u64 numel, u32 overwrite) {    \
+        accumulate<G, G>(dst, src, numel, overwrite != 0);                                                                     \
+    }
+ADD(bf16, Bf16)
+ADD(fp16, Fp16)
 
 extern "C" __global__ void tw_sum_blocks(const float* __restrict__ block_sums, const u32* __restrict__ span_first_block, u32 span_count,
                                          double* out) {

@@ -1,6 +1,7 @@
 //! The kernels of `tierwise_kernels::cuda`: the loaded module, its functions, and how each is launched.
 
 use super::driver::Context;
+use crate::device::Addition;
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::ffi::{CString, c_void};
@@ -17,6 +18,7 @@ pub(super) struct Kernels {
     adam: [[sys::CUfunction; 3]; 3],
     sum_squares: [sys::CUfunction; 3],
     accumulate: [sys::CUfunction; 3],
+    add: [sys::CUfunction; 3],
     sum_blocks: sys::CUfunction,
 }
 
@@ -28,7 +30,8 @@ impl Kernels {
         let code = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
         context.check("cuModuleLoadData", code)?;
         let null = std::ptr::null_mut();
-        let mut kernels = Kernels { module, adam: [[null; 3]; 3], sum_squares: [null; 3], accumulate: [null; 3], sum_blocks: null };
+        let mut kernels =
+            Kernels { module, adam: [[null; 3]; 3], sum_squares: [null; 3], accumulate: [null; 3], add: [null; 3], sum_blocks: null };
         kernels.look_up(context).inspect_err(|_| kernels.unload())?;
         Ok(kernels)
     }
@@ -49,6 +52,7 @@ impl Kernels {
             }
             self.sum_squares[dtype as usize] = find(cuda::sum_squares_kernel(dtype))?;
             self.accumulate[dtype as usize] = find(cuda::accumulate_kernel(dtype))?;
+            self.add[dtype as usize] = find(cuda::add_kernel(dtype))?;
         }
         self.sum_blocks = find(cuda::SUM_BLOCKS)?;
         Ok(())
@@ -113,22 +117,21 @@ impl Kernels {
 
     /// # Safety
     /// As for [`launch`], for the span and for `src.numel` elements at `dst`.
-    pub(super) unsafe fn accumulate(
-        &self,
-        context: &Context,
-        stream: sys::CUstream,
-        dst: *mut f32,
-        src: GradSpan,
-        overwrite: bool,
-    ) -> Result<()> {
+    pub(super) unsafe fn accumulate(&self, context: &Context, stream: sys::CUstream, addition: &Addition) -> Result<()> {
+        let Addition { dst, sums, src, overwrite } = *addition;
         if src.numel == 0 {
             return Ok(());
         }
+        let function = match sums {
+            GradDtype::Fp32 => self.accumulate[src.dtype as usize],
+            _ if sums == src.dtype => self.add[sums as usize],
+            _ => return Err(Error::Internal(format!("sums of {:?} gradients in {sums:?}", src.dtype))),
+        };
         let (mut dst, mut grad, mut numel, mut overwrite) = (dst, src.ptr, src.numel as u64, u32::from(overwrite));
         let mut arguments = [(&raw mut dst).cast(), (&raw mut grad).cast(), (&raw mut numel).cast(), (&raw mut overwrite).cast()];
         let grid = elementwise_grid(src.numel, context.multiprocessors());
-        // SAFETY: the arguments are those of `tw_accumulate_*`; the caller promises the arrays.
-        unsafe { launch(context, stream, self.accumulate[src.dtype as usize], grid, &mut arguments) }
+        // SAFETY: the arguments are those of `tw_accumulate_*` and `tw_add_*`; the caller promises the arrays.
+        unsafe { launch(context, stream, function, grid, &mut arguments) }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::device::{EventRef, Queue, Transfer as Copy};
 use crate::engine::{Shared, State};
 use crate::error::{Error, Result};
 use crate::execute::{count_steps, traffic};
-use crate::memory::grad_dtype;
+use crate::memory::final_dtype;
 use crate::workers::Job;
 use std::sync::Arc;
 use tierwise_core::ChunkId;
@@ -65,7 +65,7 @@ impl Shared {
     fn prepare(&self, state: &State, chunk: ChunkId, grad_scale: f32) -> Result<SpilledStep> {
         let layout = state.scheduler.layout();
         let plan = state.scheduler.plan();
-        let dtype = if plan.accumulation > 1 { GradDtype::Fp32 } else { grad_dtype(layout.precision) };
+        let dtype = final_dtype(layout, plan.accumulation > 1);
         let (host, device) = state.places[chunk.index()];
         let name = chunk_name(state, chunk).to_owned();
         let grads = self.host + host.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;

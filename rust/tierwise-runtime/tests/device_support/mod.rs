@@ -279,12 +279,16 @@ pub fn grad_case(seed: u64, numels: &[usize]) -> (Arena, Vec<(usize, GradDtype, 
 }
 
 /// Random gradients of every type and an accumulator for each: (offset of the accumulator, offset, type, numel).
-pub fn accumulate_case(seed: u64, numels: &[usize]) -> (Arena, Vec<(usize, usize, GradDtype, usize)>) {
+pub fn accumulate_case(
+    seed: u64,
+    numels: &[usize],
+    sums: impl Fn(GradDtype) -> GradDtype,
+) -> (Arena, Vec<(usize, usize, GradDtype, usize)>) {
     let (mut arena, spans) = grad_case(seed, numels);
     let mut rng = Rng(seed + 1);
     let pairs = spans.into_iter().enumerate().map(|(i, (offset, dtype, numel))| {
         let dst = arena.push(numel * 4, (i % 2) * 4);
-        arena.fill(&mut rng, GradDtype::Fp32, dst, numel);
+        arena.fill(&mut rng, sums(dtype), dst, numel);
         (dst, offset, dtype, numel)
     });
     let pairs = pairs.collect();

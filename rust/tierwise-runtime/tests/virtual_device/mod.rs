@@ -297,11 +297,12 @@ impl Device for VirtualDevice {
 
     fn accumulate(&self, additions: &[Addition]) -> Result<()> {
         let (pool, additions) = (self.lock().pool.clone(), additions.to_vec());
-        let bytes = additions.iter().map(|a| a.src.numel as u64 * (a.src.dtype.bytes() as u64 + if a.overwrite { 4 } else { 8 })).sum();
+        let bytes =
+            additions.iter().map(|a| (a.src.numel * (a.src.dtype.bytes() + a.sums.bytes() * if a.overwrite { 1 } else { 2 })) as u64).sum();
         let memory = move || {
-            for Addition { dst, src, overwrite } in additions {
+            for Addition { dst, sums, src, overwrite } in additions {
                 // SAFETY: as for copies.
-                unsafe { accumulate::accumulate(&pool, dst, src, overwrite) };
+                unsafe { accumulate::add(&pool, dst, sums, src, overwrite) };
             }
         };
         self.enqueue(Lane::Optimizer, bytes, Box::new(memory));

@@ -136,7 +136,8 @@ impl Run<'_> {
         let produced = self.reduce(chunk, produced, last);
         let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
         // The first micro-batch overwrites its accumulator, later ones read it.
-        let added = if self.is_first_micro_batch() { bytes + 2 * bytes } else { bytes + 4 * bytes };
+        let sum = self.setup.layout.grad_acc_bytes(chunk);
+        let added = bytes + if self.is_first_micro_batch() { sum } else { 2 * sum };
         if leaves {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(accumulates);
