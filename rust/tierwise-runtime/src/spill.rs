@@ -23,6 +23,7 @@ use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
 use tierwise_core::trace::Trace;
 use tierwise_io::buffer::Buffer;
 use tierwise_io::store::{Slab, Store, StoreConfig};
+use tierwise_io::ticket::Ticket;
 use tierwise_io::{Direction, Key, Priority};
 
 /// Opens the spill file of a plan in a directory; `staging` is the memory that transfers use.
@@ -31,7 +32,7 @@ pub fn open(directory: &Path, plan: &NvmePlan, staging: Slab) -> Result<Store> {
         StoreConfig { block_bytes: plan.block_bytes as usize, slabs: vec![staging], ..StoreConfig::new(directory, plan.file_bytes) };
     Store::open(config).map_err(|source| {
         let what = format!("nvme_path `{}`", directory.display());
-        Error::Storage { what, path: Some(directory.to_owned()), source }
+        Error::Storage { what, path: Some(directory.to_owned()), source: Box::new(source) }
     })
 }
 
@@ -118,7 +119,7 @@ impl Spill {
         let metrics = store.metrics().map_err(|source| Error::Storage {
             what: "the spill file".to_owned(),
             path: store.setup().directory.clone(),
-            source,
+            source: Box::new(source),
         })?;
         value["nvme_bytes"] = metrics.used_bytes.into();
         value["nvme_file_bytes"] = self.budget.used().into();
@@ -253,12 +254,12 @@ impl Shared {
         }
         let path = store.setup().directory.clone();
         let what = piece_name(state, piece);
-        outcome.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source })?;
+        outcome.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
         let submitted = self.device.now_ns();
         let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
         // A buffer that is written may also be on its way to the device; it is reused after both.
         self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
-            tickets.iter().try_for_each(|ticket| ticket.wait()).map_err(|source| Error::Storage { what, path, source })?;
+            tickets.iter().try_for_each(Ticket::wait).map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
             shared.transferred(direction, buffer, (track, piece, submitted))
         }))
     }

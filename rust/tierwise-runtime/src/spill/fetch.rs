@@ -112,8 +112,7 @@ impl Shared {
 
     /// Gives waiting pieces to the disk while there are buffers.
     fn read_fetched(&self, state: &mut State) -> Result<()> {
-        loop {
-            let Some(&(request, id)) = spill(state)?.fetches.waiting.front() else { break };
+        while let Some(&(request, id)) = spill(state)?.fetches.waiting.front() {
             if !is_current(state, request) {
                 let fetches = &mut spill(state)?.fetches;
                 fetches.waiting.pop_front();
@@ -140,10 +139,10 @@ impl Shared {
             let mut target = unsafe { Buffer::new(address as *mut u8, bytes as usize) };
             // Compute waits for it, or will soon; states are read far ahead.
             let ticket = store.read(param_key(spill.key(id)), generation, &mut target, Priority::Demand);
-            let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source })?;
+            let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
             let submitted = self.device.now_ns();
             self.fetch_jobs[0].send(Job::new(None, move |shared| {
-                ticket.wait().map_err(|source| Error::Storage { what, path, source })?;
+                ticket.wait().map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
                 let mut state = shared.lock();
                 let end = shared.device.now_ns();
                 let spill = super::spill(&mut state)?;
