@@ -134,7 +134,11 @@ fn patience() -> impl FnMut() -> bool {
 
 impl Rig {
     fn new(placement: ChunkPlan, buffers: u32, script: &Script) -> Rig {
-        let (layout, plan) = (layout(), plan(placement, buffers));
+        Rig::with(plan(placement, buffers), script)
+    }
+
+    fn with(plan: Plan, script: &Script) -> Rig {
+        let (layout, homes) = (layout(), plan.chunks.iter().map(|placed| placed.home).collect::<Vec<_>>());
         let device = EmulatedDevice::new(EmulatedConfig { threads: 1, ..EmulatedConfig::default() });
         let config = EngineConfig {
             device_budget: 1 << 30,
@@ -151,15 +155,15 @@ impl Rig {
         let params: Vec<Vec<u16>> = (0..CHUNKS as usize).map(|c| (0..numel).map(|i| value(c, i)).collect()).collect();
         let slab = vec![0; SLOT as usize];
         let gradients = vec![vec![0; numel]; CHUNKS as usize];
-        let rig = Rig { engine, gradients, params, slab, home: placement.home, seen: Vec::new() };
-        if placement.home.is_streamed() {
+        let rig = Rig { engine, gradients, params, slab, home: homes[0], seen: Vec::new() };
+        if rig.home.is_streamed() {
             rig.engine.bind_slab(rig.slab.as_ptr() as u64).unwrap();
         }
         for (chunk, values) in layout.ids().zip(&rig.params) {
             if !rig.home.is_streamed() {
                 rig.engine.bind(chunk, Some(values.as_ptr() as u64), None, None).unwrap();
             }
-            if rig.home.is_spilled() {
+            if homes[chunk.index()].is_spilled() {
                 rig.engine.spilled(chunk, "param", (0, numel as u64), Access::Write(values.as_ptr() as u64), &mut patience()).unwrap();
             } else {
                 let (host, _) = rig.engine.host_slab();
@@ -371,6 +375,36 @@ fn a_parameter_that_cannot_be_read_is_never_used() {
         }
     }
     assert!(fetches > 10, "{fetches} of the failing reads were of parameters alone");
+}
+
+#[test]
+fn what_comes_in_for_a_slot_that_was_given_away_is_dropped() {
+    let mut mixed = plan(ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Fetched), 1);
+    mixed.nvme.as_mut().unwrap().fetch_buffers = 4;
+    for chunk in [0, 2] {
+        mixed.chunks[chunk] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Streamed);
+    }
+    let mut rig = Rig::with(mixed, &Script { late_ns: 20_000_000, ..Script::default() });
+    let value = |rig: &Rig, chunk: usize| rig.params[chunk].clone();
+    let slot = |rig: &Rig| -> Vec<u16> {
+        let numel = rig.params[0].len();
+        // SAFETY: the slab is the rig's memory; volatile, because the device writes there.
+        (0..numel).map(|i| unsafe { rig.slab.as_ptr().add(i).read_volatile() }).collect()
+    };
+    rig.enter(0, Phase::Forward).unwrap();
+    rig.engine.leave(0, Phase::Forward, STREAM).unwrap();
+    // The only slot was given to chunk 1, whose blocks the disk takes its time for; compute goes another way.
+    assert!(rig.engine.stats().unwrap()["nvme_fetched_bytes"].as_u64().unwrap() > 0, "nothing was asked of the disk");
+    rig.enter(2, Phase::Forward).unwrap();
+    assert!(slot(&rig) == value(&rig, 2));
+    // All that was asked for has come in by then, with a large margin.
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(slot(&rig) == value(&rig, 2), "another chunk's block was copied into a slot in use");
+    rig.engine.leave(2, Phase::Forward, STREAM).unwrap();
+    rig.enter(1, Phase::Forward).unwrap();
+    assert!(slot(&rig) == value(&rig, 1));
+    rig.engine.leave(1, Phase::Forward, STREAM).unwrap();
+    rig.engine.flush(&mut patience()).unwrap();
 }
 
 #[test]
