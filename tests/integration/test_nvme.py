@@ -68,21 +68,34 @@ def test_what_lives_on_the_disk_changes_no_bit(kit: Any, disk: Path, precision: 
     states = everything + params_host_bytes(reference)
     # fp32 has no low halves: leaving the parameters in memory is what differs.
     tight = least_host(kit, disk, **options, **STREAMED)
+    few_slots = {**STREAMED, "device_budget": kit.tightest(kit.llama, **options, **STREAMED)}
+    fetching = kit.boosted(kit.llama(), **options, **STREAMED, host_budget=tight, nvme_path=disk)[0]._runtime.memory.plan["nvme"]
+    # What streams from memory needs its parameters there, and no buffers to fetch through.
+    streaming = tight + params_host_bytes(reference) - fetching["fetch_buffers"] * fetching["fetch_buffer_bytes"]
     variants: dict[str, tuple[dict[str, Any], set[tuple[str, str]]]] = {
         "moments and low halves": ({**STATIC, "host_budget": states}, {("nvme", "resident")}),
         "parameters too": ({**STATIC, "host_budget": everything}, {("nvme", "spilled")}),
         "some of both": ({**STATIC, "host_budget": (everything + states) // 2}, {("nvme", "resident"), ("nvme", "spilled")}),
-        "streamed": ({**STREAMED, "host_budget": tight}, {("nvme", "streamed")}),
+        "streamed": ({**STREAMED, "host_budget": streaming}, {("nvme", "streamed")}),
+        "parameters fetched": ({**STREAMED, "host_budget": tight}, {("nvme", "fetched")}),
+        "some fetched": (
+            {**STREAMED, "host_budget": (tight + streaming) // 2},
+            {("nvme", "streamed"), ("nvme", "fetched")},
+        ),
+        "fetched into as few slots as can be": (
+            {**few_slots, "host_budget": least_host(kit, disk, **options, **few_slots)},
+            {("nvme", "fetched")},
+        ),
         "some in memory": ({**STATIC, "host_budget": states * 7 // 5}, {("nvme", "resident"), ("host", "resident")}),
         "two threads": ({**STATIC, "host_budget": everything, "num_threads": 2}, {("nvme", "spilled")}),
         "speculating": ({**STATIC, "host_budget": states * 3 // 2, "clip_mode": "speculate"}, {("nvme", "resident"), ("host", "resident")}),
         "recomputed": (
             {**STREAMED, "host_budget": least_host(kit, disk, **options, **STREAMED), "recompute": "full"},
-            {("nvme", "streamed")},
+            {("nvme", "fetched")},
         ),
     }
     if accumulation > 1:
-        for name in ("some of both", "two threads", "recomputed"):
+        for name in ("some of both", "two threads", "recomputed", "some fetched"):
             del variants[name]
     for name, (variant, expected) in variants.items():
         result = kit.train(kit.llama(), **{**options, **variant}, nvme_path=disk)
@@ -93,7 +106,28 @@ def test_what_lives_on_the_disk_changes_no_bit(kit: Any, disk: Path, precision: 
         assert stats["nvme_bytes"] <= stats["nvme_file_bytes"] <= stats["nvme_budget_bytes"], name
         assert stats["nvme_written_bytes"] > 20 * stats["nvme_payload_bytes"] * 0.9, name
         assert stats["nvme_retries"] == 0, name
+        assert (stats["nvme_fetched_bytes"] > 0) == (("nvme", "fetched") in expected), name
     assert list(disk.iterdir()) == []
+
+
+def test_host_memory_that_no_chunk_fills_becomes_staging_buffers(kit: Any, disk: Path) -> None:
+    def plan(**options: Any) -> dict[str, Any]:
+        # The parameters of every chunk are more than two buffers.
+        booster, *_ = kit.boosted(kit.llama(hidden_size=256, vocab_size=512), **STATIC, nvme_path=disk, **options)
+        found: dict[str, Any] = booster._runtime.memory.plan
+        return found
+
+    with pytest.raises(BudgetError) as caught:
+        plan(host_budget=1000)
+    least = caught.value.needed_bytes
+    tight = plan(host_budget=least)
+    buffers, size = tight["nvme"]["buffers"], tight["nvme"]["buffer_bytes"]
+    roomy = plan(host_budget=least + 2 * size)
+    assert roomy["chunks"] == tight["chunks"]
+    assert (roomy["nvme"]["buffers"], roomy["host"]["nvme_staging"]) == (buffers + 2, (buffers + 2) * size)
+    # Undo records use that room too, and a disk without room to rewrite more at once cannot.
+    assert plan(host_budget=least + 2 * size, clip_mode="speculate")["nvme"]["buffers"] == buffers
+    assert plan(host_budget=least + 2 * size, nvme_budget=tight["nvme"]["file_bytes"])["nvme"]["buffers"] == buffers
 
 
 def test_without_a_path_nothing_is_spilled(kit: Any, disk: Path) -> None:
@@ -187,8 +221,11 @@ def test_parameters_without_gradients_keep_their_states_and_steps(kit: Any, disk
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_checkpoints_resume_exactly_between_memory_and_disk(kit: Any, disk: Path, tmp_path: Path, precision: str) -> None:
-    options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **STATIC}
+@pytest.mark.parametrize("placement", [STATIC, STREAMED], ids=["resident", "fetched"])
+def test_checkpoints_resume_exactly_between_memory_and_disk(
+    kit: Any, disk: Path, tmp_path: Path, precision: str, placement: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **placement}
     spilling = {"host_budget": least_host(kit, disk, **options), "nvme_path": disk}
     batches = kit.batches(10)
 
@@ -347,9 +384,10 @@ def spill_files(disk: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised:UserWarning")
+@pytest.mark.parametrize("placement", [STATIC, STREAMED], ids=["resident", "fetched"])
 @pytest.mark.parametrize("damage", ["overwritten", "truncated"])
-def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, disk: Path, damage: str) -> None:
-    options = {**STATIC, "precision": "bf16"}
+def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, disk: Path, damage: str, placement: dict[str, Any]) -> None:
+    options = {**placement, "precision": "bf16"}
     booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=least_host(kit, disk, **options), nvme_path=disk)
     batches = kit.batches(8)
     for ids in batches[:3]:
@@ -376,7 +414,8 @@ def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, d
     assert isinstance(error, StorageStoppedError)
     assert (error.errno, error.strerror, error.filename) == (errno.EIO, os.strerror(errno.EIO), str(disk))
     message = str(error)
-    assert re.search(r"spilled param, master, exp_avg, exp_avg_sq of `[\w.]+`, elements \d+ to \d+: ", message), message
+    # What is fetched for a use is read without its states.
+    assert re.search(r"spilled param(, master, exp_avg, exp_avg_sq)? of `[\w.]+`, elements \d+ to \d+: ", message), message
     assert re.search(r"generation \d+", message), message
     wanted = "has checksum 0x.* continue from the last checkpoint"
     if damage == "truncated":

@@ -28,7 +28,12 @@ _STEPS = {
     "nvme": "stepped by the CPU with their states on the disk",
     "frozen": "frozen",
 }
-_HOMES = {"resident": "resident", "streamed": "streamed", "spilled": "resident, with their copy on the disk"}
+_HOMES = {
+    "resident": "resident",
+    "streamed": "streamed",
+    "spilled": "resident, with their copy on the disk",
+    "fetched": "streamed from the disk",
+}
 
 
 def explain(runtime: Runtime) -> str:

@@ -45,7 +45,7 @@ class ChunkMemory:
 
         for chunk, placed in enumerate(self.plan["chunks"]):
             param = states = accumulator = None
-            if placed["home"] != "streamed":
+            if placed["home"] not in ("streamed", "fetched"):
                 param = self.resident[chunk] = zeros(self.layout.param_bytes(chunk))
             if placed["class"] == "device":
                 states = self.states[chunk] = zeros(self.layout.state_bytes(chunk))
@@ -126,16 +126,26 @@ class ChunkMemory:
     # ---- reading and writing, after a flush ---------------------------------------------------------------------
 
     def read_param(self, chunk: int, position: int) -> Tensor:
-        """The parameter where it is authoritative; a view, in the model's dtype. Call `engine.flush` first."""
+        """The parameter in the model's dtype: a view of where it is authoritative, or what the disk has in a fresh CPU tensor.
+
+        Call `engine.flush` first.
+        """
         if chunk in self.resident and (self.plan["chunks"][chunk]["class"] not in ("host", "nvme") or self._is_spilled(chunk, "param")):
             return self._view(self.resident[chunk], self.dtype, chunk, position)
+        if self._is_spilled(chunk, "param"):
+            return self._read_spilled(chunk, position, "param", self.dtype)
         payload = self._host_payload(chunk, "param")
         assert payload is not None
         return self._view(payload, self.dtype, chunk, position)
 
+    def _read_spilled(self, chunk: int, position: int, payload: str, dtype: torch.dtype) -> Tensor:
+        value = torch.empty(self.shapes[chunk][position], dtype=dtype)
+        self.engine.read_spilled(chunk, payload, self.offsets[chunk][position], value.numel(), value.data_ptr())
+        return value
+
     def _is_spilled(self, chunk: int, payload: str) -> bool:
         placed = self.plan["chunks"][chunk]
-        return placed["class"] == "nvme" and (payload != "param" or placed["home"] == "spilled")
+        return placed["class"] == "nvme" and (payload != "param" or placed["home"] in ("spilled", "fetched"))
 
     def read_state(self, chunk: int, position: int, payload: str) -> Tensor:
         """The payload "master" (bf16: int16 low half), "exp_avg" or "exp_avg_sq": a view, or what the disk has in a fresh CPU tensor.
@@ -144,9 +154,7 @@ class ChunkMemory:
         """
         dtype = self._state_dtype(payload)
         if self._is_spilled(chunk, payload):
-            value = torch.empty(self.shapes[chunk][position], dtype=dtype)
-            self.engine.read_spilled(chunk, payload, self.offsets[chunk][position], value.numel(), value.data_ptr())
-            return value
+            return self._read_spilled(chunk, position, payload, dtype)
         host = self._host_payload(chunk, payload)
         if self.plan["chunks"][chunk]["class"] in ("host", "streamed"):
             assert host is not None

@@ -186,7 +186,7 @@ impl Layout {
 
     /// Bytes of one spilled element: its states, and the parameter where that is spilled too.
     pub fn spilled_bytes(&self, placement: crate::plan::ChunkPlan) -> u64 {
-        let param = if placement.home == crate::plan::ParamHome::Spilled { self.precision.param_bytes() } else { 0 };
+        let param = if placement.home.is_spilled() { self.precision.param_bytes() } else { 0 };
         param + self.precision.state_bytes()
     }
 

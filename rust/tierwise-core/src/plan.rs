@@ -50,12 +50,24 @@ pub enum ParamHome {
     Streamed,
     /// A device copy at a fixed place, like `Resident`; the authoritative copy lies in the spill file with the states (`Nvme` class only).
     Spilled,
+    /// Home in the spill file, with the states (`Nvme` class only); before each use read from there and copied into the streaming slab.
+    Fetched,
 }
 
 impl ParamHome {
     /// Whether the device has a copy at a fixed place.
     pub fn is_resident(self) -> bool {
         matches!(self, ParamHome::Resident | ParamHome::Spilled)
+    }
+
+    /// Whether they pass through the streaming slab.
+    pub fn is_streamed(self) -> bool {
+        matches!(self, ParamHome::Streamed | ParamHome::Fetched)
+    }
+
+    /// Whether the authoritative copy lies in the spill file.
+    pub fn is_spilled(self) -> bool {
+        matches!(self, ParamHome::Spilled | ParamHome::Fetched)
     }
 }
 
@@ -219,18 +231,31 @@ pub struct NvmePlan {
     pub piece_numel: u64,
     /// Bytes of one staging buffer.
     pub buffer_bytes: u64,
-    /// Staging buffers; their bytes are `host.nvme_staging`.
+    /// Staging buffers; their bytes are `host.nvme_staging`, together with those of fetches.
     pub buffers: u32,
+    /// Buffers of one piece's parameters each, through which fetched parameters come; 0 where none are.
+    #[serde(default)]
+    pub fetch_buffers: u32,
+    /// Bytes of one of them.
+    #[serde(default)]
+    pub fetch_buffer_bytes: u64,
     /// Bytes of a block of the spill file.
     pub block_bytes: u64,
     /// Bytes of everything that is spilled.
     pub payload_bytes: u64,
     /// Size of the spill file: every piece, and as many again as are rewritten at once.
     pub file_bytes: u64,
-    /// Bytes read in every step.
+    /// Bytes read in every step, at most: a fetched parameter that still lies in the slab is not read again.
     pub read_bytes: u64,
     /// Bytes written in every step.
     pub written_bytes: u64,
+}
+
+impl NvmePlan {
+    /// Bytes of host memory that what is spilled passes through.
+    pub fn staging_bytes(&self) -> u64 {
+        u64::from(self.buffers) * self.buffer_bytes + u64::from(self.fetch_buffers) * self.fetch_buffer_bytes
+    }
 }
 
 /// A fetch that the plan expects: which chunk enters which slot, when it is started and when it is needed.

@@ -379,10 +379,21 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
+    // Parameters that are fetched from the disk share it with the states, all step long.
+    let disk_busy = match (&row.nvme, &request.nvme) {
+        (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 => spill::seconds(plan, nvme),
+        _ => 0.0,
+    };
     let serial = compute.max(accumulate) + adam.max(disk) + stalled_h2d + stalled_d2h;
-    let seconds = serial.max(h2d).max(d2h);
+    let seconds = serial.max(h2d).max(d2h).max(disk_busy);
     let bound_by = if seconds > serial {
-        if h2d >= d2h { "h2d" } else { "d2h" }
+        if seconds > h2d.max(d2h) {
+            "nvme"
+        } else if h2d >= d2h {
+            "h2d"
+        } else {
+            "d2h"
+        }
     } else {
         [("nvme", disk), (off_device.bound_by(), adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
             .into_iter()

@@ -87,6 +87,7 @@ impl Scheduler {
                     (_, ParamHome::Spilled) => Residency::Cached { home: Tier::Nvme, cache: Tier::Device },
                     (_, ParamHome::Resident) => Residency::Cached { home: Tier::Host, cache: Tier::Device },
                     (_, ParamHome::Streamed) => Residency::At(Tier::Host),
+                    (_, ParamHome::Fetched) => Residency::At(Tier::Nvme),
                 },
                 slot: None,
                 generation: 0,

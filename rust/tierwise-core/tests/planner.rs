@@ -80,14 +80,21 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
     assert!(!spilled.is_empty() && nvme.file_bytes <= request.nvme.unwrap().budget);
     let (mut payload, mut file, mut largest) = (0, 0, 0);
     for &chunk in &spilled {
-        let param = if plan.chunks[chunk.index()].home == ParamHome::Spilled { layout.precision.param_bytes() } else { 0 };
+        let placed = plan.chunks[chunk.index()];
+        let param = if placed.home.is_spilled() { layout.precision.param_bytes() } else { 0 };
         let mut left = layout.chunks[chunk.index()].state_numel;
         while left > 0 {
             let bytes = left.min(nvme.piece_numel) * (param + layout.precision.state_bytes());
             assert!(bytes <= nvme.buffer_bytes);
             payload += bytes;
-            file += bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes;
-            largest = largest.max(bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes);
+            let numel = left.min(nvme.piece_numel);
+            let extents = match placed.home {
+                ParamHome::Fetched => vec![numel * param, numel * layout.precision.state_bytes()],
+                _ => vec![bytes],
+            };
+            let extent: u64 = extents.iter().map(|bytes| bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes).sum();
+            file += extent;
+            largest = largest.max(extent);
             left -= left.min(nvme.piece_numel);
         }
     }
@@ -95,20 +102,26 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
     assert_eq!(nvme.file_bytes, file + u64::from(nvme.buffers) * largest);
     assert!(nvme.buffers >= 2 && nvme.buffer_bytes.is_multiple_of(65536) && nvme.block_bytes.is_multiple_of(65536));
     // The fewest that are needed, the latest-used first: without the earliest of them on the disk host memory would overflow.
-    let staging = u64::from(nvme.buffers) * nvme.buffer_bytes;
+    let staging = u64::from(nvme.buffers) * nvme.buffer_bytes + u64::from(nvme.fetch_buffers) * nvme.fetch_buffer_bytes;
     let back = |chunk: &ChunkId| {
         let mut place = plan.chunks[chunk.index()];
         let now = HostBytes::of_chunk(layout, *chunk, place, plan.accumulation).total();
         place = match place.home {
             ParamHome::Spilled => tierwise_core::plan::ChunkPlan { home: ParamHome::Resident, ..place },
+            ParamHome::Fetched => tierwise_core::plan::ChunkPlan { home: ParamHome::Streamed, ..place },
             _ => tierwise_core::plan::ChunkPlan { class: OptimizerClass::Host, ..place },
         };
         HostBytes::of_chunk(layout, *chunk, place, plan.accumulation).total() - now
     };
-    let params = spilled.iter().any(|c| plan.chunks[c.index()].home == ParamHome::Spilled);
+    let home = |home: ParamHome| spilled.iter().any(|c| plan.chunks[c.index()].home == home);
+    let fetches = home(ParamHome::Fetched);
+    let params = home(ParamHome::Spilled) || fetches;
+    assert!(!fetches || !home(ParamHome::Resident), "streamed parameters are spilled last of all");
+    assert_eq!(fetches, nvme.fetch_buffers > 0);
     assert!(!params || layout.ids().all(|c| plan.chunks[c.index()].class != OptimizerClass::Host), "parameters are spilled last");
     let used = plan.host.total() - plan.host.undo;
-    let spared = if spilled.len() == 1 && !params { staging } else { 0 };
+    let fetched = spilled.iter().filter(|c| plan.chunks[c.index()].home == ParamHome::Fetched).count();
+    let spared = if spilled.len() == 1 && !params || fetched == 1 { staging } else { 0 };
     assert!(spilled.iter().map(back).max().unwrap() + used - spared > request.host_budget, "something was spilled for nothing");
     staging
 }
@@ -126,8 +139,8 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         assert_eq!(place.class == OptimizerClass::Frozen, numel == 0);
         assert!(!place.class.steps_on_device() || place.home == ParamHome::Resident);
         assert!(!place.class.steps_on_device() || place.accumulate == Tier::Device);
-        assert!(place.home != ParamHome::Spilled || place.class == OptimizerClass::Nvme);
-        if place.home != ParamHome::Streamed {
+        assert!(!place.home.is_spilled() || place.class == OptimizerClass::Nvme);
+        if !place.home.is_streamed() {
             resident += up(layout.param_bytes(chunk), 256);
         }
         if place.class == OptimizerClass::Device {
@@ -140,7 +153,7 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         assert!(numel > 0 || place.accumulate == Tier::Host);
         let sums_on_device = plan.accumulation > 1 && place.accumulate == Tier::Device;
         accumulators += if sums_on_device { numel * 4 } else { 0 };
-        if (on_cpu && place.home != ParamHome::Spilled) || place.home == ParamHome::Streamed {
+        if (on_cpu && place.home == ParamHome::Resident) || place.home == ParamHome::Streamed {
             host.params += up(layout.param_bytes(chunk), 4096);
         }
         if matches!(place.class, OptimizerClass::Host | OptimizerClass::Streamed) {
@@ -177,7 +190,7 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
     let peak = (0..trace.ops.len()).map(|at| activations_at(trace, plan, at) + gradients_at(layout, trace, plan, at)).max();
     assert_eq!(Some(plan.device.activations + plan.device.gradients), peak);
     for op in trace.ids() {
-        let streamed = |c: &&ChunkId| plan.chunks[c.index()].home == ParamHome::Streamed;
+        let streamed = |c: &&ChunkId| plan.chunks[c.index()].home.is_streamed();
         let needed: u64 = trace.chunks(op).iter().filter(streamed).map(|&c| up(layout.param_bytes(c), 256)).sum();
         assert!(needed <= plan.stream_slab_bytes, "{} does not fit the slab", trace.op_name(op));
     }
@@ -370,7 +383,7 @@ fn llama_70b_streams_without_waiting_wherever_the_slab_has_room_for_two() {
         let request = h100(device_budget, 1200 * GIB);
         let plan = plan(&layout, &trace, &request).unwrap();
         check_memory(&layout, &trace, &request, &plan);
-        let streamed = |c: &ChunkId| plan.chunks[c.index()].home == ParamHome::Streamed;
+        let streamed = |c: &ChunkId| plan.chunks[c.index()].home.is_streamed();
         let largest = layout.ids().filter(streamed).map(|c| layout.param_bytes(c)).max().unwrap();
         let waits = plan.fetches.iter().filter(|fetch| fetch.issued_at == fetch.needed_at).count();
         if plan.stream_slab_bytes >= 2 * largest {

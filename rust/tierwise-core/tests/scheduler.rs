@@ -504,7 +504,7 @@ impl World {
         for action in actions {
             match action {
                 Action::Fetch { chunk, offset, evicted, .. } => {
-                    assert_eq!(self.plan(*chunk).home, ParamHome::Streamed);
+                    assert!(self.plan(*chunk).home.is_streamed());
                     let end = offset + self.scheduler.layout().param_bytes(*chunk).next_multiple_of(256);
                     assert!(end <= self.scheduler.plan().stream_slab_bytes, "a slot ends behind the slab");
                     self.slots[chunk.index()] = None;
@@ -620,13 +620,13 @@ impl World {
             let placement = self.plan(chunk);
             let slot = self.scheduler.slot(chunk);
             let home = match placement.home {
-                ParamHome::Spilled => Tier::Nvme,
+                ParamHome::Spilled | ParamHome::Fetched => Tier::Nvme,
                 ParamHome::Streamed => Tier::Host,
                 ParamHome::Resident if placement.class.on_cpu() => Tier::Host,
                 ParamHome::Resident => Tier::Device,
             };
             assert_eq!(residency.authority(), Some(home), "{chunk:?} {residency:?}");
-            let in_slab = placement.home == ParamHome::Streamed && residency.tiers().any(|t| t == Tier::Device);
+            let in_slab = placement.home.is_streamed() && residency.tiers().any(|t| t == Tier::Device);
             assert_eq!(slot.is_some(), in_slab, "{chunk:?} {residency:?} {slot:?}");
             match (slot, self.slots[chunk.index()]) {
                 (Some(slot), Some((start, end))) => {
@@ -865,7 +865,7 @@ struct Case {
 fn cases() -> impl Strategy<Value = Case> {
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let norm = prop_oneof![Just(None), Just(Some(1e9)), Just(Some(1.5))];
-    (models(), prop::collection::vec(0_u8..7, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
+    (models(), prop::collection::vec(0_u8..8, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
         |((layout, trace), kinds, accumulation, clip_mode, max_norm, slots, undo)| {
             let chunks: Vec<ChunkPlan> = layout
                 .chunks
@@ -882,12 +882,13 @@ fn cases() -> impl Strategy<Value = Case> {
                     let home = match kind {
                         2 | 3 => ParamHome::Streamed,
                         4 if chunk.state_numel > 0 => ParamHome::Spilled,
+                        7 if chunk.state_numel > 0 => ParamHome::Fetched,
                         _ => ParamHome::Resident,
                     };
                     ChunkPlan::new(class, home)
                 })
                 .collect();
-            let streamed = |c: &ChunkId| chunks[c.index()].home == ParamHome::Streamed;
+            let streamed = |c: &ChunkId| chunks[c.index()].home.is_streamed();
             let slot = |c: ChunkId| layout.param_bytes(c).next_multiple_of(256);
             let operation = trace
                 .ids()

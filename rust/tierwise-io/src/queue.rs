@@ -405,7 +405,8 @@ impl Queue {
             Err(_) => self.metrics.failed += 1,
         }
         self.metrics.direction(request.direction).requests += 1;
-        let succeeded = outcome.is_ok();
+        let failure = outcome.as_ref().err().cloned();
+        let succeeded = failure.is_none();
         self.finished.push(Finished { request: id, outcome });
         if request.direction == Direction::Read {
             self.table.end_read(request.extent);
@@ -431,7 +432,12 @@ impl Queue {
                 }
             } else {
                 let (key, asked) = (request.key, request.generation);
-                self.drain(reader, Error::NotStored { key, asked, stored: self.table.stored(key) });
+                let error = match &failure {
+                    // Whoever waits for the read hears why there is nothing to read.
+                    Some(error) if !matches!(error, Error::Cancelled { .. }) => error.clone(),
+                    _ => Error::NotStored { key, asked, stored: self.table.stored(key) },
+                };
+                self.drain(reader, error);
             }
         }
     }

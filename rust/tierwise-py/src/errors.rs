@@ -122,7 +122,7 @@ pub fn runtime(py: Python<'_>, error: &Error) -> PyErr {
         Error::Device { .. } => DeviceError::new_err(message),
         Error::HostMemory { .. } => PyMemoryError::new_err(message),
         Error::Stopped(_) => EngineStoppedError::new_err(message),
-        Error::Storage { source: Disk::InMemory { .. } | Disk::Usage(_), .. } => PyValueError::new_err(message),
+        Error::Storage { source, .. } if matches!(**source, Disk::InMemory { .. } | Disk::Usage(_)) => PyValueError::new_err(message),
         Error::Storage { path, source, .. } => storage_error(py, &STORAGE_ERROR, message, path.as_deref(), source),
         Error::StoppedByDisk { path, source, .. } => storage_error(py, &STORAGE_STOPPED_ERROR, message, path.as_deref(), source),
         Error::Staging(_) | Error::Forked { .. } | Error::Interrupted | Error::Internal(_) => TierwiseError::new_err(message),

@@ -123,6 +123,10 @@ pub enum WorkerId {
     Reads,
     /// Waits for writes to the disk.
     Writes,
+    /// Waits for parameters that are read from the disk.
+    Fetches,
+    /// Waits until they are on the device.
+    Fetched,
 }
 
 /// Time that is not the machine's: how the engine's threads wait where a test decides how long everything takes.

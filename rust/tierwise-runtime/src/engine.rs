@@ -118,7 +118,7 @@ impl Engine {
             .map(|c| host_sizes(&layout, &plan, c, plan.chunks[c.index()]).iter().map(|&b| host_region_bytes(b)).sum::<u64>())
             .sum();
         let activation_bytes = host_region_bytes(plan.host.activations);
-        let spilled_bytes = plan.nvme.map_or(0, |nvme| u64::from(nvme.buffers) * nvme.buffer_bytes);
+        let spilled_bytes = plan.nvme.map_or(0, |nvme| nvme.staging_bytes());
         let total = spilled_bytes
             + chunk_bytes
             + 2 * staging_bytes
@@ -151,7 +151,7 @@ impl Engine {
                 // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
                 let staging = unsafe { Slab::new((host + spill_base) as *mut u8, spilled_bytes as usize) };
                 let store = open(&nvme, staging)?;
-                Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget))
+                Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget)?)
             }
         };
         let gradients = Gradients::new(&layout, host + norms, staging.map(|s| host + s));
@@ -191,6 +191,8 @@ impl Engine {
         let (spill_jobs, start_spill) = worker(WorkerId::Spill, None);
         let (read_jobs, start_reads) = worker(WorkerId::Reads, None);
         let (write_jobs, start_writes) = worker(WorkerId::Writes, None);
+        let (fetch_jobs, start_fetches) = worker(WorkerId::Fetches, None);
+        let (fetched_jobs, start_fetched) = worker(WorkerId::Fetched, None);
         let spills = state.spill.is_some();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -202,6 +204,7 @@ impl Engine {
             adam_jobs,
             spill_jobs,
             disk_jobs: [read_jobs, write_jobs],
+            fetch_jobs: [fetch_jobs, fetched_jobs],
             landing_jobs,
             optimizer_jobs,
             states_jobs,
@@ -210,7 +213,7 @@ impl Engine {
         });
         let mut wanted = vec![start_adam, start_landing, start_optimizer, start_states];
         if spills {
-            wanted.extend([start_spill, start_reads, start_writes]);
+            wanted.extend([start_spill, start_reads, start_writes, start_fetches, start_fetched]);
         }
         let workers = wanted.into_iter().map(|worker| worker.start(shared.clone())).collect::<Result<Vec<_>>>()?;
         Ok(Engine { shared, workers, owner: std::process::id() })
@@ -244,9 +247,9 @@ impl Drop for Engine {
         // Copies read and write memory that is about to be freed.
         let _ = self.shared.device.synchronize();
         let shared = &self.shared;
-        let [reads, writes] = &shared.disk_jobs;
+        let ([reads, writes], [fetches, fetched]) = (&shared.disk_jobs, &shared.fetch_jobs);
         let device_jobs = [&shared.adam_jobs, &shared.landing_jobs, &shared.optimizer_jobs, &shared.states_jobs];
-        for jobs in device_jobs.into_iter().chain([&shared.spill_jobs, reads, writes]) {
+        for jobs in device_jobs.into_iter().chain([&shared.spill_jobs, reads, writes, fetches, fetched]) {
             let _ = jobs.send(Job::last());
         }
         shared.notify();

@@ -37,7 +37,7 @@ pub enum Error {
         /// The directory of the spill file.
         path: Option<PathBuf>,
         /// What the storage layer says: generation, place, error number, remedy.
-        source: tierwise_io::error::Error,
+        source: Box<tierwise_io::error::Error>,
     },
     /// The disk failed a worker earlier; the step is stopped with its error.
     #[error("the engine stopped: {what}: {source}")]
@@ -47,7 +47,7 @@ pub enum Error {
         /// The directory of the spill file.
         path: Option<PathBuf>,
         /// What the storage layer said.
-        source: tierwise_io::error::Error,
+        source: Box<tierwise_io::error::Error>,
     },
     /// A staging buffer was used against its state.
     #[error(transparent)]

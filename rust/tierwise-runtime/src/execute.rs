@@ -87,6 +87,9 @@ impl Shared {
         for reader in state.guards.reuse(offset, end) {
             self.device.queue_wait(Queue::HostToDevice, &reader)?;
         }
+        if state.scheduler.plan().chunks[chunk.index()].home == ParamHome::Fetched {
+            return self.fetch_spilled(state, chunk, offset);
+        }
         let dst = state.slab_address + offset;
         self.copy_params(state, chunk, dst, if demand { "demand fetch" } else { "fetch" })
     }

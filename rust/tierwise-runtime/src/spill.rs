@@ -1,8 +1,10 @@
 //! Spilled states: the spill file, its staging buffers, and the transfers between them that the core's staging machine asks for.
 //!
-//! A piece is one buffer, one read and one write: `[param,] master, exp_avg, exp_avg_sq` of its elements, one after the other.
+//! A piece is one buffer, one read and one write: `[param,] master, exp_avg, exp_avg_sq` of its elements, one after the other. Parameters
+//! that are fetched before each use are read without their states, so they are an extent of their own: two reads and two writes.
 
 pub mod access;
+mod fetch;
 mod step;
 
 use crate::device::EventRef;
@@ -10,6 +12,7 @@ use crate::engine::{Shared, State};
 use crate::error::{Error, Result};
 use crate::memory::StepBases;
 use crate::workers::Job;
+use fetch::Fetches;
 use std::path::Path;
 use std::sync::Arc;
 use tierwise_core::ChunkId;
@@ -20,6 +23,7 @@ use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
 use tierwise_core::trace::Trace;
 use tierwise_io::buffer::Buffer;
 use tierwise_io::store::{Slab, Store, StoreConfig};
+use tierwise_io::ticket::Ticket;
 use tierwise_io::{Direction, Key, Priority};
 
 /// Opens the spill file of a plan in a directory; `staging` is the memory that transfers use.
@@ -28,12 +32,13 @@ pub fn open(directory: &Path, plan: &NvmePlan, staging: Slab) -> Result<Store> {
         StoreConfig { block_bytes: plan.block_bytes as usize, slabs: vec![staging], ..StoreConfig::new(directory, plan.file_bytes) };
     Store::open(config).map_err(|source| {
         let what = format!("nvme_path `{}`", directory.display());
-        Error::Storage { what, path: Some(directory.to_owned()), source }
+        Error::Storage { what, path: Some(directory.to_owned()), source: Box::new(source) }
     })
 }
 
 /// What the engine knows of its spilled states.
 pub struct Spill {
+    fetches: Fetches,
     pieces: Pieces,
     staging: Staging,
     store: Option<Store>,
@@ -47,8 +52,8 @@ pub struct Spill {
     copied: Vec<Option<EventRef>>,
     /// Whether a caller reads or changes states by name.
     accessing: bool,
-    /// When the latest transfer of each direction ended, so that spans of a track do not overlap.
-    last_end_ns: [u64; 2],
+    /// When the latest transfer of each direction ended, and the latest fetch, so that spans of a track do not overlap.
+    last_end_ns: [u64; 3],
     /// Nanoseconds that steps waited for a piece.
     waited_ns: u64,
 }
@@ -58,18 +63,27 @@ pub const PAYLOADS: [&str; 4] = ["param", "master", "exp_avg", "exp_avg_sq"];
 
 impl Spill {
     /// Nothing spilled yet: every piece reads as zeros until it is written.
-    pub fn new(layout: &Layout, trace: &Trace, plan: &Plan, nvme: NvmePlan, store: Store, base: u64, budget: Budget) -> Spill {
+    pub fn new(layout: &Layout, trace: &Trace, plan: &Plan, nvme: NvmePlan, store: Store, base: u64, budget: Budget) -> Result<Spill> {
+        let fetched: Vec<bool> = plan.chunks.iter().map(|placed| placed.home == ParamHome::Fetched).collect();
+        let param_bytes = nvme.piece_numel * layout.precision.param_bytes();
+        if fetched.contains(&true) && !param_bytes.is_multiple_of(store.alignment() as u64) {
+            return Err(Error::Usage(format!(
+                "the disk asks for addresses that are multiples of {}, which the {param_bytes} bytes of a piece's parameters are not",
+                store.alignment()
+            )));
+        }
         let pieces = Pieces::new(layout, trace, plan);
         let precision = layout.precision;
         let elements = plan
             .chunks
             .iter()
             .map(|placed| {
-                let param = if placed.home == ParamHome::Spilled { precision.param_bytes() } else { 0 };
+                let param = if placed.home.is_spilled() { precision.param_bytes() } else { 0 };
                 [param, precision.master_bytes(), 4, 4]
             })
             .collect();
-        Spill {
+        Ok(Spill {
+            fetches: Fetches::new(fetched, base + u64::from(nvme.buffers) * nvme.buffer_bytes, nvme),
             staging: Staging::new(pieces.len(), nvme.buffers),
             pieces,
             store: Some(store),
@@ -79,14 +93,19 @@ impl Spill {
             budget,
             copied: vec![None; nvme.buffers as usize],
             accessing: false,
-            last_end_ns: [0; 2],
+            last_end_ns: [0; 3],
             waited_ns: 0,
-        }
+        })
+    }
+
+    /// Whether parameters of a chunk are on their way from the disk into the slab, and their last copy is not submitted yet.
+    pub fn fetches(&self, chunk: ChunkId) -> bool {
+        self.fetches.is_pending(chunk)
     }
 
     /// Whether something is being stepped, accessed or written.
     pub fn is_busy(&self) -> bool {
-        self.accessing || self.staging.is_busy()
+        self.accessing || self.staging.is_busy() || self.fetches.is_busy()
     }
 
     /// Takes the store out, to be dropped.
@@ -100,7 +119,7 @@ impl Spill {
         let metrics = store.metrics().map_err(|source| Error::Storage {
             what: "the spill file".to_owned(),
             path: store.setup().directory.clone(),
-            source,
+            source: Box::new(source),
         })?;
         value["nvme_bytes"] = metrics.used_bytes.into();
         value["nvme_file_bytes"] = self.budget.used().into();
@@ -114,7 +133,8 @@ impl Spill {
         value["nvme_wait_ns"] = self.waited_ns.into();
         value["nvme_retries"] = (metrics.retries + metrics.rereads + metrics.short_transfers).into();
         value["nvme_payload_bytes"] = self.plan.payload_bytes.into();
-        value["nvme_staging_bytes"] = (u64::from(self.plan.buffers) * self.plan.buffer_bytes).into();
+        value["nvme_staging_bytes"] = self.plan.staging_bytes().into();
+        value["nvme_fetched_bytes"] = self.fetches.bytes().into();
         value["nvme_buffers"] = serde_json::to_value(self.staging.buffers()).unwrap_or_default();
         value["nvme"] = serde_json::to_value(store.setup()).unwrap_or_default();
         Ok(())
@@ -128,7 +148,25 @@ impl Spill {
     fn payload(&self, piece: Piece, buffer: u32, payload: usize) -> (u64, u64) {
         let elements = self.elements[piece.chunk.index()];
         let before: u64 = elements[..payload].iter().sum();
-        (self.address(buffer) + before * piece.numel, elements[payload])
+        let mut offset = before * piece.numel;
+        if self.fetches.of(piece.chunk) && payload > 0 {
+            // States start where those of a whole piece do, which is aligned for a transfer of their own.
+            offset += (self.plan.piece_numel - piece.numel) * elements[0];
+        }
+        (self.address(buffer) + offset, elements[payload])
+    }
+
+    /// What is transferred for a piece: (name on the disk, address, bytes) of each extent.
+    fn extents(&self, id: PieceId, buffer: u32) -> Vec<(Key, u64, u64)> {
+        let piece = self.pieces.get(id);
+        let key = self.key(id);
+        if !self.fetches.of(piece.chunk) {
+            return vec![(key, self.address(buffer), piece.bytes)];
+        }
+        let (param, element) = self.payload(piece, buffer, 0);
+        let states = self.payload(piece, buffer, 1).0;
+        let bytes = piece.numel * element;
+        vec![(param_key(key), param, bytes), (key, states, piece.bytes - bytes)]
     }
 
     /// Bases of the payloads in a buffer, as if all of the chunk were there; `param` is its base elsewhere, where it is not spilled.
@@ -149,10 +187,15 @@ impl Spill {
     }
 }
 
+/// The name on the disk of a piece's parameters, where they are an extent of their own.
+fn param_key(key: Key) -> Key {
+    Key { payload: key.payload | 1 << 31, ..key }
+}
+
 /// A piece for people.
 fn piece_name(state: &State, piece: Piece) -> String {
     let name = &state.scheduler.layout().chunks[piece.chunk.index()].name;
-    let param = state.scheduler.plan().chunks[piece.chunk.index()].home == ParamHome::Spilled;
+    let param = state.scheduler.plan().chunks[piece.chunk.index()].home.is_spilled();
     let payloads = if param { "param, master, exp_avg, exp_avg_sq" } else { "master, exp_avg, exp_avg_sq" };
     format!("spilled {payloads} of `{name}`, elements {} to {}", piece.first, piece.first + piece.numel)
 }
@@ -174,9 +217,10 @@ impl Shared {
                 Transfer::Write { piece, buffer, generation } => self.submit(state, Direction::Write, piece, buffer, generation),
                 Transfer::Zero { piece, buffer } => {
                     let spill = spill(state)?;
-                    let (address, bytes) = (spill.address(buffer), spill.pieces.get(piece).bytes);
-                    // SAFETY: the buffer is in the slab that `self` keeps alive, and the staging machine has just given it to this piece.
-                    unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes as usize) };
+                    for (_, address, bytes) in spill.extents(piece, buffer) {
+                        // SAFETY: the buffer is in the slab that `self` keeps alive, and the staging machine has just given it to this piece.
+                        unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes as usize) };
+                    }
                     Ok(())
                 }
             };
@@ -191,24 +235,31 @@ impl Shared {
     fn submit(&self, state: &mut State, direction: Direction, id: PieceId, buffer: u32, generation: u64) -> Result<()> {
         let spill = spill(state)?;
         let piece = spill.pieces.get(id);
-        let key = spill.key(id);
-        // SAFETY: the store is closed before the slab is freed, and the staging machine leaves the buffer to this transfer until it is
-        // told of its end.
-        let mut bytes = unsafe { Buffer::new(spill.address(buffer) as *mut u8, piece.bytes as usize) };
         let copied = spill.copied[buffer as usize].take();
         let Some(store) = &spill.store else { return Err(Error::Stopped("the spill file is closed".to_owned())) };
-        let ticket = match direction {
-            Direction::Read => store.read(key, generation, &mut bytes, Priority::Soon),
-            Direction::Write => store.write(key, generation, &bytes, Priority::Soon),
-        };
+        let mut tickets = Vec::new();
+        let mut outcome = Ok(());
+        for (key, address, bytes) in spill.extents(id, buffer) {
+            // SAFETY: the store is closed before the slab is freed, and the staging machine leaves the buffer to this transfer until it is
+            // told of its end.
+            let mut bytes = unsafe { Buffer::new(address as *mut u8, bytes as usize) };
+            let ticket = match direction {
+                Direction::Read => store.read(key, generation, &mut bytes, Priority::Soon),
+                Direction::Write => store.write(key, generation, &bytes, Priority::Soon),
+            };
+            match ticket {
+                Ok(ticket) => tickets.push(ticket),
+                Err(error) => outcome = Err(error),
+            }
+        }
         let path = store.setup().directory.clone();
         let what = piece_name(state, piece);
-        let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source })?;
+        outcome.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
         let submitted = self.device.now_ns();
         let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
         // A buffer that is written may also be on its way to the device; it is reused after both.
         self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
-            ticket.wait().map_err(|source| Error::Storage { what, path, source })?;
+            tickets.iter().try_for_each(Ticket::wait).map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
             shared.transferred(direction, buffer, (track, piece, submitted))
         }))
     }

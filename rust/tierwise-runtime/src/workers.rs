@@ -70,6 +70,8 @@ pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted
         WorkerId::Spill => "tierwise-spill",
         WorkerId::Reads => "tierwise-reads",
         WorkerId::Writes => "tierwise-writes",
+        WorkerId::Fetches => "tierwise-fetches",
+        WorkerId::Fetched => "tierwise-fetched",
     };
     (Worker { jobs: sender, id, clock: clock.clone() }, Unstarted { name, jobs, id, clock })
 }

@@ -26,6 +26,8 @@ const CHUNKS: u32 = 3;
 const NUMEL: u64 = 10_000;
 const PIECE: u64 = 4096;
 const BUFFER: u64 = 64 << 10;
+/// Bytes of a chunk's place in the slab, the gaps between its parameters included.
+const SLOT: u64 = (2 * (NUMEL + 128)).next_multiple_of(256);
 /// Extents of the buffers' size.
 const BLOCK: u64 = 64 << 10;
 
@@ -58,7 +60,9 @@ fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
         buffer_bytes: BUFFER,
         buffers,
         block_bytes: BLOCK,
-        file_bytes: u64::from(CHUNKS * 3 + buffers) * BLOCK,
+        file_bytes: u64::from(CHUNKS * 3 + buffers) * if placement.home == ParamHome::Fetched { 2 } else { 1 } * BLOCK,
+        fetch_buffers: if placement.home == ParamHome::Fetched { buffers.div_ceil(2) } else { 0 },
+        fetch_buffer_bytes: BUFFER,
         ..NvmePlan::default()
     };
     Plan {
@@ -66,7 +70,7 @@ fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
         chunks: vec![placement; CHUNKS as usize],
         activations: vec![ActivationPlan::Keep; CHUNKS as usize],
         offload_window_bytes: 0,
-        stream_slab_bytes: 0,
+        stream_slab_bytes: if placement.home.is_streamed() { SLOT * u64::from(buffers.clamp(1, 2)) } else { 0 },
         grad_in_flight_bytes: 1 << 20,
         accumulation: 1,
         clip_mode: ClipMode::Defer,
@@ -117,7 +121,10 @@ struct Rig {
     engine: Engine,
     params: Vec<Vec<u16>>,
     gradients: Vec<Vec<u16>>,
-    spilled: bool,
+    slab: Vec<u16>,
+    home: ParamHome,
+    /// Sums over the parameters that every operation found.
+    seen: Vec<u64>,
 }
 
 fn patience() -> impl FnMut() -> bool {
@@ -127,7 +134,11 @@ fn patience() -> impl FnMut() -> bool {
 
 impl Rig {
     fn new(placement: ChunkPlan, buffers: u32, script: &Script) -> Rig {
-        let (layout, plan) = (layout(), plan(placement, buffers));
+        Rig::with(plan(placement, buffers), script)
+    }
+
+    fn with(plan: Plan, script: &Script) -> Rig {
+        let (layout, homes) = (layout(), plan.chunks.iter().map(|placed| placed.home).collect::<Vec<_>>());
         let device = EmulatedDevice::new(EmulatedConfig { threads: 1, ..EmulatedConfig::default() });
         let config = EngineConfig {
             device_budget: 1 << 30,
@@ -142,10 +153,17 @@ impl Rig {
         let numel = layout.chunks[0].numel as usize;
         let value = |chunk: usize, i: usize| 0x3f00 + ((chunk * 31 + i * 7) % 251) as u16;
         let params: Vec<Vec<u16>> = (0..CHUNKS as usize).map(|c| (0..numel).map(|i| value(c, i)).collect()).collect();
-        let rig = Rig { engine, gradients: vec![vec![0; numel]; CHUNKS as usize], params, spilled: placement.home == ParamHome::Spilled };
+        let slab = vec![0; SLOT as usize];
+        let gradients = vec![vec![0; numel]; CHUNKS as usize];
+        let rig = Rig { engine, gradients, params, slab, home: homes[0], seen: Vec::new() };
+        if rig.home.is_streamed() {
+            rig.engine.bind_slab(rig.slab.as_ptr() as u64).unwrap();
+        }
         for (chunk, values) in layout.ids().zip(&rig.params) {
-            rig.engine.bind(chunk, Some(values.as_ptr() as u64), None, None).unwrap();
-            if rig.spilled {
+            if !rig.home.is_streamed() {
+                rig.engine.bind(chunk, Some(values.as_ptr() as u64), None, None).unwrap();
+            }
+            if homes[chunk.index()].is_spilled() {
                 rig.engine.spilled(chunk, "param", (0, numel as u64), Access::Write(values.as_ptr() as u64), &mut patience()).unwrap();
             } else {
                 let (host, _) = rig.engine.host_slab();
@@ -160,14 +178,30 @@ impl Rig {
         rig
     }
 
+    /// Enters a unit and reads what its operation would.
+    fn enter(&mut self, unit: u32, phase: Phase) -> Result<()> {
+        let slots = self.engine.enter(unit, phase, STREAM, &mut patience())?;
+        let mut address = self.params[unit as usize].as_ptr();
+        if self.home.is_streamed() {
+            let &[(chunk, slot)] = slots.as_slice() else { panic!("{slots:?}") };
+            assert_eq!(chunk, ChunkId(unit));
+            address = self.slab.as_ptr().wrapping_add(slot as usize / 2);
+        }
+        // Volatile, because the device writes there.
+        // SAFETY: both lie in memory of the rig, and the engine has said that this chunk may be read.
+        let values = (0..NUMEL as usize).map(|i| unsafe { address.add(i).read_volatile() });
+        self.seen.push(values.fold(0, |sum: u64, value| sum.wrapping_mul(31).wrapping_add(u64::from(value))));
+        Ok(())
+    }
+
     fn step(&mut self, number: usize) -> Result<()> {
         for unit in 0..CHUNKS {
-            self.engine.enter(unit, Phase::Forward, STREAM, &mut patience())?;
+            self.enter(unit, Phase::Forward)?;
             self.engine.leave(unit, Phase::Forward, STREAM)?;
         }
         self.engine.backward_begin(1.0, &mut patience())?;
         for unit in (0..CHUNKS).rev() {
-            self.engine.enter(unit, Phase::Backward, STREAM, &mut patience())?;
+            self.enter(unit, Phase::Backward)?;
             let layout = layout();
             let gradient = &mut self.gradients[unit as usize];
             for (i, value) in gradient.iter_mut().enumerate() {
@@ -201,7 +235,12 @@ impl Rig {
         let numel = layout().chunks[0].state_numel;
         let mut all = Vec::new();
         for chunk in layout().ids() {
-            all.extend(self.params[chunk.index()].iter().flat_map(|v| v.to_le_bytes()));
+            let mut params = self.params[chunk.index()].clone();
+            if self.home.is_streamed() {
+                let access = Access::Read(params.as_mut_ptr() as u64);
+                self.engine.spilled(chunk, "param", (0, params.len() as u64), access, &mut patience()).unwrap();
+            }
+            all.extend(params.iter().flat_map(|v| v.to_le_bytes()));
             for (payload, bytes) in [("master", 2), ("exp_avg", 4), ("exp_avg_sq", 4)] {
                 let mut values = vec![0_u8; (numel * bytes) as usize];
                 let address = values.as_mut_ptr() as u64;
@@ -216,6 +255,7 @@ impl Rig {
                 all.extend(values);
             }
         }
+        all.extend(self.seen.iter().flat_map(|sum| sum.to_le_bytes()));
         all
     }
 }
@@ -226,8 +266,11 @@ fn in_memory(steps: usize) -> Vec<u8> {
     rig.state()
 }
 
-const PLACEMENTS: [ChunkPlan; 2] =
-    [ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Resident), ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Spilled)];
+const PLACEMENTS: [ChunkPlan; 3] = [
+    ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Resident),
+    ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Spilled),
+    ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Fetched),
+];
 
 #[test]
 fn any_number_of_buffers_gives_the_bits_of_memory() {
@@ -285,9 +328,10 @@ fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
         (Direction::Write, Fault::TooLong, "the system moved", libc::EIO),
     ];
     for placement in PLACEMENTS {
-        for (direction, fault, wanted, errno) in cases {
+        // Where parameters are fetched, the first is a transfer of parameters, the second one of states.
+        for ((direction, fault, wanted, errno), number) in cases.into_iter().flat_map(|case| [(case, 2), (case, 5)]) {
             let script = Script::default();
-            script.faults.lock().unwrap().push((direction, 4, fault));
+            script.faults.lock().unwrap().push((direction, number, fault));
             let mut rig = Rig::new(placement, 2, &script);
             rig.run(0..2).unwrap();
             script.armed.store(true, Ordering::Release);
@@ -295,7 +339,9 @@ fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
             let message = error.to_string();
             assert!(matches!(&error, Error::StoppedByDisk { source, .. } if source.errno() == Some(errno)), "{error:?}");
             assert!(message.contains(wanted), "{fault:?}: {message}");
-            for part in ["master, exp_avg, exp_avg_sq of `layers.", "elements ", "generation "] {
+            // Fetched parameters are read alone.
+            let payloads = if placement.home == ParamHome::Fetched { "of `layers." } else { "master, exp_avg, exp_avg_sq of `layers." };
+            for part in [payloads, "elements ", "generation "] {
                 assert!(message.contains(part), "{fault:?}: {message}");
             }
             // It stays stopped, and going away does not hang.
@@ -305,6 +351,60 @@ fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
             assert!(rig.engine.spilled(ChunkId(0), "exp_avg", (0, 1), access, &mut patience()).is_err());
         }
     }
+}
+
+#[test]
+fn a_parameter_that_cannot_be_read_is_never_used() {
+    let mut reference = Rig::new(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, &Script::default());
+    reference.run(0..3).unwrap();
+    let fetched = ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Fetched);
+    let mut fetches = 0;
+    for (fault, wanted) in [(Fault::Errno(libc::EIO), "Input/output error"), (Fault::FlippedBit(4097), "has checksum")] {
+        for number in 0..24 {
+            let script = Script::default();
+            // A wrong block is read once more, so everything from there on is wrong.
+            let wrong = number..number + if matches!(fault, Fault::Errno(_)) { 1 } else { 100 };
+            script.faults.lock().unwrap().extend(wrong.map(|number| (Direction::Read, number, fault)));
+            let mut rig = Rig::new(fetched, 2, &script);
+            script.armed.store(true, Ordering::Release);
+            let error = rig.run(0..3).expect_err("a disk that fails");
+            let message = error.to_string();
+            assert!(message.contains(wanted), "{message}");
+            fetches += usize::from(message.contains("spilled param of `layers."));
+            assert!(reference.seen.starts_with(&rig.seen), "read {number}: {fault:?}: an operation saw other parameters");
+        }
+    }
+    assert!(fetches > 10, "{fetches} of the failing reads were of parameters alone");
+}
+
+#[test]
+fn what_comes_in_for_a_slot_that_was_given_away_is_dropped() {
+    let mut mixed = plan(ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Fetched), 1);
+    mixed.nvme.as_mut().unwrap().fetch_buffers = 4;
+    for chunk in [0, 2] {
+        mixed.chunks[chunk] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Streamed);
+    }
+    let mut rig = Rig::with(mixed, &Script { late_ns: 20_000_000, ..Script::default() });
+    let value = |rig: &Rig, chunk: usize| rig.params[chunk].clone();
+    let slot = |rig: &Rig| -> Vec<u16> {
+        let numel = rig.params[0].len();
+        // SAFETY: the slab is the rig's memory; volatile, because the device writes there.
+        (0..numel).map(|i| unsafe { rig.slab.as_ptr().add(i).read_volatile() }).collect()
+    };
+    rig.enter(0, Phase::Forward).unwrap();
+    rig.engine.leave(0, Phase::Forward, STREAM).unwrap();
+    // The only slot was given to chunk 1, whose blocks the disk takes its time for; compute goes another way.
+    assert!(rig.engine.stats().unwrap()["nvme_fetched_bytes"].as_u64().unwrap() > 0, "nothing was asked of the disk");
+    rig.enter(2, Phase::Forward).unwrap();
+    assert!(slot(&rig) == value(&rig, 2));
+    // All that was asked for has come in by then, with a large margin.
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(slot(&rig) == value(&rig, 2), "another chunk's block was copied into a slot in use");
+    rig.engine.leave(2, Phase::Forward, STREAM).unwrap();
+    rig.enter(1, Phase::Forward).unwrap();
+    assert!(slot(&rig) == value(&rig, 1));
+    rig.engine.leave(1, Phase::Forward, STREAM).unwrap();
+    rig.engine.flush(&mut patience()).unwrap();
 }
 
 #[test]
@@ -350,8 +450,9 @@ fn a_disk_that_cannot_be_opened_is_an_error_of_the_engine() {
     assert!(refused(&config).to_string().contains("no nvme_path was given"));
     let config = EngineConfig { nvme_path: Some("/no/such/directory".into()), ..config };
     match refused(&config) {
-        Error::Storage { what, path, source: DiskError::Create { errno, .. } } => {
-            assert_eq!((what.as_str(), errno), ("nvme_path `/no/such/directory`", libc::ENOENT));
+        Error::Storage { what, path, source } => {
+            assert!(matches!(*source, DiskError::Create { errno: libc::ENOENT, .. }), "{source:?}");
+            assert_eq!(what, "nvme_path `/no/such/directory`");
             assert_eq!(path.unwrap(), std::path::Path::new("/no/such/directory"));
         }
         other => panic!("{other:?}"),

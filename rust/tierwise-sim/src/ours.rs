@@ -6,8 +6,8 @@ use crate::request::{Error, Memory, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan, host_region_bytes};
-use tierwise_core::planner::{NvmeRequest, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, Plan, host_region_bytes};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
@@ -209,7 +209,7 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         }
         Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
     };
-    let streams = plan.chunks.iter().any(|c| c.home == ParamHome::Streamed);
+    let streams = plan.chunks.iter().any(|c| c.home.is_streamed());
     if streams && sharding.is_some() && request.parallel.zero < 3 {
         // Whole parameters on the device are what these levels mean: they would have to fit.
         let needed = plan.device.total() - plan.device.stream_slab + whole_params(&rank.built.layout) - plan.device.resident_params;
@@ -285,7 +285,7 @@ fn placed(stage: &Stage) -> Placed {
         host_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Host, true),
         visiting_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Streamed, true),
         nvme_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Nvme, true),
-        streamed_numel: numel(&|c| plan.chunks[c].home == ParamHome::Streamed, false),
+        streamed_numel: numel(&|c| plan.chunks[c].home.is_streamed(), false),
         recomputed_units: recomputed(stage).count() as u64,
         recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,
         device: plan.device,

@@ -269,7 +269,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
         host.gradients += of_chunk.gradients;
         match placement.home {
             ParamHome::Resident | ParamHome::Spilled => base.resident_params += layout.param_bytes(chunk).next_multiple_of(SLOT_ALIGN),
-            ParamHome::Streamed => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
+            ParamHome::Streamed | ParamHome::Fetched => cost.stream_bytes += layout.param_bytes(chunk) * memory.uses[chunk.index()],
         }
         if memory.accumulation > 1 && placement.accumulate == Tier::Device {
             base.accumulators += layout.grad_acc_bytes(chunk);
@@ -300,7 +300,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
         }
     }
     host.staging = spill::landing_bytes(memory, &chunks);
-    host.nvme_staging = nvme.map_or(0, |n| u64::from(n.buffers) * n.buffer_bytes);
+    host.nvme_staging = nvme.map_or(0, |n| n.staging_bytes());
     let ample = memory.in_flight_bytes(&chunks);
     let gradients = memory.gradients(&chunks, [ample, 0]);
     Row { chunks, host, nvme, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }

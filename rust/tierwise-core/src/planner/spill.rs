@@ -1,15 +1,17 @@
-//! What goes to the disk: as few chunks as the host budget leaves no room for, the latest-used first, parameters last of all.
+//! What goes to the disk: as few chunks as the host budget leaves no room for, the latest-used first: states, then
+//! resident parameters, then streamed ones.
 
 use super::NvmeRequest;
 use super::memory::Memory;
 use crate::ChunkId;
-use crate::layout::ChunkLayout;
 use crate::plan::{ChunkPlan, ClipMode, HostBytes, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
 const BUFFERS: u64 = 16;
 /// Staging buffers where host memory is left over.
 const MAX_BUFFERS: u64 = 64;
+/// Buffers that fetched parameters come through: enough for the disk to read ahead of the link.
+const FETCH_BUFFERS: u32 = 8;
 /// Staging takes at most this part of what the model's parameters and states are. Of the model, not of the budget: more host memory then never
 /// spills more, and what an error says is needed is enough.
 const STAGING_SHARE: u64 = 16;
@@ -31,23 +33,32 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
         return None;
     }
     let mut plan = sizes(memory);
-    used += u64::from(plan.buffers) * plan.buffer_bytes;
+    used += plan.staging_bytes();
     // The earliest-used chunks keep the fastest tier: their parameters are needed first.
     let latest_first: Vec<usize> = memory.forward_order.iter().rev().copied().collect();
-    for spilled in [
-        |placed: ChunkPlan| (placed.class == OptimizerClass::Host).then_some(ChunkPlan { class: OptimizerClass::Nvme, ..placed }),
-        |placed: ChunkPlan| {
-            let moves = placed.class == OptimizerClass::Nvme && placed.home == ParamHome::Resident;
-            moves.then_some(ChunkPlan { home: ParamHome::Spilled, ..placed })
-        },
-    ] {
+    let fetch_buffer_bytes = plan.piece_numel * memory.layout.precision.param_bytes();
+    for (stage, spilled) in [states, resident_params, streamed_params].into_iter().enumerate() {
+        if stage == 2 {
+            let saved: u64 = latest_first
+                .iter()
+                .filter_map(|&c| streamed_params(memory, c, chunks[c]).map(|placed| host(chunks[c], c) - host(placed, c)))
+                .sum();
+            // The buffers for it would take more than they save.
+            if saved <= u64::from(FETCH_BUFFERS) * fetch_buffer_bytes {
+                break;
+            }
+        }
         for &c in &latest_first {
             if used <= memory.host_budget {
                 break;
             }
-            if let Some(placed) = spilled(chunks[c]) {
+            if let Some(placed) = spilled(memory, c, chunks[c]) {
                 used = used + host(placed, c) - host(chunks[c], c);
                 chunks[c] = placed;
+                if placed.home == ParamHome::Fetched && plan.fetch_buffers == 0 {
+                    (plan.fetch_buffers, plan.fetch_buffer_bytes) = (FETCH_BUFFERS, fetch_buffer_bytes);
+                    used += u64::from(FETCH_BUFFERS) * fetch_buffer_bytes;
+                }
             }
         }
     }
@@ -56,7 +67,10 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
         return None;
     }
     // What is left is too little for another chunk; as buffers it keeps the disk at work while nothing can be stepped.
-    let pieces: u64 = spilled_chunks(memory, chunks).map(|(layout, _)| layout.state_numel.div_ceil(plan.piece_numel)).sum();
+    let pieces: u64 = {
+        let spilled = memory.layout.chunks.iter().zip(&*chunks).filter(|(_, placed)| placed.class == OptimizerClass::Nvme);
+        spilled.map(|(layout, _)| layout.state_numel.div_ceil(plan.piece_numel)).sum()
+    };
     let room = memory.host_budget.saturating_sub(used) / plan.buffer_bytes;
     let more = room.min(MAX_BUFFERS.min(pieces).saturating_sub(u64::from(plan.buffers)));
     let mut larger = NvmePlan { buffers: plan.buffers + more as u32, ..plan };
@@ -64,6 +78,23 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
     // Undo records use what is left too, and the disk may have no room to rewrite more at once.
     let fits = memory.clip_mode == ClipMode::Defer && memory.nvme.is_some_and(|nvme| larger.file_bytes <= nvme.budget);
     Some(if fits { larger } else { plan })
+}
+
+fn states(_: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
+    (placed.class == OptimizerClass::Host).then_some(ChunkPlan { class: OptimizerClass::Nvme, ..placed })
+}
+
+fn resident_params(_: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
+    let moves = placed.class == OptimizerClass::Nvme && placed.home == ParamHome::Resident;
+    moves.then_some(ChunkPlan { home: ParamHome::Spilled, ..placed })
+}
+
+/// After the resident ones, which the disk need not read again for every use. A piece has as many parameters as states, so chunks that are
+/// frozen in part keep theirs in memory.
+fn streamed_params(memory: &Memory, chunk: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
+    let layout = &memory.layout.chunks[chunk];
+    let moves = placed.class == OptimizerClass::Nvme && placed.home == ParamHome::Streamed && layout.numel == layout.state_numel;
+    moves.then_some(ChunkPlan { home: ParamHome::Fetched, ..placed })
 }
 
 /// Buffers in which gradients land that are added to accumulators.
@@ -93,24 +124,33 @@ fn sizes(memory: &Memory) -> NvmePlan {
     }
 }
 
-fn spilled_chunks<'a>(memory: &'a Memory, chunks: &'a [ChunkPlan]) -> impl Iterator<Item = (&'a ChunkLayout, &'a ChunkPlan)> {
-    memory.layout.chunks.iter().zip(chunks).filter(|(_, placed)| placed.class == OptimizerClass::Nvme)
-}
-
 fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     let mut largest = 0;
+    let mut fetched = 0;
     (plan.payload_bytes, plan.file_bytes) = (0, 0);
-    for (layout, placed) in spilled_chunks(memory, chunks) {
+    let precision = memory.layout.precision;
+    for (chunk, (layout, placed)) in memory.layout.chunks.iter().zip(chunks).enumerate() {
+        if placed.class != OptimizerClass::Nvme {
+            continue;
+        }
         let element = memory.layout.spilled_bytes(*placed);
-        let extent = |numel: u64| (numel * element).next_multiple_of(plan.block_bytes);
+        let round = |bytes: u64| bytes.next_multiple_of(plan.block_bytes);
+        // What is fetched alone is stored alone.
+        let extent = |numel: u64| match placed.home {
+            ParamHome::Fetched => round(numel * precision.param_bytes()) + round(numel * precision.state_bytes()),
+            _ => round(numel * element),
+        };
         let (whole, rest) = (layout.state_numel / plan.piece_numel, layout.state_numel % plan.piece_numel);
         plan.payload_bytes += layout.state_numel * element;
         plan.file_bytes += whole * extent(plan.piece_numel) + extent(rest);
         largest = largest.max(extent(plan.piece_numel.min(layout.state_numel)));
+        if placed.home == ParamHome::Fetched {
+            fetched += u64::from(memory.accumulation) * memory.uses[chunk] * layout.numel * precision.param_bytes();
+        }
     }
     // The last copy of a piece stays until the new one is complete.
     plan.file_bytes += u64::from(plan.buffers) * largest;
-    (plan.read_bytes, plan.written_bytes) = (plan.payload_bytes, plan.payload_bytes);
+    (plan.read_bytes, plan.written_bytes) = (plan.payload_bytes + fetched, plan.payload_bytes);
 }
 
 /// Seconds in which the disk reads and writes what a step rewrites; it does one or the other at any moment.

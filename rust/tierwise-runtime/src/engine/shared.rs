@@ -33,6 +33,8 @@ pub struct Shared {
     pub(crate) spill_jobs: Worker,
     /// Waits for reads, and for writes.
     pub(crate) disk_jobs: [Worker; 2],
+    /// Waits for fetched parameters to be read, and to be on the device.
+    pub(crate) fetch_jobs: [Worker; 2],
     pub(crate) landing_jobs: Worker,
     pub(crate) optimizer_jobs: Worker,
     pub(crate) states_jobs: Worker,

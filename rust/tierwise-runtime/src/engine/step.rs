@@ -72,6 +72,23 @@ impl Engine {
             Event::Touch { chunk } => (vec![chunk], state.scheduler.layout().chunks[chunk.index()].name.clone()),
             _ => return Err(Error::Internal("only Enter and Touch make chunks readable".to_owned())),
         };
+        let copying = |state: &State| chunks.iter().any(|&c| state.spill.as_ref().is_some_and(|spill| spill.fetches(c)));
+        if copying(&state) {
+            // Nobody can wait for the event of a copy that was not submitted yet.
+            waited = true;
+            drop(state);
+            let outcome = self.shared.wait_until(self.shared.lock(), keep_waiting, |state| !copying(state));
+            state = match outcome {
+                Ok(state) => state,
+                Err(error) => {
+                    if let (Event::Enter { unit, phase }, Error::Interrupted) = (event, &error) {
+                        let mut state = self.lock()?;
+                        self.shared.apply(&mut state, &Event::Leave { unit: *unit, phase: *phase })?;
+                    }
+                    return Err(error);
+                }
+            };
+        }
         let mut events = Vec::new();
         for chunk in chunks {
             if let Some(event) = state.written[chunk.index()].clone() {
@@ -129,7 +146,7 @@ impl Engine {
             .chunks
             .iter()
             .copied()
-            .filter(|c| plan.chunks[c.index()].home == ParamHome::Streamed && !state.scheduler.is_entered(*c))
+            .filter(|c| plan.chunks[c.index()].home.is_streamed() && !state.scheduler.is_entered(*c))
             .collect())
     }
 

@@ -80,7 +80,11 @@ impl Run<'_> {
 
     fn fetch(&mut self, chunk: ChunkId, offset: u64, demand: bool) {
         let end = offset + self.setup.layout.param_bytes(chunk);
-        let waits = self.guards.reuse(offset, end);
+        let mut waits = self.guards.reuse(offset, end);
+        if self.setup.plan.chunks[chunk.index()].home == ParamHome::Fetched {
+            let bytes = self.setup.layout.param_bytes(chunk);
+            waits.push(self.enqueue(Lane::DiskRead, "fetch", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), Vec::new()));
+        }
         self.copy_params(chunk, if demand { "demand fetch" } else { "fetch" }, waits, Cause::Fetch);
     }
 
