@@ -3,34 +3,30 @@
     python benchmarks/nvme.py --size 7b --host-budget 24GiB --nvme-path /mnt/nvme       # on a GPU
     python benchmarks/nvme.py --size tiny --seq 64 --host-budget 12MiB --nvme-path /var/tmp    # a smoke test on the CPU
 
-The raw loop moves blocks of 4 MiB with O_DIRECT in a file of its own, as many at once as the engine does: reads alone, writes alone, and
-both at once. `fio` does the same where it is installed. The engine is measured while training runs: bytes read and written in a step, over
-its time. A step can be no shorter than its compute, and than its disk bytes at the speed at which the raw loop reads and writes at once;
-`bound` is the larger of the two, compute being forward, backward and the way of the gradients, measured in the same process without a step.
+The raw loop moves blocks of the engine's size with O_DIRECT in a file of its own, as many at once as the engine does: reads alone, writes
+alone, and both at once, as many bytes each way as a step moves. `fio` does the same where it is installed. The raw loop runs before the
+first step and after the last, while the engine rests; the engine is measured while training runs, twice: its bytes over the whole step, and
+over the time in which the disk had something to do (`nvme_busy_ns`), because nothing can fill a disk that nobody asks. `depth` is how many
+blocks the disk had at once in that time, on average. A step can be no shorter than its compute, and than its disk bytes at the speed at
+which the raw loop reads and writes at once; `bound` is the larger of the two, compute being forward, backward and the way of the gradients,
+measured in the same process without a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
-import mmap
 import os
 import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from typing import Any
 
 from llama import SIZES, fields, llama
 from offload import BETAS, DECAY, LR
-
-BLOCK = 4 << 20
-DEPTH = 32
-"""Transfers that the engine's spill file has in flight."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,66 +59,20 @@ def parser() -> argparse.ArgumentParser:
 # ---- the disk without an engine ------------------------------------------------------------------------------------------------
 
 
-class Raw:
-    """Threads that read or write aligned blocks of one preallocated file, past the page cache where the file system can."""
-
-    def __init__(self, directory: str, size: int, seconds: float) -> None:
-        self.blocks = max(size // BLOCK, 2 * DEPTH)
-        self.seconds = seconds
-        self.direct = True
-        flags = os.O_RDWR | os.O_TMPFILE
-        try:
-            self.fd = os.open(directory, flags | os.O_DIRECT, 0o600)
-        except OSError:
-            self.fd, self.direct = os.open(directory, flags, 0o600), False
-        os.posix_fallocate(self.fd, 0, self.blocks * BLOCK)
-
-    def move(self, kinds: tuple[bool, ...], once: bool = False) -> tuple[float, float]:
-        """Bytes per second (read, written) with `DEPTH` blocks on their way; every thread goes through `kinds` (whether to write) again and
-        again, so that both directions move the same bytes. `once` stops after every block."""
-        turns = itertools.cycle(range(self.blocks)) if not once else iter(range(self.blocks))
-        lock = threading.Lock()
-        moved = [0, 0]
-        end = time.perf_counter() + (1e9 if once else self.seconds)
-
-        def work(number: int) -> None:
-            memory = mmap.mmap(-1, BLOCK)
-            memory.write(os.urandom(BLOCK))
-            for turn in itertools.count(number):
-                write = kinds[turn % len(kinds)]
-                with lock:
-                    block = next(turns, None) if time.perf_counter() < end else None
-                if block is None:
-                    return
-                count = os.pwritev(self.fd, [memory], block * BLOCK) if write else os.preadv(self.fd, [memory], block * BLOCK)
-                with lock:
-                    moved[write] += count
-
-        start = time.perf_counter()
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(DEPTH)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        elapsed = time.perf_counter() - start
-        return moved[0] / elapsed, moved[1] / elapsed
-
-    def measure(self) -> dict[str, float]:
-        """Bytes per second: `read`, `write`, and `mixed` (both directions together, the same bytes each)."""
-        self.move((True,), once=True)
-        read, _ = self.move((False,))
-        _, write = self.move((True,))
-        mixed = self.move((False, True))
-        os.close(self.fd)
-        return {"read": read, "write": write, "mixed_read": mixed[0], "mixed_write": mixed[1], "mixed": sum(mixed)}
+def raw_speeds(raw: Any, seconds: float) -> dict[str, float]:
+    """Bytes per second: `read`, `write`, and `mixed` (both directions together, block by block in turn)."""
+    read, _ = raw.run(True, False, seconds)
+    _, write = raw.run(False, True, seconds)
+    mixed = raw.run(True, True, seconds)
+    return {"read": read, "write": write, "mixed_read": mixed[0], "mixed_write": mixed[1], "mixed": sum(mixed)}
 
 
-def fio(directory: str, size: int, seconds: float) -> float | None:
+def fio(directory: str, size: int, seconds: float, block: int, depth: int) -> float | None:
     """Bytes per second of `fio` reading and writing at once, or None where it is not installed."""
     if shutil.which("fio") is None:
         return None
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        options = {"name": "mixed", "directory": folder, "rw": "rw", "bs": "4m", "direct": 1, "ioengine": "io_uring", "iodepth": DEPTH}
+        options = {"name": "mixed", "directory": folder, "rw": "rw", "bs": block, "direct": 1, "ioengine": "io_uring", "iodepth": depth}
         options |= {"size": size, "runtime": int(seconds), "time_based": 1, "output-format": "json"}
         done = subprocess.run(["fio", *[f"--{k}={v}" for k, v in options.items()]], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -138,6 +88,7 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
     """Trains and measures; times in seconds, sizes in bytes. Without `disk` host memory takes what the device does not."""
     import torch
 
+    from tierwise._core import RawDisk
     from tierwise.booster import Booster
     from tierwise.booster.plugin import GeminiPlugin
 
@@ -169,6 +120,12 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
     runtime = booster._runtime
     assert runtime is not None
     plan, layout = runtime.memory.plan, runtime.layout
+    raw, before_raw = None, {}
+    setup = booster.stats().get("nvme")
+    if setup is not None:
+        block, depth = plan["nvme"]["block_bytes"], setup["queue_depth"]
+        raw = RawDisk(a.nvme_path, a.raw_bytes, block, depth, plan["host"]["nvme_staging"], setup["backend"] == "io_uring")
+        before_raw = raw_speeds(raw, a.raw_seconds)
     spilled = sum(layout.state_numel(c) for c, placed in enumerate(plan["chunks"]) if placed["class"] == "nvme")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 32000, (a.micro_batch, a.seq), generator=generator).to("cuda" if cuda else "cpu")
@@ -179,7 +136,7 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
             history.append(loss.detach())
             booster.backward(loss, optimizer)
 
-    counters = ("nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns")
+    counters = ("nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns", "nvme_busy_ns", "nvme_transfer_ns")
     times, moved = [], []
     history: list[Any] = []
     before = booster.stats()
@@ -204,6 +161,8 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
     bits = [float(value).hex() for value in history]
     if a.compare_host_budget is not None:
         bits += [str(int(value.view(torch.int16).sum(dtype=torch.int64))) for value in model.state_dict().values()]
+    # Disks slow down while they are written: the raw loop runs on both sides of the training steps.
+    after_raw = raw_speeds(raw, a.raw_seconds) if raw is not None else {}
     without = []
     for _ in range(2):
         start = time.perf_counter()
@@ -223,6 +182,16 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
         "read_bytes": statistics.median(moved[i]["nvme_read_bytes"] for i in timed),
         "written_bytes": statistics.median(moved[i]["nvme_written_bytes"] for i in timed),
         "waits_s": statistics.median(moved[i]["nvme_wait_ns"] for i in timed) / 1e9,
+        "busy_s": statistics.median(moved[i]["nvme_busy_ns"] for i in timed) / 1e9,
+        "busy_speeds": [
+            (moved[i]["nvme_read_bytes"] + moved[i]["nvme_written_bytes"]) * 1e9 / max(moved[i]["nvme_busy_ns"], 1) for i in timed
+        ],
+        "depth": statistics.median(moved[i]["nvme_transfer_ns"] / max(moved[i]["nvme_busy_ns"], 1) for i in timed),
+        "raw_before": before_raw,
+        "raw_after": after_raw,
+        "raw_direct": raw is not None and raw.direct,
+        "block_bytes": plan["nvme"]["block_bytes"] if raw is not None else 0,
+        "queue_depth": setup["queue_depth"] if setup is not None else 0,
         "host_peak_bytes": stats["host_peak_bytes"],
         "host_budget_bytes": stats["host_budget_bytes"],
         "nvme": stats.get("nvme"),
@@ -239,12 +208,10 @@ def main() -> None:
         import torch
 
         torch.use_deterministic_algorithms(True)
-    raw = Raw(a.nvme_path, a.raw_bytes, a.raw_seconds)
-    direct = raw.direct
-    before = raw.measure()
     ours = train(a)
-    # Disks slow down while they are written: the bound is taken from both sides of the training run.
-    after = Raw(a.nvme_path, a.raw_bytes, a.raw_seconds).measure()
+    before, after = ours["raw_before"], ours["raw_after"]
+    if not before:
+        raise SystemExit("nothing is spilled: lower --host-budget")
     disk = {name: (before[name] + after[name]) / 2 for name in before}
     if a.compare_host_budget is not None:
         gc.collect()
@@ -253,11 +220,13 @@ def main() -> None:
         print(f"{'EQUAL' if same else 'DIFFERENT'} bits without a disk: losses, norms and sums over the bits of {len(ours['bits'])} values")
         if not same:
             raise SystemExit("the disk changed a result")
-    theirs = fio(a.nvme_path, a.raw_bytes, a.raw_seconds)
+    theirs = fio(a.nvme_path, a.raw_bytes, a.raw_seconds, ours["block_bytes"], ours["queue_depth"])
     moved = ours["read_bytes"] + ours["written_bytes"]
     bound = max(ours["compute_s"], moved / disk["mixed"])
     gb = 1e9
-    print(f"\n{'raw loop, ' + ('O_DIRECT' if direct else 'page cache'):<34}{'before':>10}{'after':>10}   GB/s, {DEPTH} blocks of 4 MiB")
+    how = "O_DIRECT" if ours["raw_direct"] else "page cache"
+    blocks = f"{ours['queue_depth']} blocks of {ours['block_bytes'] / 2**20:g} MiB"
+    print(f"\n{'raw loop, ' + how:<34}{'before':>10}{'after':>10}   GB/s, {blocks}")
     for name in ("read", "write", "mixed_read", "mixed_write", "mixed"):
         print(f"  {name:<32}{before[name] / gb:>10.2f}{after[name] / gb:>10.2f}")
     if theirs is not None:
@@ -266,7 +235,11 @@ def main() -> None:
     for name, size in (("read", ours["read_bytes"]), ("written", ours["written_bytes"]), ("both", moved)):
         speed = size / ours["step_s"]
         against = {"read": "mixed_read", "written": "mixed_write", "both": "mixed"}[name]
-        print(f"  {name:<32}{speed / gb:>10.2f}{speed / disk[against]:>10.2f}")
+        print(f"  {'whole step, ' + name:<32}{speed / gb:>10.2f}{speed / disk[against]:>10.2f}")
+    busy = statistics.median(ours["busy_speeds"])
+    spread = f"[{min(ours['busy_speeds']) / gb:.2f}, {max(ours['busy_speeds']) / gb:.2f}]"
+    print(f"  {'while the disk is busy, both':<32}{busy / gb:>10.2f}{busy / disk['mixed']:>10.2f}   {spread}")
+    print(f"the disk is busy {ours['busy_s'] / ours['step_s']:.1%} of a step, {ours['depth']:.1f} blocks at once on average")
     per = moved / ours["spilled_parameters"] if ours["spilled_parameters"] else 0.0
     of = f"{ours['spilled_parameters'] / 1e6:.1f} M of {ours['model_parameters'] / 1e6:.1f} M"
     print(f"\nspilled parameters {of} ({', '.join(ours['homes'])})")
@@ -276,7 +249,7 @@ def main() -> None:
     print(f"host peak {ours['host_peak_bytes'] / 2**30:.2f} of {ours['host_budget_bytes'] / 2**30:.2f} GiB")
     if a.json:
         with open(a.json, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(a), "raw_before": before, "raw_after": after, "fio": theirs, "ours": ours, "bound_s": bound}, file)
+            json.dump({"arguments": vars(a), "fio": theirs, "ours": ours, "bound_s": bound}, file)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-norm", type=float, default=1.0, help="gradient clipping; 0.001 clips at every step")
     p.add_argument("--clip-mode", default="defer", choices=["defer", "speculate", "auto"])
     p.add_argument("--attention", default="flash", choices=["flash", "cudnn"])
+    p.add_argument("--compile", action="store_true", help="compile every layer with torch.compile (rows floor and ours)")
     p.add_argument("--device-budget", default=None, help="of the rows `ours` and `ours-host`, such as 75GB")
     p.add_argument(
         "--reserve", default=None, help="device memory that the plan keeps free for temporaries, such as 4GB; default: the plugin's"
@@ -72,27 +73,38 @@ def liger(model_kernels: bool, loss: bool) -> bool:
 
 
 def checkpoint_layers(model: Any, a: argparse.Namespace) -> int:
-    """Wraps layers for recomputation; gives how many are recomputed."""
+    """Wraps layers for recomputation, compiled if that is asked for; gives how many are recomputed."""
+    import torch
     from torch.utils.checkpoint import checkpoint
 
     layers = model.model.layers
     count = {"full": len(layers), "auto": len(layers), "none": 0}.get(a.recompute)
     count = len(layers) - int(a.recompute) if count is None else count
+    for layer in layers if a.compile else ():
+        layer.forward = torch.compile(layer.forward)
     for layer in layers[:count]:
         layer.forward = (lambda f: lambda *x, **k: checkpoint(f, *x, use_reentrant=False, **k))(layer.forward)
     return int(count)
 
 
-def timed(a: argparse.Namespace, step: Callable[[], float]) -> tuple[float, list[float], float]:
+def timed(a: argparse.Namespace, step: Callable[[], float], extra: dict[str, Any]) -> tuple[float, list[float], float]:
+    import psutil
     import torch
 
     times, loss = [], 0.0
+    memory: list[tuple[int, int, int]] = []
+    process = psutil.Process()
     for _ in range(a.steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        memory.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), process.memory_info().rss))
+    # After the third step everything that is made once has been made.
+    names = ("device_allocated_gb", "device_reserved_gb", "host_process_gb")
+    for name, values in zip(names, zip(*memory[2:], strict=True), strict=True):
+        extra[name + "_third_most_last"] = [round(x / 1e9, 3) for x in (values[0], max(values), values[-1])]
     return statistics.median(times[2:]), times, loss
 
 
@@ -130,7 +142,7 @@ def run_row(a: argparse.Namespace) -> None:
     backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[a.attention]
     start = time.perf_counter()
     ours = a.row.startswith("ours")
-    kernels = False if ours else liger(True, loss=True)
+    kernels = False if ours else liger(not a.compile, loss=True)
     a.planned = a.micro_batch == "auto"
     if a.planned and not ours:
         raise SystemExit(f"row {a.row} needs a number for --micro-batch")
@@ -143,7 +155,7 @@ def run_row(a: argparse.Namespace) -> None:
     with contextlib.nullcontext() if ours and a.attention == "cudnn" else sdpa_kernel([backend]):
         _model, step, recomputed = ROWS[a.row](a, batch, accumulation, extra)
         setup = time.perf_counter() - start
-        seconds, times, loss = timed(a, step)
+        seconds, times, loss = timed(a, step, extra)
     hidden, _, layers, _ = SIZES[a.size]
     numel = extra.pop("numel")
     tokens = a.micro_batch * a.seq * accumulation
@@ -169,7 +181,7 @@ def run_row(a: argparse.Namespace) -> None:
                 "setup_s": round(setup, 1),
                 "first_s": round(times[0], 2),
                 "loss": round(loss, 4),
-                "times": [round(t, 3) for t in times],
+                "times": [round(t, 3) for t in times[:20]],
                 **extra,
             }
         ),
@@ -252,6 +264,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         enable_flash_attention=a.attention == "cudnn",
         enable_fused_normalization=True,
         enable_jit_fused=True,
+        compile_layers=a.compile,
         recompute=a.recompute if a.recompute in ("full", "none", "auto") else "auto",
         **placement,
     )
@@ -285,7 +298,7 @@ def row_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, ex
         result.update(result_plan, recomputed=recomputed)
         result["wait_ms_per_step"] = round(stats["wait_ns"] / 1e6 / a.steps, 1)
         result["host_slab_gb"] = round(stats["host_peak_bytes"] / 1e9, 1)
-        result["losses"] = [round(float(x), 4) for x in losses]
+        result["losses"] = [round(float(x), 4) for x in losses[:20]]
         if a.trace:
             booster.timeline(a.trace)
         return result

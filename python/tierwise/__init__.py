@@ -12,6 +12,8 @@ from tierwise._core import (
     DeviceError,
     EngineStoppedError,
     ScheduleError,
+    StorageError,
+    StorageStoppedError,
     TierwiseError,
     __version__,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "DeviceError",
     "EngineStoppedError",
     "ScheduleError",
+    "StorageError",
+    "StorageStoppedError",
     "TierwiseError",
     "__version__",
     "full_parameters",

@@ -32,6 +32,16 @@ class DeviceError(TierwiseError):
 class EngineStoppedError(TierwiseError):
     """A worker failed earlier; the engine does nothing any more."""
 
+class StorageError(TierwiseError, OSError):
+    """The disk, or the spill file on it, failed.
+
+    `errno` and `strerror` are the system's where a call failed; EIO for data that is not what was written, ENOSPC for a spill file without
+    room, ETIMEDOUT for a disk that does not answer. `filename` is the directory of the spill file. Each is None where there is none.
+    """
+
+class StorageStoppedError(EngineStoppedError, StorageError):
+    """The disk failed a worker earlier; the engine does nothing any more."""
+
 @final
 class Layout:
     """Chunks and the element offsets of their parameters."""
@@ -292,6 +302,23 @@ def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, m
     """Measures a directory as the NVMe tier; returns what would be used there, why not better and how fast it is, as JSON.
 
     Raises ValueError for a file system in memory and for too little room, TierwiseError if the disk refuses."""
+
+@final
+class RawDisk:
+    """A loop over a spill file of its own that only moves blocks: what a disk gives at a depth, to compare the engine with."""
+
+    def __new__(
+        cls, directory: str | os.PathLike[str], nbytes: int, block_bytes: int, depth: int, memory_bytes: int, ring: bool
+    ) -> RawDisk:
+        """Makes the file and writes it once. `ring`: io_uring, else `depth` threads; blocks go through `memory_bytes` in turn (at least
+        `depth` blocks). Raises ValueError and StorageError."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is bypassed."""
+
+    def run(self, reads: bool, writes: bool, seconds: float) -> tuple[float, float]:
+        """Moves blocks for so long, in turn where both are asked for; returns bytes per second read and written."""
 
 def simulate_plan(layout: Layout, trace: str, plan: str, request: str) -> str:
     """Executes a plan of `plan` in virtual time, with the speeds of its request; returns the step (`Outcome` of tierwise-sim) as JSON.

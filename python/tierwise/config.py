@@ -78,8 +78,8 @@ class Speeds:
 _DEVICES = (
     # (part of the device's name, dense 16-bit FLOP/s sustained in training with whole attention counted, H2D and D2H bytes/s with both
     # directions busy, bytes/s of its memory)
-    ("H200", 6.5e14, 42e9, 50e9, 3.8e12),
-    ("H100", 6.5e14, 42e9, 50e9, 2.6e12),
+    ("H200", 6.8e14, 42e9, 50e9, 3.8e12),
+    ("H100", 6.8e14, 42e9, 50e9, 2.6e12),
     ("A100", 2.0e14, 20e9, 22e9, 1.5e12),
     ("L40", 1.2e14, 20e9, 22e9, 6.5e11),
     ("4090", 1.2e14, 20e9, 22e9, 8e11),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tierwise import BudgetError, TierwiseError, _core
+from tierwise import BudgetError, StorageError, StorageStoppedError, TierwiseError, _core
 from tierwise.observe import StepMeter
 
 torch = pytest.importorskip("torch")
@@ -242,10 +244,63 @@ def test_options_that_cannot_work_are_refused(kit: Any, tmp_path: Path) -> None:
         kit.plugin(nvme_path=tmp_path / "missing")
     with pytest.raises(ValueError, match="nvme_budget=1048576 needs nvme_path"):
         kit.plugin(nvme_budget="1MiB")
+    with pytest.raises(ValueError, match=r"nvme_read_bytes_per_second=1000000000.0 needs nvme_path"):
+        kit.plugin(nvme_read_bytes_per_second=1e9)
+    with pytest.raises(ValueError, match="nvme_write_bytes_per_second must be a positive finite number or None, got 0"):
+        kit.plugin(nvme_path=tmp_path, nvme_write_bytes_per_second=0)
     if os.path.isdir("/dev/shm"):
         options = {**STATIC, "nvme_path": "/dev/shm"}
         with pytest.raises(ValueError, match="keeps files in memory: spilling there saves nothing"):
             kit.boosted(kit.llama(), **options, host_budget=least_host(kit, Path("/dev/shm"), **STATIC))
+
+
+def test_the_planner_counts_on_the_speeds_that_the_disk_has(kit: Any, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {**STATIC, "host_budget": least_host(kit, disk, **STATIC), "nvme_path": disk}
+    measured = {"nvme_read_bytes_per_second": None, "nvme_write_bytes_per_second": None}
+
+    def speeds(**given: Any) -> tuple[float, float, str]:
+        booster, *_ = kit.boosted(kit.llama(), **options, **given)
+        wanted = booster._runtime.planned.wanted["nvme"]
+        (line,) = [line for line in booster.explain().splitlines() if line.startswith("disk: ")]
+        assert f"reads {wanted['read_bytes'] / 1e9:.2f} GB/s, writes {wanted['write_bytes'] / 1e9:.2f} GB/s, each alone" in line
+        return wanted["read_bytes"], wanted["write_bytes"], line
+
+    calls = []
+    probe = _core.probe_disk
+
+    def counted(directory: str, max_bytes: int, max_seconds: float) -> str:
+        calls.append((directory, max_bytes, max_seconds))
+        # As the machine would, but with little.
+        return probe(directory, 2**25, max_seconds / 10)
+
+    monkeypatch.setattr(_core, "probe_disk", counted)
+    assert speeds()[:2] == (2.5e9, 2e9), "what the user says wins"
+    assert calls == []
+    read, write, line = speeds(**measured)
+    assert line.endswith("(measured)")
+    assert (read, write) != (2.5e9, 2e9)
+    assert min(read, write) > 1e5
+    assert [directory for directory, *_ in calls] == [str(disk.resolve())]
+    assert calls[0][2] < 1
+    assert speeds(**measured)[:2] == (read, write), "once per process"
+    assert len(calls) == 1
+    found = speeds(nvme_read_bytes_per_second=None, nvme_write_bytes_per_second=1e6)
+    assert found[:2] == (read, 1e6)
+    assert found[2].endswith("(write given, the other measured)")
+
+
+def test_a_disk_that_cannot_be_measured_counts_as_a_common_one(kit: Any, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(directory: str, max_bytes: int, max_seconds: float) -> str:
+        raise StorageError("nearly full")
+
+    monkeypatch.setattr(_core, "probe_disk", refuse)
+    unknown = {"nvme_read_bytes_per_second": None, "nvme_write_bytes_per_second": None}
+    booster, *_ = kit.boosted(kit.llama(), **STATIC, nvme_path=disk, **unknown)
+    assert "(a common disk's, because this one could not be measured: nearly full)" in booster.explain()
+    if os.path.isdir("/dev/shm"):
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="keeps files in memory: spilling there saves nothing"):
+            kit.boosted(kit.llama(), **STATIC, nvme_path="/dev/shm", **unknown)
 
 
 def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Path, tmp_path: Path) -> None:
@@ -266,6 +321,9 @@ def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Pat
     assert payload <= metrics.nvme_written_bytes <= 1.1 * payload
     assert metrics.nvme_read_bytes > payload / 2
     assert metrics.nvme_wait_ms >= 0
+    # Less time than the step took, and more than one transfer after the other would leave.
+    assert 0 < metrics.nvme_busy_ms <= metrics.seconds * 1e3
+    assert booster.stats()["nvme_transfer_ns"] >= booster.stats()["nvme_read_ns"]
     booster.timeline(tmp_path / "trace.json")
     trace = (tmp_path / "trace.json").read_text()
     for track in ('"nvme read"', '"nvme write"', '"nvme bytes"', '"write model.layers.0"'):
@@ -314,7 +372,10 @@ def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, d
 
     with pytest.raises(TierwiseError) as caught:
         go_on()
-    message = str(caught.value)
+    error = caught.value
+    assert isinstance(error, StorageStoppedError)
+    assert (error.errno, error.strerror, error.filename) == (errno.EIO, os.strerror(errno.EIO), str(disk))
+    message = str(error)
     assert re.search(r"spilled param, master, exp_avg, exp_avg_sq of `[\w.]+`, elements \d+ to \d+: ", message), message
     assert re.search(r"generation \d+", message), message
     wanted = "has checksum 0x.* continue from the last checkpoint"
@@ -322,11 +383,42 @@ def test_a_disk_that_returns_wrong_data_stops_the_step_with_its_name(kit: Any, d
         # A write behind the cut makes the file long again, with zeros where the data was.
         wanted += "|the spill file was truncated"
     assert re.search(wanted, message), message
-    # It stays stopped, and says why.
-    with pytest.raises(TierwiseError, match="the engine stopped: spilled"):
+    # It stays stopped, and says why, also to who only knows the system's errors.
+    with pytest.raises(OSError, match="the engine stopped: spilled") as again:
         booster.flush()
+    assert again.value.errno == errno.EIO
     with pytest.raises(TierwiseError):
         optimizer.state_dict()
+
+
+def test_a_disk_that_is_full_at_the_start_says_so_by_number(kit: Any, disk: Path) -> None:
+    options = {**STATIC, "host_budget": least_host(kit, disk, **STATIC), "nvme_path": disk}
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    booster, *_ = kit.boosted(kit.llama(), **options)
+    runtime = booster._runtime
+    # The same plan with a spill file that the disk has no room for.
+    plan = {**runtime.planned.plan, "nvme": {**runtime.planned.plan["nvme"], "file_bytes": 2 * free + 2**40}}
+    with pytest.raises(StorageError, match=r"nvme_path .*cannot make a spill file of \d+ bytes.*; ") as caught:
+        _core.Engine(
+            runtime.layout,
+            runtime.planned.trace_json,
+            json.dumps(plan),
+            _core.Device.emulated(),
+            device_budget=2**40,
+            host_budget=2**40,
+            nvme_path=disk,
+            nvme_budget=2**62,
+        )
+    error = caught.value
+    assert isinstance(error, OSError)
+    # A file system may find the size itself too large first.
+    assert error.errno in (errno.ENOSPC, errno.EFBIG)
+    assert error.strerror == os.strerror(error.errno)
+    assert error.filename == str(disk)
+    missing = disk / "missing"
+    with pytest.raises(OSError, match="missing") as caught_missing:
+        _core.probe_disk(missing)
+    assert (caught_missing.value.errno, caught_missing.value.filename) == (errno.ENOENT, str(missing))
 
 
 SCRIPT = """
@@ -367,4 +459,4 @@ def test_a_file_that_cannot_be_that_large_is_an_error_before_the_first_step(kit:
     process = start("limit", disk, least_host(kit, disk, **STATIC))
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert re.search(r"TierwiseError: nvme_path .*cannot make a spill file of \d+ bytes.*File too large.*ulimit -f", err), err
+    assert re.search(r"StorageError: nvme_path .*cannot make a spill file of \d+ bytes.*File too large.*ulimit -f", err), err

@@ -75,7 +75,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(fused, "liger_is_available", lambda: True)
-    monkeypatch.setattr(fused, "_runs", lambda tensor: True)
+    monkeypatch.setattr(fused, "_runs", lambda tensor, kernel: True)
 
 
 FUSED = {"enable_fused_normalization": True, "enable_jit_fused": True}
@@ -124,15 +124,15 @@ def test_the_planner_makes_them_again_where_memory_is_short(kit: Any, kernels: N
         ids = kit.batches(1, rows=8)[0]
         return booster, booster.train_step({"input_ids": ids, "labels": ids}).item()
 
-    roomy, loss = step(rematerialize=True)
+    roomy, loss = step()
     assert not roomy._runtime.saved.rematerialize, "with room for everything it would only cost time"
     # Without it whole layers would have to be recomputed; the host can take nothing.
     budget = sum(roomy.plan()["device"].values()) - roomy._runtime.trace.cheap_bytes // 2
-    short, same = step(device_budget=budget, host_budget=4096, rematerialize=True)
+    short, same = step(device_budget=budget, host_budget=4096)
     assert short._runtime.saved.rematerialize
     assert not any(short._runtime.recompute)
     assert same == loss
-    none, _ = step()
+    none, _ = step(rematerialize=False)
     assert none._runtime.variants(none._runtime.trace) == [none._runtime.trace]
 
 

@@ -32,7 +32,7 @@ def test_sizes_for_people() -> None:
 
 
 def test_speeds_of_known_and_unknown_devices() -> None:
-    assert default_speeds("NVIDIA H100 80GB HBM3", 16).flops == 6.5e14
+    assert default_speeds("NVIDIA H100 80GB HBM3", 16).flops == 6.8e14
     assert default_speeds("NVIDIA H100 80GB HBM3", 8).host_adam_params == pytest.approx(8 * 3.4e8)
     assert default_speeds("NVIDIA H100 80GB HBM3", 64).host_adam_params == 3.8e9
     assert default_speeds("Some New Device", 1).flops > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tierwise._core import Device  # noqa: E402
-from tierwise.gemini.target import Target  # noqa: E402
+from tierwise.gemini.target import Target, expand_segments  # noqa: E402
 
 
 @pytest.fixture
@@ -52,4 +53,29 @@ def test_a_forked_child_leaves_the_device_alone(fractions: list[float], monkeypa
 
 def test_only_the_allocator_of_cuda_loses_bytes() -> None:
     assert cuda().fragmentation_bytes(24 * 10**9) == 10**9
+    assert dataclasses.replace(cuda(), expandable=True).fragmentation_bytes(128 * 10**9) == 10**9
     assert Target(torch.device("cpu"), Device.emulated(), emulated=True).fragmentation_bytes(24 * 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "changed", "expandable"),
+    [
+        ({}, ["expandable_segments:True"], True),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64,"}, ["max_split_size_mb:64,expandable_segments:True"], True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, [], True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, [], False),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, [], False),
+    ],
+    ids=["default", "other settings stay", "asked for", "refused", "another allocator"],
+)
+def test_segments_grow_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changed: list[str], expandable: bool
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", seen.append, raising=False)
+    assert expand_segments() is expandable
+    assert seen == changed

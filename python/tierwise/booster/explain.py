@@ -7,6 +7,7 @@ from collections import Counter
 
 from tierwise import _core
 from tierwise.config import format_bytes
+from tierwise.gemini.disk import disk_speeds
 from tierwise.gemini.planning import predicted_with
 from tierwise.gemini.runtime import Runtime
 
@@ -64,6 +65,9 @@ def explain(runtime: Runtime) -> str:
             f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
             f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
         )
+    disk = disk_speeds(runtime.plugin)
+    if disk is not None:
+        lines.append(f"disk: reads {disk.read_bytes / 1e9:.2f} GB/s, writes {disk.write_bytes / 1e9:.2f} GB/s, each alone ({disk.source})")
     if runtime.choice is not None:
         sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
         lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from tierwise.gemini import root
 from tierwise.gemini.chunking import Unit, group
-from tierwise.gemini.compiled import refuse_cuda_graphs
+from tierwise.gemini.compiled import LayerCompiler, refuse_cuda_graphs
 from tierwise.gemini.hyper import Hyper, check_optimizer
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.micro_batch import batch_rows
@@ -60,7 +60,8 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
         fuse_normalization(model)
     if plugin.enable_jit_fused or plugin.enable_all_optimization:
         fuse_activations(model)
-    runtime = Runtime(plugin, model, grouping, trainable, hyper, Materializer(model, grouping), fused)
+    compiler = LayerCompiler(grouping.units) if plugin.compile_layers else None
+    runtime = Runtime(plugin, model, grouping, trainable, hyper, Materializer(model, grouping), fused, compiler)
     root.install(runtime)
     install_state_dict_hooks(runtime)
     model.__dict__["_tierwise_runtime"] = runtime

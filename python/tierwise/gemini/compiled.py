@@ -1,8 +1,38 @@
-"""What of `torch.compile` works on chunks that move: everything but CUDA graphs, which replay addresses."""
+"""`torch.compile` on chunks that move: everything but CUDA graphs, which replay addresses; and layers compiled by an option."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
+
+from tierwise.gemini.chunking import Unit
+from tierwise.kernels.fused import trace_as_fused
+
+_THRIFTY = 0.9
+"""Any budget below 1 lets the partitioner make again first what costs next to nothing; this one asks for nothing else."""
+
+
+class LayerCompiler:
+    """Compiles layers one by one, when they first run: by then the plan says whether cheap outputs are kept."""
+
+    backend = "inductor"
+
+    def __init__(self, units: list[Unit]) -> None:
+        self.thrifty = False
+        """Whether outputs of normalizations and gated products are made again in backward; to be set before the first forward."""
+        modules = [unit.module for unit in units if unit.recomputable]
+        trace_as_fused(modules)
+        for module in modules:
+            module.forward = torch.compile(module.forward, backend=self._compile)
+
+    def _compile(self, graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.registry import lookup_backend
+        from torch._functorch import config
+
+        with config.patch(activation_memory_budget=_THRIFTY if self.thrifty else 1.0):
+            return lookup_backend(self.backend)(graph, inputs)
 
 
 def refuse_cuda_graphs(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from tierwise import _core
 from tierwise._core import BudgetError, Layout
 from tierwise.config import Speeds, format_bytes
 from tierwise.gemini.chunking import Grouping
+from tierwise.gemini.disk import COMMON_READ, COMMON_WRITE, disk_speeds
 from tierwise.gemini.tracing import ModelTrace
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _PLENTY = 2**46
-NVME_SPEEDS = {"read_bytes": 2.5e9, "write_bytes": 2e9}
-"""Bytes per second of a common NVMe disk that only reads, or only writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +66,16 @@ def request(
 
 
 def nvme_request(plugin: GeminiPlugin) -> dict[str, Any] | None:
-    """The core's `NvmeRequest` as a dict, or None where nothing may be spilled. Its speeds are a common disk's: they only predict."""
+    """The core's `NvmeRequest` as a dict, or None where nothing may be spilled."""
     if plugin.nvme_path is None:
         return None
     budget = plugin.nvme_budget
     if budget is None:
         disk = os.statvfs(plugin.nvme_path)
         budget = disk.f_bavail * disk.f_frsize * 9 // 10
-    return {"budget": budget, **NVME_SPEEDS}
+    speeds = disk_speeds(plugin)
+    assert speeds is not None
+    return {"budget": budget, "read_bytes": speeds.read_bytes, "write_bytes": speeds.write_bytes}
 
 
 def make_plan(
@@ -187,7 +188,13 @@ def _spilling(error: BudgetError, layout: Layout, trace_json: str, wanted: dict[
     if error.tier != "host" or wanted["nvme"] is not None:
         return ""
     try:
-        plan = json.loads(_core.plan(layout, trace_json, json.dumps({**wanted, "nvme": {"budget": _PLENTY, **NVME_SPEEDS}})))
+        plan = json.loads(
+            _core.plan(
+                layout,
+                trace_json,
+                json.dumps({**wanted, "nvme": {"budget": _PLENTY, "read_bytes": COMMON_READ, "write_bytes": COMMON_WRITE}}),
+            )
+        )
     except (BudgetError, ValueError):
         return ""
     size = format_bytes(plan["nvme"]["file_bytes"])

@@ -13,6 +13,7 @@ from tierwise.gemini.hooks import in_graph_task
 from tierwise.gemini.runtime import Runtime
 from tierwise.gemini.tracing import count_tokens, map_tensors
 from tierwise.kernels.fused import attention_backends
+from tierwise.kernels.masks import without_packing
 
 
 def install(runtime: Runtime) -> None:
@@ -40,6 +41,7 @@ def install(runtime: Runtime) -> None:
                 # A cache would be appended to twice where a layer is recomputed, and training has no use for it.
                 kwargs["use_cache"] = False
         open_forwards.enter_context(attention_backends(runtime.fused_attention))
+        open_forwards.enter_context(without_packing(args, kwargs))
         if runtime.fused is not None:
             open_forwards.enter_context(runtime.fused.active(args, kwargs, training))
         if runtime.saved.needed and torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from tierwise._core import BudgetError, Engine, EngineStoppedError, Layout, Tier
 from tierwise.config import format_bytes
 from tierwise.gemini import correction, tracing
 from tierwise.gemini.chunking import Grouping
+from tierwise.gemini.compiled import LayerCompiler
 from tierwise.gemini.gradients import Gradients
 from tierwise.gemini.hooks import UnitHooks
 from tierwise.gemini.hyper import Hyper
@@ -54,6 +55,7 @@ class Runtime:
         hyper: Hyper | None,
         materializer: Materializer,
         fused: FusedLoss | None,
+        compiler: LayerCompiler | None = None,
     ) -> None:
         self.plugin = plugin
         self.model = model
@@ -62,6 +64,7 @@ class Runtime:
         self.hyper = hyper
         self.materializer = materializer
         self.fused = fused
+        self.compiler = compiler
         self.target = Target.choose(plugin)
         self.dtype = DTYPES[plugin.precision]
         self.fused_attention = not self.target.emulated and (plugin.enable_flash_attention or plugin.enable_all_optimization)
@@ -233,6 +236,8 @@ class Runtime:
             self.counter.excluded = {tensor.untyped_storage().data_ptr() for tensor in self.memory.resident.values()}
         self.saved = SavedTensors(self.engine, self.target, self.memory.slab, self.counter)
         self.saved.rematerialize = any(unit.extra_flops for unit in self.trace.units)
+        if self.compiler is not None:
+            self.compiler.thrifty = self.saved.rematerialize
         if offloaded and self.counter is not None:
             lasting = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
             self.saved.offload = ActivationOffload(self.engine, self.target, self.counter, offloaded, plan["offload_window_bytes"], lasting)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Grouping, Unit
 from tierwise.gemini.offloaded import MIN_BYTES, REGION_BYTES
+from tierwise.kernels.masks import without_packing
 from tierwise.kernels.rematerialize import recipe_of
 
 _log = logging.getLogger("tierwise")
@@ -351,6 +352,7 @@ def _run(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_packing(args, kwargs))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         fake: dict[str, Tensor] = {}
         for param, names in grouping.names.items():

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -62,9 +62,11 @@ class _SavesLike(torch.autograd.Function):
         raise AssertionError("a trace has no backward")
 
 
-def _runs(tensor: torch.Tensor) -> bool:
-    """Whether the fused kernels, or what stands for them in a trace, take this tensor."""
-    return tensor.is_cuda or is_fake(tensor)
+def _runs(tensor: torch.Tensor, kernel: Any) -> bool:
+    """Whether the fused kernel, or what stands for it in a trace, takes this tensor. A compiler fuses the plain code better."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_fake(tensor) or (tensor.is_cuda and kernel is not None)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -80,6 +82,11 @@ def fuse_normalization(model: nn.Module) -> int:
     if not liger_is_available():
         return 0
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+    return _fuse_normalization([model], function)
+
+
+def _fuse_normalization(parts: Collection[nn.Module], function: Any) -> int:
+    """With a kernel, or without one where the compiler will fuse: then only a trace sees the difference."""
 
     def run(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_fake(hidden_states):
@@ -91,14 +98,14 @@ def fuse_normalization(model: nn.Module) -> int:
         )
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _runs(hidden_states):
+        if not _runs(hidden_states, function):
             return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
         kept = hidden_states.detach()
         # Weakly: a tensor that autograd holds hides a cycle through it from the collector.
         module = weakref.ref(self)
         return attach(run(self, hidden_states), Recipe(lambda: run(module(), kept), 2 * kept.nbytes))
 
-    return _replace(model, _is_rms_norm, forward)
+    return sum(_replace(part, _is_rms_norm, forward) for part in parts)
 
 
 def fuse_activations(model: nn.Module) -> int:
@@ -106,12 +113,22 @@ def fuse_activations(model: nn.Module) -> int:
     if not liger_is_available():
         return 0
     silu_mul = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    changed = _fuse_activations([model], silu_mul)
+    modeling = sys.modules.get(type(model).__module__)
+    if changed and modeling is not None and hasattr(modeling, "apply_rotary_pos_emb"):
+        # A function of the modeling module, shared by every model of the family in this process.
+        modeling.apply_rotary_pos_emb = _rotary(modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
+    return changed
+
+
+def _fuse_activations(parts: Collection[nn.Module], silu_mul: Any) -> int:
+    """With a kernel, or without one where the compiler will fuse: then only a trace sees the difference."""
 
     def run(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return (_SavesLike if is_fake(gate) else silu_mul).apply(gate, up)  # type: ignore[no-any-return]
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not _runs(x):
+        if not _runs(x, silu_mul):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
         kept = gate.detach(), up.detach()
@@ -119,12 +136,13 @@ def fuse_activations(model: nn.Module) -> int:
         out: torch.Tensor = self.down_proj(product)
         return out
 
-    changed = _replace(model, _is_swiglu, forward)
-    modeling = sys.modules.get(type(model).__module__)
-    if changed and modeling is not None and hasattr(modeling, "apply_rotary_pos_emb"):
-        # A function of the modeling module, shared by every model of the family in this process.
-        modeling.apply_rotary_pos_emb = _rotary(modeling.apply_rotary_pos_emb)  # type: ignore[attr-defined]
-    return changed
+    return sum(_replace(part, _is_swiglu, forward) for part in parts)
+
+
+def trace_as_fused(parts: Collection[nn.Module]) -> int:
+    """Lets traces count normalizations and gated products of these modules as fused, because the compiler will fuse them; returns how many
+    modules that concerns. What runs stays the plain code."""
+    return _fuse_normalization(parts, None) + _fuse_activations(parts, None)
 
 
 def _rotary(plain: Any) -> Any:
@@ -133,7 +151,7 @@ def _rotary(plain: Any) -> Any:
     function = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
 
     def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not q.is_cuda or unsqueeze_dim != 1 or is_fake(q):
+        if torch.compiler.is_compiling() or not q.is_cuda or unsqueeze_dim != 1 or is_fake(q):
             return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return function.apply(q, k, cos, sin, None, unsqueeze_dim)
 

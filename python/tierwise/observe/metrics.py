@@ -55,6 +55,8 @@ class StepMetrics:
     """Bytes written to the spill file in this step."""
     nvme_wait_ms: float = 0.0
     """Milliseconds that optimizer steps waited for reads in this step."""
+    nvme_busy_ms: float = 0.0
+    """Milliseconds of this step in which the disk had something to do: at least one read or write was submitted and had not ended."""
 
     def to_json(self) -> str:
         """One line of JSON. Numbers that JSON has no word for become the strings "nan", "inf" and "-inf"."""
@@ -65,7 +67,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_GROWING = ("wait_ns", "h2d_bytes", "d2h_bytes", "nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns")
+_GROWING = ("wait_ns", "h2d_bytes", "d2h_bytes", "nvme_read_bytes", "nvme_written_bytes", "nvme_wait_ns", "nvme_busy_ns")
 """Counters of `Booster.stats()` that only grow."""
 
 
@@ -125,6 +127,7 @@ class StepMeter:
             nvme_read_bytes=growth["nvme_read_bytes"],
             nvme_written_bytes=growth["nvme_written_bytes"],
             nvme_wait_ms=growth["nvme_wait_ns"] / 1e6,
+            nvme_busy_ms=growth["nvme_busy_ns"] / 1e6,
         )
 
 

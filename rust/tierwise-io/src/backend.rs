@@ -181,7 +181,7 @@ fn probe(backend: &mut dyn Backend, file: &SpillFile, name: &'static str) -> Res
     let len = file.alignment();
     let pattern: Vec<u8> = (0..len).map(|i| (i * 31 + 7) as u8).collect();
     let mut pages = Pages::new(len, len)?;
-    let broken = |reason: String| Error::Backend { backend: name, reason: format!("a test transfer failed: {reason}") };
+    let broken = |reason: String, errno| Error::Backend { backend: name, reason: format!("a test transfer failed: {reason}"), errno };
     for direction in [Direction::Write, Direction::Read] {
         if direction == Direction::Write {
             pages.as_mut_slice().copy_from_slice(&pattern);
@@ -197,12 +197,12 @@ fn probe(backend: &mut dyn Backend, file: &SpillFile, name: &'static str) -> Res
         }
         match ended[0].result {
             Ok(moved) if moved == len => {}
-            Ok(moved) => return Err(broken(format!("{direction} moved {moved} of {len} bytes"))),
-            Err(errno) => return Err(broken(format!("{direction}: {}", crate::error::os(errno)))),
+            Ok(moved) => return Err(broken(format!("{direction} moved {moved} of {len} bytes"), None)),
+            Err(errno) => return Err(broken(format!("{direction}: {}", crate::error::os(errno)), Some(errno))),
         }
     }
     if pages.as_slice() != pattern {
-        return Err(broken("read returned other bytes than were written".to_owned()));
+        return Err(broken("read returned other bytes than were written".to_owned(), None));
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use crate::backend::{Backend, Wake};
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::queue::{Queue, RequestId};
 use crate::ticket::Slot;
 use std::collections::BTreeMap;
@@ -26,10 +27,19 @@ pub(crate) struct State {
     closing: bool,
     /// When the disk completed something last, or had nothing to do.
     progress_ns: u64,
+    /// Since when there has been a request, if there is one.
+    busy_since_ns: Option<u64>,
+    /// How long there was one before.
+    busy_ns: u64,
 }
 
 impl State {
-    fn deliver(&mut self) {
+    fn deliver(&mut self, now_ns: u64) {
+        if self.queue.pending() == 0
+            && let Some(since) = self.busy_since_ns.take()
+        {
+            self.busy_ns += now_ns.saturating_sub(since);
+        }
         for finished in self.queue.take_finished() {
             if let Some(slot) = self.slots.remove(&finished.request) {
                 slot.resolve(finished.outcome);
@@ -40,7 +50,7 @@ impl State {
 
 impl Shared {
     pub(crate) fn new(queue: Queue, waker: Arc<dyn Wake>, stall_timeout: Duration) -> Shared {
-        let state = State { queue, slots: BTreeMap::new(), stopped: None, closing: false, progress_ns: 0 };
+        let state = State { queue, slots: BTreeMap::new(), stopped: None, closing: false, progress_ns: 0, busy_since_ns: None, busy_ns: 0 };
         Shared { state: Mutex::new(state), waker, opened: Instant::now(), owner: std::process::id(), stall_timeout }
     }
 
@@ -70,6 +80,8 @@ impl Shared {
             state.progress_ns = self.now_ns();
         }
         let request = add(&mut state.queue)?;
+        let now_ns = self.now_ns();
+        state.busy_since_ns.get_or_insert(now_ns);
         state.slots.insert(request, Arc::clone(&slot));
         drop(state);
         self.waker.wake();
@@ -80,7 +92,7 @@ impl Shared {
     pub(crate) fn change(&self, change: impl FnOnce(&mut Queue)) {
         let mut state = self.lock();
         change(&mut state.queue);
-        state.deliver();
+        state.deliver(self.now_ns());
         drop(state);
         self.waker.wake();
     }
@@ -88,6 +100,13 @@ impl Shared {
     /// Looks at the queue, or changes what the driver need not know.
     pub(crate) fn with_queue<T>(&self, look: impl FnOnce(&mut Queue) -> T) -> T {
         look(&mut self.lock().queue)
+    }
+
+    /// What was counted, a busy time that has not ended included.
+    pub(crate) fn metrics(&self) -> Metrics {
+        let state = self.lock();
+        let since = state.busy_since_ns.map_or(0, |since| self.now_ns().saturating_sub(since));
+        Metrics { busy_ns: state.busy_ns + since, ..state.queue.metrics() }
     }
 
     /// Waits until every request that is pending now has ended.
@@ -118,7 +137,7 @@ impl Shared {
         for request in requests {
             state.queue.cancel(request);
         }
-        state.deliver();
+        state.deliver(self.now_ns());
         drop(state);
         self.waker.wake();
     }
@@ -169,7 +188,7 @@ fn drive(shared: &Shared, backend: &mut dyn Backend) -> Result<()> {
         for completion in ended.drain(..) {
             state.queue.complete(now_ns, &completion)?;
         }
-        state.deliver();
+        state.deliver(now_ns);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{Direction, Key};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// What can go wrong between memory and disk.
@@ -143,6 +143,8 @@ pub enum Error {
         backend: &'static str,
         /// Why not.
         reason: String,
+        /// The system's error number, where a call failed.
+        errno: Option<i32>,
     },
     /// The driver thread ended.
     #[error("the storage layer stopped: {0}")]
@@ -164,10 +166,23 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The system's error number, where there is one.
+    /// The error number: the system's where a call failed, else the one that a file system gives for the same fault.
     pub fn errno(&self) -> Option<i32> {
         match self {
             Error::Create { errno, .. } | Error::Transfer { errno, .. } => Some(*errno),
+            Error::Backend { errno, .. } => *errno,
+            Error::Impossible { .. } | Error::Corrupt { .. } => Some(libc::EIO),
+            Error::Full { .. } => Some(libc::ENOSPC),
+            Error::Stalled { .. } => Some(libc::ETIMEDOUT),
+            Error::Cancelled { .. } => Some(libc::ECANCELED),
+            Error::InMemory { .. } | Error::NotStored { .. } | Error::Stopped(_) | Error::Forked { .. } | Error::Usage(_) => None,
+        }
+    }
+
+    /// The directory that could not be used, where the error is about one.
+    pub fn directory(&self) -> Option<&Path> {
+        match self {
+            Error::Create { directory, .. } | Error::InMemory { directory, .. } => Some(directory),
             _ => None,
         }
     }

@@ -38,6 +38,7 @@ pub mod filesystem;
 pub mod metrics;
 pub mod pages;
 pub mod queue;
+pub mod raw;
 pub mod spill_file;
 pub mod store;
 pub mod ticket;

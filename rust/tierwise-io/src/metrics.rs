@@ -12,6 +12,8 @@ pub struct DirectionMetrics {
     pub requests: u64,
     /// Nanoseconds during which at least one transfer was in flight.
     pub in_flight_ns: u64,
+    /// Sum over the transfers of the nanoseconds that each was in flight: over the store's `busy_ns`, the mean depth of the queue.
+    pub transfer_ns: u64,
 }
 
 /// Counters since the store was opened.
@@ -21,6 +23,8 @@ pub struct Metrics {
     pub read: DirectionMetrics,
     /// Memory to disk.
     pub write: DirectionMetrics,
+    /// Nanoseconds during which at least one request had not ended: from the submission of the first to the end of the last.
+    pub busy_ns: u64,
     /// Transfers repeated after EINTR or EAGAIN.
     pub retries: u64,
     /// Transfers continued after fewer bytes than asked for.

@@ -55,6 +55,7 @@ struct Flight {
     request: RequestId,
     block: u32,
     len: usize,
+    since_ns: u64,
 }
 
 /// What a completion means for its block.
@@ -227,7 +228,7 @@ impl Queue {
         };
         self.next_op += 1;
         self.busy[request.direction as usize].start(now_ns);
-        self.in_flight.insert(op.id, Flight { request: id, block, len });
+        self.in_flight.insert(op.id, Flight { request: id, block, len, since_ns: now_ns });
         Some(op)
     }
 
@@ -248,6 +249,7 @@ impl Queue {
         request.in_flight -= 1;
         let counters = self.metrics.direction(request.direction);
         counters.in_flight_ns += self.busy[request.direction as usize].end(now_ns);
+        counters.transfer_ns += now_ns.saturating_sub(flight.since_ns);
         counters.bytes += completion.result.map_or(0, |moved| moved.min(flight.len) as u64);
         if matches!(request.phase, Phase::Moving) {
             match self.judge(now_ns, flight, completion) {

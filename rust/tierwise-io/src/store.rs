@@ -59,14 +59,14 @@ pub struct StoreConfig {
 }
 
 impl StoreConfig {
-    /// Defaults: 4 MiB blocks, 16 of them in flight, 8 threads, 120 s.
+    /// Defaults: 4 MiB blocks, 32 of them in flight, 16 threads, 120 s.
     pub fn new(directory: impl Into<PathBuf>, capacity_bytes: u64) -> StoreConfig {
         StoreConfig {
             directory: directory.into(),
             capacity_bytes,
             block_bytes: 4 << 20,
-            queue_depth: 16,
-            threads: 8,
+            queue_depth: 32,
+            threads: 16,
             backend: None,
             slabs: Vec::new(),
             stall_timeout: Duration::from_secs(120),
@@ -99,6 +99,8 @@ pub struct Setup {
     pub registered_bytes: u64,
     /// Why not all that was named.
     pub registered_note: Option<String>,
+    /// The directory of the spill file; `None` in memory.
+    pub directory: Option<PathBuf>,
     /// The directory's file system; `None` in memory.
     pub filesystem: Option<String>,
     /// Size of the spill file.
@@ -139,6 +141,7 @@ impl Store {
             queue_depth: config.queue_depth,
             registered_bytes: 0,
             registered_note: None,
+            directory: None,
             filesystem: None,
             capacity_bytes: bytes,
             stale_removed: Vec::new(),
@@ -153,6 +156,7 @@ impl Store {
         setup.direct_io = file.direct();
         setup.direct_io_note = file.direct_note().map(str::to_owned);
         setup.alignment = file.alignment();
+        setup.directory = Some(config.directory.clone());
         setup.filesystem = Some(file.filesystem().name.clone());
         setup.stale_removed = file.stale_removed().to_vec();
         let open = move || {
@@ -184,6 +188,7 @@ impl Store {
             queue_depth: limits.queue_depth,
             registered_bytes: 0,
             registered_note: None,
+            directory: None,
             filesystem: None,
             capacity_bytes: u64::from(limits.blocks) * limits.block_bytes as u64,
             stale_removed: Vec::new(),
@@ -278,7 +283,7 @@ impl Store {
     /// What was counted.
     pub fn metrics(&self) -> Result<Metrics> {
         self.shared.check_process()?;
-        Ok(self.shared.with_queue(|queue| queue.metrics()))
+        Ok(self.shared.metrics())
     }
 }
 

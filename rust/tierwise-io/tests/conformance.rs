@@ -24,7 +24,7 @@ fn each_backend(name: &str, test: impl Fn(&str, &Store)) {
             assert_eq!(store.setup().backend, "io_uring");
             test("io_uring", &store);
         }
-        Err(Error::Backend { backend, reason }) => {
+        Err(Error::Backend { backend, reason, .. }) => {
             println!("SKIPPED over io_uring: {backend}: {reason}; runs where the system allows io_uring");
         }
         Err(error) => panic!("{error}"),
@@ -280,6 +280,11 @@ fn metrics_count_what_moved() {
         assert_eq!((metrics.write.requests, metrics.read.requests), (1, 1), "{name}");
         assert!(metrics.write.in_flight_ns > 0 && metrics.read.in_flight_ns > 0, "{name}");
         assert_eq!(metrics.used_bytes, moved, "{name}");
+        for direction in [metrics.write, metrics.read] {
+            assert!(metrics.busy_ns >= direction.in_flight_ns && direction.transfer_ns >= direction.in_flight_ns, "{name}: {metrics:?}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        assert_eq!(store.metrics().unwrap().busy_ns, metrics.busy_ns, "{name}: nothing is busy where nothing was asked for");
     });
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 use tierwise_io::doctor::{DiskReport, ProbeLimits, probe};
 use tierwise_io::error::Error;
+use tierwise_io::store::StoreConfig;
 
 #[test]
 fn a_disk_is_measured_and_left_as_it_was() {
@@ -19,6 +20,9 @@ fn a_disk_is_measured_and_left_as_it_was() {
     assert!(report.measured_bytes > 0 && report.measured_bytes <= 64 << 20);
     assert!(report.setup.backend == "io_uring" || report.advice.iter().any(|line| line.contains("threads")));
     assert!(report.setup.direct_io || report.advice.iter().any(|line| line.contains("page cache")));
+    // What the doctor measures is how the engine uses the disk.
+    let defaults = StoreConfig::new(scratch.path(), 0);
+    assert_eq!(report.setup.queue_depth, if report.setup.backend == "threads" { defaults.threads } else { defaults.queue_depth });
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
     let json = serde_json::to_string(&report).unwrap();
     assert_eq!(serde_json::from_str::<DiskReport>(&json).unwrap().setup, report.setup);

@@ -225,7 +225,7 @@ fn without_io_uring(number: libc::c_long, errno: i32, expected: &str) {
     put(&store, key(0), 1, 3 * BLOCK_BYTES).unwrap();
     get(&store, key(0), 1, 3 * BLOCK_BYTES).unwrap();
     let Err(error) = Store::open(StoreConfig { backend: Some(BackendKind::IoUring), ..child_config(16) }) else { panic!("not refused") };
-    assert!(matches!(&error, Error::Backend { backend: "io_uring", reason } if reason.contains(expected)), "{error}");
+    assert!(matches!(&error, Error::Backend { backend: "io_uring", reason, .. } if reason.contains(expected)), "{error}");
 }
 
 #[test]

@@ -121,6 +121,7 @@ fn in_flight_time_is_counted_once() {
     done(&mut queue, 300, first);
     done(&mut queue, 400, second);
     assert_eq!(queue.metrics().write.in_flight_ns, 300);
+    assert_eq!(queue.metrics().write.transfer_ns, 200 + 250);
     assert_eq!(queue.metrics().write.bytes, 2 * BLOCK_BYTES as u64);
 }
 

@@ -17,7 +17,7 @@ mod _core {
     #[pymodule_export]
     use crate::device::Device;
     #[pymodule_export]
-    use crate::disk::probe_disk;
+    use crate::disk::{RawDisk, probe_disk};
     #[pymodule_export]
     use crate::engine::{Engine, HostBuffer};
     #[pymodule_export]

@@ -1,5 +1,7 @@
 //! The error type of the runtime.
 
+use std::path::PathBuf;
+
 /// What can go wrong while a plan is executed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -32,7 +34,19 @@ pub enum Error {
     Storage {
         /// What was read or written, by name.
         what: String,
+        /// The directory of the spill file.
+        path: Option<PathBuf>,
         /// What the storage layer says: generation, place, error number, remedy.
+        source: tierwise_io::error::Error,
+    },
+    /// The disk failed a worker earlier; the step is stopped with its error.
+    #[error("the engine stopped: {what}: {source}")]
+    StoppedByDisk {
+        /// What was read or written, by name.
+        what: String,
+        /// The directory of the spill file.
+        path: Option<PathBuf>,
+        /// What the storage layer said.
         source: tierwise_io::error::Error,
     },
     /// A staging buffer was used against its state.

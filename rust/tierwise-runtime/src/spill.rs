@@ -22,21 +22,14 @@ use tierwise_io::buffer::Buffer;
 use tierwise_io::store::{Slab, Store, StoreConfig};
 use tierwise_io::{Direction, Key, Priority};
 
-/// Block transfers that the disk has at once.
-const QUEUE_DEPTH: usize = 32;
-/// The same where threads do them.
-const THREADS: usize = 16;
-
 /// Opens the spill file of a plan in a directory; `staging` is the memory that transfers use.
 pub fn open(directory: &Path, plan: &NvmePlan, staging: Slab) -> Result<Store> {
-    let config = StoreConfig {
-        block_bytes: plan.block_bytes as usize,
-        queue_depth: QUEUE_DEPTH,
-        threads: THREADS,
-        slabs: vec![staging],
-        ..StoreConfig::new(directory, plan.file_bytes)
-    };
-    Store::open(config).map_err(|source| Error::Storage { what: format!("nvme_path `{}`", directory.display()), source })
+    let config =
+        StoreConfig { block_bytes: plan.block_bytes as usize, slabs: vec![staging], ..StoreConfig::new(directory, plan.file_bytes) };
+    Store::open(config).map_err(|source| {
+        let what = format!("nvme_path `{}`", directory.display());
+        Error::Storage { what, path: Some(directory.to_owned()), source }
+    })
 }
 
 /// What the engine knows of its spilled states.
@@ -104,7 +97,11 @@ impl Spill {
     /// Adds counters to the engine's.
     pub fn describe(&self, value: &mut serde_json::Value) -> Result<()> {
         let Some(store) = &self.store else { return Ok(()) };
-        let metrics = store.metrics().map_err(|source| Error::Storage { what: "the spill file".to_owned(), source })?;
+        let metrics = store.metrics().map_err(|source| Error::Storage {
+            what: "the spill file".to_owned(),
+            path: store.setup().directory.clone(),
+            source,
+        })?;
         value["nvme_bytes"] = metrics.used_bytes.into();
         value["nvme_file_bytes"] = self.budget.used().into();
         value["nvme_budget_bytes"] = self.budget.limit().into();
@@ -112,6 +109,8 @@ impl Spill {
         value["nvme_written_bytes"] = metrics.write.bytes.into();
         value["nvme_read_ns"] = metrics.read.in_flight_ns.into();
         value["nvme_write_ns"] = metrics.write.in_flight_ns.into();
+        value["nvme_busy_ns"] = metrics.busy_ns.into();
+        value["nvme_transfer_ns"] = (metrics.read.transfer_ns + metrics.write.transfer_ns).into();
         value["nvme_wait_ns"] = self.waited_ns.into();
         value["nvme_retries"] = (metrics.retries + metrics.rereads + metrics.short_transfers).into();
         value["nvme_payload_bytes"] = self.plan.payload_bytes.into();
@@ -202,13 +201,14 @@ impl Shared {
             Direction::Read => store.read(key, generation, &mut bytes, Priority::Soon),
             Direction::Write => store.write(key, generation, &bytes, Priority::Soon),
         };
+        let path = store.setup().directory.clone();
         let what = piece_name(state, piece);
-        let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), source })?;
+        let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source })?;
         let submitted = self.device.now_ns();
         let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
         // A buffer that is written may also be on its way to the device; it is reused after both.
         self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
-            ticket.wait().map_err(|source| Error::Storage { what, source })?;
+            ticket.wait().map_err(|source| Error::Storage { what, path, source })?;
             shared.transferred(direction, buffer, (track, piece, submitted))
         }))
     }

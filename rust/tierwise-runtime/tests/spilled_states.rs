@@ -274,17 +274,18 @@ fn faults_that_can_be_repaired_are_and_counted() {
 
 #[test]
 fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
-    let cases: [(Direction, Fault, &str); 7] = [
-        (Direction::Write, Fault::Errno(libc::EIO), "Input/output error"),
-        (Direction::Write, Fault::Errno(libc::ENOSPC), "No space left on device (os error 28); free space on the disk"),
-        (Direction::Read, Fault::Errno(libc::EIO), "os error 5); the disk is defective or gone (see dmesg)"),
-        (Direction::Write, Fault::FlippedBit(12345), "has checksum"),
-        (Direction::Write, Fault::Lost, "has checksum"),
-        (Direction::Write, Fault::Torn(4096), "has checksum"),
-        (Direction::Write, Fault::TooLong, "the system moved"),
+    let full = "No space left on device (os error 28); free space on the disk";
+    let cases: [(Direction, Fault, &str, i32); 7] = [
+        (Direction::Write, Fault::Errno(libc::EIO), "Input/output error", libc::EIO),
+        (Direction::Write, Fault::Errno(libc::ENOSPC), full, libc::ENOSPC),
+        (Direction::Read, Fault::Errno(libc::EIO), "os error 5); the disk is defective or gone (see dmesg)", libc::EIO),
+        (Direction::Write, Fault::FlippedBit(12345), "has checksum", libc::EIO),
+        (Direction::Write, Fault::Lost, "has checksum", libc::EIO),
+        (Direction::Write, Fault::Torn(4096), "has checksum", libc::EIO),
+        (Direction::Write, Fault::TooLong, "the system moved", libc::EIO),
     ];
     for placement in PLACEMENTS {
-        for (direction, fault, wanted) in cases {
+        for (direction, fault, wanted, errno) in cases {
             let script = Script::default();
             script.faults.lock().unwrap().push((direction, 4, fault));
             let mut rig = Rig::new(placement, 2, &script);
@@ -292,7 +293,7 @@ fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
             script.armed.store(true, Ordering::Release);
             let error = rig.run(2..8).expect_err(&format!("{fault:?}"));
             let message = error.to_string();
-            assert!(matches!(error, Error::Stopped(_)), "{error:?}");
+            assert!(matches!(&error, Error::StoppedByDisk { source, .. } if source.errno() == Some(errno)), "{error:?}");
             assert!(message.contains(wanted), "{fault:?}: {message}");
             for part in ["master, exp_avg, exp_avg_sq of `layers.", "elements ", "generation "] {
                 assert!(message.contains(part), "{fault:?}: {message}");
@@ -349,8 +350,9 @@ fn a_disk_that_cannot_be_opened_is_an_error_of_the_engine() {
     assert!(refused(&config).to_string().contains("no nvme_path was given"));
     let config = EngineConfig { nvme_path: Some("/no/such/directory".into()), ..config };
     match refused(&config) {
-        Error::Storage { what, source: DiskError::Create { errno, .. } } => {
+        Error::Storage { what, path, source: DiskError::Create { errno, .. } } => {
             assert_eq!((what.as_str(), errno), ("nvme_path `/no/such/directory`", libc::ENOENT));
+            assert_eq!(path.unwrap(), std::path::Path::new("/no/such/directory"));
         }
         other => panic!("{other:?}"),
     }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
 
 _DEFAULT_RESERVE = 256 * 10**6
+_DISK_SPEEDS = ("nvme_read_bytes_per_second", "nvme_write_bytes_per_second")
 _FRACTIONS = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "stream_optim_frac")
 
 
@@ -55,6 +56,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     the process ends, however it ends."""
     nvme_budget: int | str | None = None
     """Hard limit of the spill file's bytes; needs `nvme_path`. None: 90 % of what the directory's file system has free."""
+    nvme_read_bytes_per_second: float | None = None
+    """Speed of the disk for the planner, while it only reads; needs `nvme_path`. None: measured when the model is boosted, in about a
+    second."""
+    nvme_write_bytes_per_second: float | None = None
+    """Like `nvme_read_bytes_per_second`, while it only writes."""
     max_norm: float | None = None
     """Clip the global gradient norm to this. None: no clipping."""
     clip_mode: Literal["defer", "speculate", "auto"] = "defer"
@@ -76,9 +82,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Which layers keep what backward needs in pinned host memory: "auto": where nothing else fits, on the emulated device also where the
     planner predicts a faster step; "full": all that do not recompute. What a batch of other shapes has no room for there stays on the
     device."""
-    rematerialize: bool = False
-    """With liger-kernel: make outputs of normalizations and gated products again in backward where the planner finds that faster, instead
-    of keeping them. Equal bits. Not measured on a GPU yet, so it has to be asked for."""
+    rematerialize: bool = True
+    """With liger-kernel or `compile_layers`: make outputs of normalizations and gated products again in backward where the planner finds
+    that faster, instead of keeping them. Equal bits with liger-kernel."""
     shard_param_frac: float = 1.0
     """Static policy: share of parameters that need not stay whole on the device."""
     offload_optim_frac: float = 0.0
@@ -90,7 +96,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     Their parameters stay on the device."""
     reserve: int | str | None = None
     """Device bytes for temporaries that no trace sees. None: 256 MB, but at most an eighth of the device budget;
-    on CUDA also what the traced model's backward is expected to need, and a 24th of the budget that the allocator may lose."""
+    on CUDA also what the traced model's backward is expected to need, and what the allocator may lose: a 128th of the budget, or a 24th
+    where the environment keeps it from using expandable segments."""
     initial_scale: float = 2.0**16
     """fp16: first loss scale."""
     min_scale: float = 1.0
@@ -115,6 +122,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """CUDA with liger-kernel: fused SwiGLU and rotary embedding in LLaMA-style models. Agrees to rounding, not to the bit."""
     enable_all_optimization: bool = False
     """All three of the above."""
+    compile_layers: bool = False
+    """Compile every layer with `torch.compile` when it first runs: fuses what the options above fuse inside layers, and more. Agrees with
+    the plain model to rounding; the first step takes longer by the compiler's time. Needs what torch's inductor needs."""
     device: Literal["auto", "cuda", "emulated"] = "auto"
     """"emulated" is host memory with a hard budget; "auto" takes CUDA where there is one."""
     h2d_bytes_per_second: float | None = None
@@ -141,8 +151,10 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         if self.nvme_path is not None:
             if not isinstance(self.nvme_path, (str, os.PathLike)) or not os.path.isdir(self.nvme_path):
                 raise ValueError(f"nvme_path={self.nvme_path!r} is not a directory; name one on an NVMe disk")
-        elif self.nvme_budget is not None:
-            raise ValueError(f"nvme_budget={self.nvme_budget} needs nvme_path, the directory to spill to")
+        else:
+            for name in ("nvme_budget", *_DISK_SPEEDS):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} needs nvme_path, the directory to spill to")
         self._flags(
             "rematerialize",
             "fused_loss",
@@ -150,8 +162,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             "enable_fused_normalization",
             "enable_jit_fused",
             "enable_all_optimization",
+            "compile_layers",
         )
-        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second")
+        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second", *_DISK_SPEEDS)
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
         self._numbers("initial_scale", "min_scale", "max_scale")
         latency = self.link_latency_ns

@@ -4,7 +4,7 @@ use super::activations::Activations;
 use super::{PlanError, PlanRequest};
 use crate::Tier;
 use crate::layout::Layout;
-use crate::plan::{ChunkPlan, OptimizerClass};
+use crate::plan::{ChunkPlan, ClipMode, OptimizerClass};
 use crate::trace::{Phase, Trace};
 
 /// A trace and a layout, checked and indexed for the search.
@@ -15,6 +15,7 @@ pub(super) struct Memory<'a> {
     /// Host bytes that chunks may take before something is spilled.
     pub host_budget: u64,
     pub nvme: Option<super::NvmeRequest>,
+    pub clip_mode: ClipMode,
     /// Elements with optimizer states.
     pub state_numel: u64,
     /// Per unit: its chunks, each once.
@@ -108,8 +109,21 @@ impl<'a> Memory<'a> {
         let mut forward_order: Vec<usize> = (0..chunks).collect();
         forward_order.sort_by_key(|&c| (first_use[c], c));
         let state_numel = layout.chunks.iter().map(|c| c.state_numel).sum();
-        let PlanRequest { accumulation, host_budget, nvme, .. } = *request;
-        Ok(Memory { layout, trace, accumulation, host_budget, nvme, state_numel, unit_chunks, first_use, forward_order, uses, backward })
+        let PlanRequest { accumulation, host_budget, nvme, clip_mode, .. } = *request;
+        Ok(Memory {
+            layout,
+            trace,
+            accumulation,
+            host_budget,
+            nvme,
+            clip_mode,
+            state_numel,
+            unit_chunks,
+            first_use,
+            forward_order,
+            uses,
+            backward,
+        })
     }
 
     /// What is spilled leaves room for offloaded activations.

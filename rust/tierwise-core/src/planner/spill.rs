@@ -3,10 +3,13 @@
 use super::NvmeRequest;
 use super::memory::Memory;
 use crate::ChunkId;
-use crate::plan::{ChunkPlan, HostBytes, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
+use crate::layout::ChunkLayout;
+use crate::plan::{ChunkPlan, ClipMode, HostBytes, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
 const BUFFERS: u64 = 16;
+/// Staging buffers where host memory is left over.
+const MAX_BUFFERS: u64 = 64;
 /// Staging takes at most this part of what the model's parameters and states are. Of the model, not of the budget: more host memory then never
 /// spills more, and what an error says is needed is enough.
 const STAGING_SHARE: u64 = 16;
@@ -49,7 +52,18 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
         }
     }
     count(memory, chunks, &mut plan);
-    (plan.payload_bytes > 0).then_some(plan)
+    if plan.payload_bytes == 0 {
+        return None;
+    }
+    // What is left is too little for another chunk; as buffers it keeps the disk at work while nothing can be stepped.
+    let pieces: u64 = spilled_chunks(memory, chunks).map(|(layout, _)| layout.state_numel.div_ceil(plan.piece_numel)).sum();
+    let room = memory.host_budget.saturating_sub(used) / plan.buffer_bytes;
+    let more = room.min(MAX_BUFFERS.min(pieces).saturating_sub(u64::from(plan.buffers)));
+    let mut larger = NvmePlan { buffers: plan.buffers + more as u32, ..plan };
+    count(memory, chunks, &mut larger);
+    // Undo records use what is left too, and the disk may have no room to rewrite more at once.
+    let fits = memory.clip_mode == ClipMode::Defer && memory.nvme.is_some_and(|nvme| larger.file_bytes <= nvme.budget);
+    Some(if fits { larger } else { plan })
 }
 
 /// Buffers in which gradients land that are added to accumulators.
@@ -79,9 +93,14 @@ fn sizes(memory: &Memory) -> NvmePlan {
     }
 }
 
+fn spilled_chunks<'a>(memory: &'a Memory, chunks: &'a [ChunkPlan]) -> impl Iterator<Item = (&'a ChunkLayout, &'a ChunkPlan)> {
+    memory.layout.chunks.iter().zip(chunks).filter(|(_, placed)| placed.class == OptimizerClass::Nvme)
+}
+
 fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     let mut largest = 0;
-    for (layout, placed) in memory.layout.chunks.iter().zip(chunks).filter(|(_, placed)| placed.class == OptimizerClass::Nvme) {
+    (plan.payload_bytes, plan.file_bytes) = (0, 0);
+    for (layout, placed) in spilled_chunks(memory, chunks) {
         let element = memory.layout.spilled_bytes(*placed);
         let extent = |numel: u64| (numel * element).next_multiple_of(plan.block_bytes);
         let (whole, rest) = (layout.state_numel / plan.piece_numel, layout.state_numel % plan.piece_numel);

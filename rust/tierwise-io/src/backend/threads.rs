@@ -74,6 +74,7 @@ impl Threads {
             let thread = std::thread::Builder::new().name(format!("tierwise-io-{index}")).spawn(run).map_err(|error| Error::Backend {
                 backend: "threads",
                 reason: format!("cannot start thread {} of {threads}: {error}", index + 1),
+                errno: error.raw_os_error(),
             })?;
             pool.workers.push(thread);
         }

@@ -66,8 +66,11 @@ impl Wake for EventFd {
 impl Uring {
     /// A ring for `depth` transfers. `slabs` (address, bytes) are registered where allowed; they outlive the ring.
     pub fn open(file: Arc<SpillFile>, depth: usize, slabs: &[(usize, usize)]) -> Result<Uring> {
-        let refused =
-            |call: &str, errno: i32| Error::Backend { backend: "io_uring", reason: format!("{call}: {}{}", os(errno), hint(errno)) };
+        let refused = |call: &str, errno: i32| Error::Backend {
+            backend: "io_uring",
+            reason: format!("{call}: {}{}", os(errno), hint(errno)),
+            errno: Some(errno),
+        };
         // One more for the wake-up poll.
         let entries = (depth + 1).next_power_of_two() as u32;
         // Completions are then worked off by this thread when it waits, not by interrupting it. Older kernels do not know the flags.
@@ -79,7 +82,7 @@ impl Uring {
             .or_else(|_| IoUring::new(entries))
             .map_err(|e| refused("io_uring_setup", e.raw_os_error().unwrap_or(0)))?;
         if !ring.params().is_feature_ext_arg() {
-            return Err(Error::Backend { backend: "io_uring", reason: "the kernel is older than 5.11".to_owned() });
+            return Err(Error::Backend { backend: "io_uring", reason: "the kernel is older than 5.11".to_owned(), errno: None });
         }
         ring.submitter().register_files(&[file.raw_fd()]).map_err(|e| refused("io_uring_register", e.raw_os_error().unwrap_or(0)))?;
         // SAFETY: no pointers; the descriptor is owned by what is returned.
@@ -236,7 +239,8 @@ impl Backend for Uring {
 
     fn submit(&mut self, op: Op) -> Result<()> {
         self.waiting.push_back(op);
-        self.advance()
+        // The next `reap` hands over all of them at once.
+        Ok(())
     }
 
     fn reap(&mut self, timeout: Option<Duration>, ended: &mut Vec<Completion>) -> Result<()> {
@@ -274,7 +278,7 @@ impl Drop for Uring {
 }
 
 fn broken(error: &std::io::Error) -> Error {
-    Error::Backend { backend: "io_uring", reason: format!("io_uring_enter: {error}") }
+    Error::Backend { backend: "io_uring", reason: format!("io_uring_enter: {error}"), errno: error.raw_os_error() }
 }
 
 fn transient(error: &std::io::Error) -> bool {

@@ -98,10 +98,11 @@ impl Shared {
 
     fn stop_with(&self, state: &mut State, error: &Error) {
         if state.failed.is_none() {
-            state.failed = Some(Error::Stopped(match error {
-                Error::Stopped(message) => message.clone(),
-                other => other.to_string(),
-            }));
+            state.failed = Some(match error.clone() {
+                stopped @ (Error::Stopped(_) | Error::StoppedByDisk { .. }) => stopped,
+                Error::Storage { what, path, source } => Error::StoppedByDisk { what, path, source },
+                other => Error::Stopped(other.to_string()),
+            });
         }
         self.changed.notify_all();
     }

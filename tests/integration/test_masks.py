@@ -1,0 +1,75 @@
+"""A causal model without positions in its call needs no mask: none is planned for, and nothing looks at values to find that out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from tierwise.kernels.masks import without_packing
+
+SEQ = 256
+
+
+def step(kit: Any, **inputs: Any) -> Any:
+    booster, model, optimizer = kit.boosted(
+        kit.llama(), precision="fp32", micro_batch_size=2, seq_len=SEQ, gradient_accumulation_steps=1, recompute="none"
+    )
+    ids = torch.randint(0, kit.VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
+    booster.backward(loss, optimizer)
+    optimizer.step()
+    return booster, loss.detach()
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Results of the search for packed sequences from now on."""
+    found: list[Any] = []
+    search = masking_utils.find_packed_sequence_indices
+    search = getattr(search, "_tierwise_original", search)
+
+    def spy(positions: torch.Tensor) -> Any:
+        found.append(search(positions))
+        return found[-1]
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", spy)
+    return found
+
+
+def test_no_mask_is_planned_and_no_value_is_read(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = looks(monkeypatch)
+    booster, _ = step(kit)
+    assert not found
+    stats = booster.stats()
+    assert stats["planned_activation_bytes"] == stats["activation_peak_bytes"]
+
+
+def test_packed_sequences_are_found_and_kept_apart(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = step(kit)
+    found = looks(monkeypatch)
+    positions = torch.arange(SEQ // 2).repeat(2).expand(2, SEQ)
+    _, packed = step(kit, position_ids=positions)
+    assert any(isinstance(value, torch.Tensor) for value in found)
+    plain = kit.llama().train()
+    ids = torch.randint(0, kit.VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    expected = plain(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+    assert packed.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert packed.item() != pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_only_the_call_itself_is_spared() -> None:
+    positions = torch.tensor([[0, 1, 0, 1]])
+
+    def search() -> Any:
+        return masking_utils.find_packed_sequence_indices(positions)
+
+    with without_packing((), {}):
+        assert search() is None
+        with without_packing((), {"position_ids": positions}):
+            pass
+        assert search() is None
+    assert search().tolist() == [[0, 0, 1, 1]]
+    with without_packing((), {"position_ids": positions}):
+        assert search().tolist() == [[0, 0, 1, 1]]
