@@ -22,7 +22,7 @@ LEFT_BYTES = 200_000_000
 """Of torch's own workspaces."""
 OUTSIDE_BYTES = 2_500_000_000
 """Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
-LEFT_HOST_BYTES = 3_000_000_000
+LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""

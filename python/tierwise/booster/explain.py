@@ -99,8 +99,6 @@ def explain(runtime: Runtime) -> str:
 def _simulated(runtime: Runtime) -> str:
     """The plan's step as the simulator's executor times it, with the speeds that the planner weighed."""
     planned = runtime.planned
-    if "offload" in planned.plan["activations"]:
-        return "simulated step: none, the simulator does not execute offloaded activations"
     # The plan that runs, which a correction after the first step may have changed.
     plan = json.dumps(runtime.memory.plan)
     step = json.loads(_core.simulate_plan(runtime.layout, planned.trace_json, plan, json.dumps(planned.wanted)))
@@ -112,7 +110,7 @@ def _simulated(runtime: Runtime) -> str:
 
 def _next_gib(runtime: Runtime) -> str:
     """What a larger budget would buy, found by planning with it."""
-    now = runtime.planned.plan["predicted_step_s"]
+    now = predicted_with(runtime.planned, runtime.layout, "device", 0)
     gains = {tier: now - predicted_with(runtime.planned, runtime.layout, tier, 2**30) for tier in ("device", "host")}
     bought = [f"{tier} memory {gain * 1e3:.3g} ms ({gain / now:.1%})" for tier, gain in gains.items() if gain > now * 1e-4]
     return f"one GiB more would save: {', '.join(bought)}" if bought else "one GiB more of either memory would save nothing"

@@ -11,7 +11,10 @@ import torch
 _LEAST, _MOST = 3, 64
 _QUEUED_KERNELS = 700
 """So many fit the device's queue; more, and Python would wait for the device after all."""
-_SLEEP_CYCLES_PER_S = 1.5e9
+_SLEEP_CYCLES_PER_S = 2e9
+"""At least as fast as any of these devices' clocks."""
+_AMPLE = 1.5
+"""Times what Python took to enqueue a call before: the device sleeps so long for each."""
 
 
 class Timer:
@@ -26,10 +29,21 @@ class Timer:
         """Seconds of one call of `work`, which launches about so many kernels: the mean over as many calls as fit the time, at least three,
         after two that are not counted."""
         work()
-        once = max(self._run(work, 1, kernels), 1e-7)
-        return self._run(work, min(max(int(self.seconds / once), _LEAST), _MOST, max(_QUEUED_KERNELS // kernels, _LEAST)), kernels)
+        enqueue_s = self._enqueue_s(work)
+        once = max(self._run(work, 1, enqueue_s), 1e-7)
+        times = min(max(int(self.seconds / once), _LEAST), _MOST, max(_QUEUED_KERNELS // kernels, _LEAST))
+        return self._run(work, times, enqueue_s)
 
-    def _run(self, work: Callable[[], Any], times: int, kernels: int) -> float:
+    def _enqueue_s(self, work: Callable[[], Any]) -> float:
+        """Seconds that Python takes for one call on an idle device."""
+        if self.device.type != "cuda":
+            return 0.0
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def _run(self, work: Callable[[], Any], times: int, enqueue_s: float) -> float:
         if self.device.type != "cuda":
             start = time.perf_counter()
             for _ in range(times):
@@ -38,7 +52,7 @@ class Timer:
         torch.cuda.synchronize(self.device)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The device waits until Python has enqueued the calls: kernels shorter than their launch are then measured too.
-        torch.cuda._sleep(int((3e-4 + 8e-5 * times * kernels) * _SLEEP_CYCLES_PER_S))
+        torch.cuda._sleep(int((3e-4 + _AMPLE * times * enqueue_s) * _SLEEP_CYCLES_PER_S))
         start_event.record()
         for _ in range(times):
             work()
@@ -50,7 +64,7 @@ class Timer:
         """Seconds of one call of `work` after the device has run it for a while: long work meets the power limit. None on a CPU."""
         if self.device.type != "cuda":
             return None
-        once = max(self._run(work, 3, 1), 1e-6)
+        once = max(self._run(work, 3, self._enqueue_s(work)), 1e-6)
         torch.cuda.synchronize(self.device)
         marks = []
         for _ in range(max(int(seconds / once), 8)):

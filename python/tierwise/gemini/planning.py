@@ -85,14 +85,14 @@ def make_plan(
     """Plans a step. Raises BudgetError with the shortfall, the operation, and settings that fit (each found by planning with it)."""
     trace_json = trace.to_json(grouping, scale)
     try:
-        plan_json = _core.plan(layout, trace_json, json.dumps(wanted))
+        plan_json = _core.choose_plan(layout, trace_json, json.dumps(wanted))
     except BudgetError as error:
         raise _explained(error, plugin, layout, grouping, trace, wanted, scale) from None
     return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"], wanted)
 
 
 def predicted_with(planned: Planned, layout: Layout, tier: str, more_bytes: int) -> float:
-    """Predicted seconds of a step if the budget of a tier ("device", "host") had `more_bytes` more."""
+    """Seconds of the planner's fastest step, by its formulas, if the budget of a tier ("device", "host") had `more_bytes` more."""
     key = f"{tier}_budget"
     wanted = {**planned.wanted, key: planned.wanted[key] + more_bytes}
     predicted: float = json.loads(_core.plan(layout, planned.trace_json, json.dumps(wanted)))["predicted_step_s"]

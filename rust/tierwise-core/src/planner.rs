@@ -201,20 +201,29 @@ struct Step {
 
 /// Finds the fastest plan within the budgets.
 pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
+    let mut plans = candidates(layout, trace, request, 1)?;
+    plans.pop().ok_or_else(|| PlanError::Invalid(NOTHING.to_owned()))
+}
+
+const NOTHING: &str = "the request leaves nothing to choose from";
+
+/// The fastest plan within the budgets, and after it the fastest of those that keep activations otherwise, at most `most` in all. At least
+/// one, or an error.
+pub fn candidates(layout: &Layout, trace: &Trace, request: &PlanRequest, most: usize) -> Result<Vec<Plan>, PlanError> {
     let mut memory = Memory::new(layout, trace, request)?;
     let levels = activations::levels(&memory, request)?;
     memory.leave_room(&levels);
-    let mut best: Option<Candidate> = None;
+    let mut best = Best { found: Vec::new(), most: most.max(1) };
     let mut least_device: Option<(u64, DeviceBytes, crate::OpId)> = None;
     let mut least_host: Option<HostBytes> = None;
     let mut least_nvme: Option<NvmePlan> = None;
     placement::for_each_group(&memory, request, |group| {
         for activations in &levels {
-            if best.as_ref().is_some_and(|best| least_seconds(activations, request) > best.step.seconds) {
+            if best.bound(activations).is_some_and(|bound| least_seconds(activations, request) > bound) {
                 continue;
             }
             for &(slab, tight) in &group.variants {
-                if best.as_ref().is_some_and(|best| is_hopeless(&memory, activations, group, slab, tight, request, best)) {
+                if best.bound(activations).is_some_and(|bound| is_hopeless(&memory, activations, group, slab, tight, request, bound)) {
                     continue;
                 }
                 let device = |row: &Row| row.device_bytes(activations, slab, tight, request.reserve_bytes);
@@ -244,33 +253,65 @@ pub fn plan(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Pla
                         continue;
                     }
                     let step = predict(&memory, activations, row, group, slab, tight, request);
-                    if best.as_ref().is_none_or(|best| is_better(activations, row, step, best)) {
-                        best = Some(Candidate { activations, row: Row::clone(row), slab, tight, step });
-                    }
+                    best.offer(activations, row, slab, tight, step);
                 }
             }
         }
     })?;
-    if let (None, Some(breakdown)) = (&best, least_nvme) {
+    if !best.found.is_empty() {
+        return best.found.into_iter().map(|found| finish(layout, trace, request, found)).collect();
+    }
+    if let Some(breakdown) = least_nvme {
         let (needed, budget) = (breakdown.file_bytes, request.nvme.map_or(0, |nvme| nvme.budget));
         return Err(PlanError::Nvme { needed, budget, shortfall: needed - budget, breakdown });
     }
-    match (best, least_host, least_device) {
-        (Some(best), _, _) => finish(layout, trace, request, best),
-        (None, Some(breakdown), _) => Err(PlanError::Host {
+    match (least_host, least_device) {
+        (Some(breakdown), _) => Err(PlanError::Host {
             needed: breakdown.total(),
             budget: request.host_budget,
             shortfall: breakdown.total() - request.host_budget,
             breakdown,
         }),
-        (None, None, Some((needed, breakdown, op))) => Err(PlanError::Device {
+        (None, Some((needed, breakdown, op))) => Err(PlanError::Device {
             op: trace.op_name(op),
             needed,
             budget: request.device_budget,
             shortfall: needed - request.device_budget,
             breakdown,
         }),
-        (None, None, None) => Err(PlanError::Invalid("the request leaves nothing to choose from".to_owned())),
+        (None, None) => Err(PlanError::Invalid(NOTHING.to_owned())),
+    }
+}
+
+/// The best points so far, the best first, at most one for each way of keeping activations.
+struct Best<'a> {
+    found: Vec<Candidate<'a>>,
+    most: usize,
+}
+
+impl<'a> Best<'a> {
+    fn place(&self, activations: &Activations) -> Option<usize> {
+        self.found.iter().position(|found| std::ptr::eq(found.activations, activations))
+    }
+
+    /// Seconds from which on a point with these activations cannot be among the best.
+    fn bound(&self, activations: &Activations) -> Option<f64> {
+        let last = (self.found.len() == self.most).then(|| self.found.last()).flatten();
+        self.place(activations).map(|at| &self.found[at]).or(last).map(|found| found.step.seconds)
+    }
+
+    fn offer(&mut self, activations: &'a Activations, row: &Row, slab: u64, tight: bool, step: Step) {
+        let same = self.place(activations);
+        let worse = |found: &Candidate| is_better(activations, row, step, found);
+        if same.is_some_and(|at| !worse(&self.found[at])) {
+            return;
+        }
+        let Some(at) = self.found.iter().position(worse).or((self.found.len() < self.most).then_some(self.found.len())) else { return };
+        if let Some(same) = same {
+            self.found.remove(same);
+        }
+        self.found.insert(at, Candidate { activations, row: Row::clone(row), slab, tight, step });
+        self.found.truncate(self.most);
     }
 }
 
@@ -327,12 +368,12 @@ fn is_hopeless(
     slab: u64,
     tight: bool,
     request: &PlanRequest,
-    best: &Candidate,
+    bound: f64,
 ) -> bool {
     let Some(fastest) = group.rows.last().filter(|_| group.monotone && request.nvme.is_none()) else { return false };
     // It needs the least host memory too. What is equal up to rounding is looked at.
     fastest.host.total() + activations.host_bytes > request.host_budget
-        || predict(memory, activations, fastest, group, slab, tight, request).seconds > best.step.seconds * (1.0 + 1e-9)
+        || predict(memory, activations, fastest, group, slab, tight, request).seconds > bound * (1.0 + 1e-9)
 }
 
 /// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.

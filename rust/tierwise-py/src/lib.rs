@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use crate::measure::HostBench;
     #[pymodule_export]
-    use crate::sim::{sim_main, sim_output, simulate_plan};
+    use crate::sim::{choose_plan, sim_main, sim_output, simulate_plan};
     use pyo3::prelude::*;
 
     #[pymodule_init]

@@ -1,7 +1,7 @@
 //! The `tierwise-sim` command in this process.
 
 use crate::layout::Layout;
-use crate::parse;
+use crate::{errors, parse};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::ffi::OsString;
@@ -18,6 +18,14 @@ pub fn simulate_plan(py: Python<'_>, layout: &Layout, trace: &str, plan: &str, r
         .detach(|| tierwise_sim::estimate::estimate(&layout.inner, &trace, &plan, &request))
         .map_err(|error| PyValueError::new_err(error.to_string()))?;
     serde_json::to_string(&outcome).map_err(|e| PyValueError::new_err(e.to_string()))
+}
+
+/// Plans a step: of the planner's best plans the one that is executed fastest.
+#[pyfunction]
+pub fn choose_plan(py: Python<'_>, layout: &Layout, trace: &str, request: &str) -> PyResult<String> {
+    let (trace, request) = (parse(trace, "trace")?, parse(request, "plan request")?);
+    let plan = py.detach(|| tierwise_sim::choose::choose(&layout.inner, &trace, &request)).map_err(|e| errors::planning(py, &e))?;
+    serde_json::to_string(&plan).map_err(|e| PyValueError::new_err(e.to_string()))
 }
 
 /// Runs `tierwise-sim` with `args` (without the program's name) on this process's stdout and stderr; gives the exit code.

@@ -7,6 +7,7 @@
 #![allow(clippy::doc_markdown, reason = "LLaMA, RMSNorm and GeForce are names, not code")]
 
 pub mod calibrate;
+pub mod choose;
 pub mod cli;
 pub mod collectives;
 pub mod costs;

@@ -1,0 +1,77 @@
+//! Which of the planner's best plans the simulator finds fastest.
+
+use crate::estimate::estimate;
+use tierwise_core::layout::Layout;
+use tierwise_core::plan::Plan;
+use tierwise_core::planner::{PlanError, PlanRequest, candidates};
+use tierwise_core::trace::Trace;
+
+/// Plans that are executed, each of which keeps activations otherwise.
+const EXECUTED: usize = 5;
+
+/// Share of a step by which another plan has to be faster than the planner's first: less is within what either knows.
+const LEAST_GAIN: f64 = 0.01;
+
+/// The planner's plan, or another of its best ones whose executed step is faster. The planner's formulas say what fits and what may be
+/// fast; the executor knows what waits for what.
+pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
+    let mut plans = candidates(layout, trace, request, EXECUTED)?;
+    let mut chosen = 0;
+    if plans.len() > 1 {
+        // A plan that cannot be executed is not chosen for that; the runtime says why.
+        let seconds = |plan: &Plan| estimate(layout, trace, plan, request).map_or(f64::INFINITY, |outcome| outcome.step_ns as f64);
+        let steps: Vec<f64> = plans.iter().map(seconds).collect();
+        let fastest = (0..steps.len()).min_by(|a, b| steps[*a].total_cmp(&steps[*b])).unwrap_or(0);
+        if steps[fastest] < (1.0 - LEAST_GAIN) * steps[0] {
+            chosen = fastest;
+        }
+    }
+    Ok(plans.swap_remove(chosen))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::preset as model;
+    use tierwise_core::plan::ClipMode;
+    use tierwise_core::planner::{Offload, Placement, Recompute, Speeds, plan};
+
+    fn request(clip_mode: ClipMode) -> PlanRequest {
+        PlanRequest {
+            device_budget: 76_000_000_000,
+            host_budget: 110_000_000_000,
+            reserve_bytes: 4_000_000_000,
+            placement: Placement::Auto,
+            recompute: Recompute::Auto,
+            offload: Offload::None,
+            accumulation: 1,
+            accumulate: None,
+            visiting: false,
+            clip_mode,
+            speeds: Speeds { flops: 4.5e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
+            nvme: None,
+        }
+    }
+
+    #[test]
+    fn the_first_plan_stays_unless_another_is_executed_faster() {
+        let built = model("llama2-7b").unwrap().build(4096, 4);
+        let (layout, trace) = (&built.layout, &built.trace);
+        let mut changed = 0;
+        for clip_mode in [ClipMode::Defer, ClipMode::Speculate] {
+            let request = request(clip_mode);
+            let first = plan(layout, trace, &request).unwrap();
+            let all = candidates(layout, trace, &request, EXECUTED).unwrap();
+            assert_eq!((all.len(), &all[0]), (EXECUTED, &first));
+            assert!(all.windows(2).all(|two| two[0].predicted_step_s <= two[1].predicted_step_s));
+            assert!(all.windows(2).all(|two| two[0].activations != two[1].activations));
+            let chosen = choose(layout, trace, &request).unwrap();
+            let step = |plan: &Plan| estimate(layout, trace, plan, &request).unwrap().step_ns as f64;
+            assert!(chosen == first || step(&chosen) < 0.99 * step(&first));
+            assert!(all.iter().all(|plan| step(&chosen) <= step(plan) / 0.99));
+            changed += u32::from(chosen != first);
+        }
+        // Undo records share the memory of the host's steps, which the formulas count for the steps alone.
+        assert_eq!(changed, 1);
+    }
+}
