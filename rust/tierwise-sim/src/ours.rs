@@ -7,7 +7,7 @@ use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ActivationPlan, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, Plan, host_region_bytes};
-use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
+use tierwise_core::planner::{NvmeRequest, Placement, PlanError, PlanRequest, minimum_device_bytes, plan};
 use tierwise_core::timeline::Timeline;
 
 /// What the plan is, in few numbers.
