@@ -76,6 +76,8 @@ def explain(runtime: Runtime) -> str:
     if runtime.choice is not None:
         sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
         lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")
+    if runtime.trace.parts > 1:
+        lines.append(f"layer by layer: a layer takes {runtime.layer_rows} rows at a time, in {runtime.trace.parts} parts")
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None
     if operation is not None:
         lines.append(f"device peak at {runtime.grouping.units[runtime.trace.order[operation[0]]].name} {operation[1]}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from tierwise import _core
 from tierwise._core import BudgetError
 from tierwise.gemini.planning import make_plan
-from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors
+from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
@@ -32,6 +32,8 @@ class Choice:
     accumulation: int
     predicted_s: dict[int, float]
     """Seconds of a step by rows of a micro-batch; sizes that do not fit are missing."""
+    layer_rows: int | None = None
+    """Rows that a recomputed layer takes at a time; None: all of the micro-batch."""
 
 
 def batch_rows(batch: object) -> int:
@@ -44,6 +46,37 @@ def batch_rows(batch: object) -> int:
     return int(rows.pop())
 
 
+def first_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows of a forward's inputs: the first dimension of the first tensor; 1 without any."""
+    first = next(tensors_in((args, kwargs)), None)
+    return first.shape[0] if first is not None and first.dim() else 1
+
+
+def _traces(runtime: Runtime, trace: ModelTrace, size: int) -> Iterator[tuple[ModelTrace, int | None]]:
+    """Ways to run a micro-batch, each with the rows that a layer takes at a time.
+
+    Layer by layer is one of them where sums of gradients may be rounded, because autograd adds up those of the parts.
+    """
+    plugin = runtime.plugin
+    if plugin.layer_batch_size is not None:
+        counts = [plugin.layer_batch_size]
+    else:
+        yield from ((variant, None) for variant in runtime.variants(trace))
+        counts = _halves(size) if plugin.accumulate_dtype == "bf16" and plugin.recompute != "none" else []
+    for rows in counts:
+        by_layers = trace.layer_by_layer(runtime.grouping, -(-size // rows))
+        yield from ((variant, rows) for variant in runtime.variants(by_layers))
+
+
+def _halves(size: int) -> list[int]:
+    """Half of the rows, a quarter, and so on."""
+    found = []
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        found.append(size)
+    return found
+
+
 def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
     """The micro-batch size with the fastest plan for a step of `rows` rows, the largest of equally fast ones.
 
@@ -54,23 +87,25 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
     one = runtime.trace_only(*_rows(inputs, rows, 1))
     two = runtime.trace_only(*_rows(inputs, rows, 2)) if rows > 1 else one
     predicted: dict[int, float] = {}
+    by_layers: dict[int, int | None] = {}
     for offload in runtime.offloads():
         for size in sizes:
-            for trace in runtime.variants(_between(one, two, size)):
+            for trace, layer_rows in _traces(runtime, _between(one, two, size), size):
                 wanted = runtime.request(trace, rows // size, offload)
                 try:
                     plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
                 except BudgetError:
                     continue
                 seconds = json.loads(plan)["predicted_step_s"]
-                predicted[size] = min(predicted.get(size, seconds), seconds)
+                if seconds < predicted.get(size, float("inf")):
+                    predicted[size], by_layers[size] = seconds, layer_rows
         if predicted:
             break
     if not predicted:
         # Says what is missing and what would fit.
         make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows, runtime.offloads()[-1]))
     best = min(predicted, key=lambda size: (predicted[size], -size))
-    return Choice(best, rows // best, predicted)
+    return Choice(best, rows // best, predicted, by_layers[best])
 
 
 def _rows(inputs: Inputs, rows: int, count: int) -> Inputs:

@@ -21,7 +21,7 @@ from tierwise.gemini.hooks import UnitHooks
 from tierwise.gemini.hyper import Hyper
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
-from tierwise.gemini.micro_batch import Choice, choose
+from tierwise.gemini.micro_batch import Choice, choose, first_rows
 from tierwise.gemini.offload import ActivationOffload
 from tierwise.gemini.planning import Planned, make_plan, request
 from tierwise.gemini.recompute import checkpoints_itself, wrap
@@ -79,6 +79,8 @@ class Runtime:
         """Micro-batches per optimizer step."""
         self.micro_batch_size = None if plugin.micro_batch_size == "auto" else plugin.micro_batch_size
         """Rows of a micro-batch, where they are known."""
+        self.layer_rows = plugin.layer_batch_size
+        """Rows that a recomputed layer takes at a time; None: all."""
         self.choice: Choice | None = None
         self.micro_done = 0
         self.steps = 0
@@ -117,11 +119,16 @@ class Runtime:
                 "micro_batch_size='auto' is decided by the first batch of booster.train_step, or by the dataloader that booster.boost "
                 "gets; use one of them before calling the model, or give micro_batch_size a number"
             )
-        self.trace, self.planned = self._plan(self.trace_only(args, kwargs))
+        trace = self.trace_only(args, kwargs)
+        if self.layer_rows is not None:
+            trace = trace.layer_by_layer(self.grouping, -(-first_rows(args, kwargs) // self.layer_rows))
+        self.trace, self.planned = self._plan(trace)
         self._build()
 
     def variants(self, trace: tracing.ModelTrace) -> list[tracing.ModelTrace]:
         """The trace with everything kept, and where it has any, with outputs of cheap kernels made again in backward."""
+        if trace.parts > 1:
+            return [trace]
         if not self.plugin.rematerialize or not trace.cheap_bytes or self.plugin.offload_activations == "full":
             return [trace]
         speeds = self.target.speeds(self.plugin, trace.tokens)
@@ -160,6 +167,7 @@ class Runtime:
         """Chooses the micro-batch size for steps like this one. Raises BudgetError if none fits."""
         self.choice = choose(self, (args, kwargs), rows)
         self.micro_batch_size, self.accumulation = self.choice.rows, self.choice.accumulation
+        self.layer_rows = self.choice.layer_rows
 
     def trace_only(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
         """Traces the model for these inputs and changes nothing."""
@@ -186,14 +194,14 @@ class Runtime:
 
     def request(self, trace: tracing.ModelTrace, accumulation: int, offload: str) -> dict[str, Any]:
         """The core's `PlanRequest` for a step of so many micro-batches like the traced one, activations offloaded as in `offloads`."""
-        recompute: object = self.plugin.recompute
+        recompute: object = "full" if trace.parts > 1 else self.plugin.recompute
         own = [checkpoints_itself(unit.module) for unit in self.grouping.units]
         if any(own):
             # The model recomputes these itself: the plan has to count with it.
             by_trace = [own[unit] or recompute == "full" for unit in trace.order]
             recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, trace.order, strict=True)]}
         device_budget = self.target.device_budget(self.plugin)
-        speeds, host_budget = self.target.speeds(self.plugin, trace.tokens), self.target.host_budget(self.plugin)
+        speeds, host_budget = self.target.speeds(self.plugin, trace.tokens // trace.parts), self.target.host_budget(self.plugin)
         unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
         return request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, offload, unseen)
 

@@ -62,6 +62,8 @@ class ModelTrace:
     exact: bool
     regions: list[set[int]] = dataclasses.field(default_factory=list)
     """Groupings' units that run inside one checkpoint of the user's."""
+    parts: int = 1
+    """Parts in which a recomputed layer takes the rows."""
 
     def _chunks(self, grouping: Grouping, unit: int) -> list[int]:
         """Chunks that a unit needs. A checkpoint around several units needs all of theirs: one recomputation saves raw views of all."""
@@ -106,6 +108,16 @@ class ModelTrace:
             for unit in self.units
         ]
         return dataclasses.replace(self, units=units)
+
+    def layer_by_layer(self, grouping: Grouping, parts: int) -> ModelTrace:
+        """The same where every layer that can be recomputed is, and takes the rows in so many parts: it saves as much as one of them."""
+        units = [
+            dataclasses.replace(unit, saved_bytes=-(-unit.saved_bytes // parts), offload_bytes=0, offload_host_bytes=0)
+            if grouping.units[index].recomputable
+            else unit
+            for index, unit in zip(self.order, self.units, strict=True)
+        ]
+        return dataclasses.replace(self, units=units, parts=parts)
 
     @property
     def cheap_bytes(self) -> int:

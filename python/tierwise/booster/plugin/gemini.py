@@ -77,6 +77,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Sequences per forward: shapes the first plan, and how `Booster.train_step` splits a batch. "auto": the planner chooses the divisor of
     the batch that makes `Booster.train_step` fastest, and so the number of micro-batches. (Sums over other micro-batches round otherwise:
     losses agree, not their last bits.)"""
+    layer_batch_size: int | None = None
+    """Rows that a layer takes at a time: a micro-batch then goes through the model layer by layer, all layers recomputed, and parameters
+    that are not on the device are fetched once for all of it. Gradients of the parts are added up by autograd, in their own precision. None:
+    all rows at once; with `micro_batch_size="auto"` and `accumulate_dtype="bf16"` the planner's choice. Layers have to treat rows alike
+    and to return tensors."""
     seq_len: int | None = None
     """Tokens per sequence, for the first plan. Without it and without a dataloader the first forward is what is planned for."""
     recompute: Literal["auto", "none", "full"] = "auto"
@@ -147,6 +152,11 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             raise ValueError(f"accumulate_dtype='bf16' needs gradients in bf16, and precision={self.precision!r}; leave it 'fp32'")
         self._one_of("recompute", ("auto", "none", "full"))
         self._one_of("offload_activations", ("auto", "none", "full"))
+        if self.layer_batch_size is not None and (self.recompute == "none" or self.offload_activations == "full"):
+            raise ValueError(
+                f"layer_batch_size={self.layer_batch_size} recomputes every layer: recompute={self.recompute!r} and "
+                f"offload_activations={self.offload_activations!r} leave none; leave them 'auto'"
+            )
         if self.recompute == "full" and self.offload_activations == "full":
             raise ValueError("recompute='full' leaves no activations for offload_activations='full'; set one of them to 'auto' or 'none'")
         self._one_of("device", ("auto", "cuda", "emulated"))
@@ -176,7 +186,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
         latency = self.link_latency_ns
         if isinstance(latency, bool) or not isinstance(latency, int) or latency < 0:
             raise ValueError(f"link_latency_ns must be an integer of at least 0, got {latency!r}")
-        for name in ("gradient_accumulation_steps", "micro_batch_size", "seq_len", "growth_interval", "num_threads"):
+        for name in ("gradient_accumulation_steps", "micro_batch_size", "layer_batch_size", "seq_len", "growth_interval", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in ("gradient_accumulation_steps", "growth_interval"):
                 continue
