@@ -48,7 +48,7 @@ def test_a_layer_sees_as_many_rows_as_asked_for(kit: Any) -> None:
 
 def test_parameters_come_once_for_all_parts_and_less_memory_is_needed(kit: Any) -> None:
     def fetched(**options: Any) -> tuple[int, int]:
-        booster, model, optimizer = kit.boosted(kit.llama(), recompute="full", **STREAMED, **options)
+        booster, _, _ = kit.boosted(kit.llama(), recompute="full", **STREAMED, **options)
         ids = kit.batches(1, ROWS, seq=64)[0]
         for _ in range(3):
             booster.train_step({"input_ids": ids, "labels": ids})

@@ -3,8 +3,9 @@
 The wrap is at `forward`, inside the unit's hooks: they see the forward once, and the wrapped function notices by itself that it runs again
 inside a backward.
 
-With `layer_batch_size` a batch goes through the model layer by layer: a recomputed layer takes a few rows at a time, each in a checkpoint of
-its own, so that backward needs the intermediates of those rows only. Autograd adds up the gradients of the parts before it hands them over.
+With `layer_batch_size` a batch goes through the model layer by layer: a recomputed layer takes a few rows at a time, each part in a
+checkpoint of its own, so that backward needs the intermediates of one part only. Autograd adds up the gradients of the parts before it
+hands them over.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def wrap(runtime: Runtime, index: int, module: nn.Module) -> None:
 
 
 def _by_rows(run: Callable[..., Any], count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`run` over `count` rows at a time, each part in a checkpoint; what has as many rows as the first tensor is cut, the rest is shared."""
+    """`run` over `count` rows at a time, each part in a checkpoint. What has as many rows as the first tensor is cut, the rest shared."""
     first = next(tensors_in((args, kwargs)), None)
     rows = first.shape[0] if first is not None and first.dim() else 0
     if rows <= count:

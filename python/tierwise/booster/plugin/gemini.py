@@ -79,9 +79,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     losses agree, not their last bits.)"""
     layer_batch_size: int | None = None
     """Rows that a layer takes at a time: a micro-batch then goes through the model layer by layer, all layers recomputed, and parameters
-    that are not on the device are fetched once for all of it. Gradients of the parts are added up by autograd, in their own precision. None:
-    all rows at once; with `micro_batch_size="auto"` and `accumulate_dtype="bf16"` the planner's choice. Layers have to treat rows alike
-    and to return tensors."""
+    that are not on the device are fetched once for all of it. Gradients of the parts are added up by autograd, in their own precision.
+    None: all rows at once; with `micro_batch_size="auto"` and `accumulate_dtype="bf16"` the planner's choice. Layers have to treat rows
+    alike and to return tensors."""
     seq_len: int | None = None
     """Tokens per sequence, for the first plan. Without it and without a dataloader the first forward is what is planned for."""
     recompute: Literal["auto", "none", "full"] = "auto"
