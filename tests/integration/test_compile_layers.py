@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 def _without_a_code_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's division into forward and backward, without its kernels, which need a C++ compiler."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(LayerCompiler, "backend", "aot_eager_decomp_partition")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from tierwise import BudgetError
+from tierwise import BudgetError, TierwiseError
 
 ROWS = 8
 STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
@@ -84,29 +85,93 @@ def test_the_planner_may_choose_it_where_sums_may_be_rounded(kit: Any) -> None:
     assert others == pytest.approx(losses, rel=2e-2)
 
 
-def test_outputs_that_cannot_be_joined_are_refused(kit: Any) -> None:
-    class Odd(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = torch.nn.Linear(8, 8)
+class Layers(torch.nn.Module):
+    """Two layers of a kind, applied in turn."""
 
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"x": self.inner(x)}
+    def __init__(self, layer: Any, turn: Any = lambda layer, x: layer(x)) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([layer(), layer()])
+        self.turn = turn
 
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList([Odd(), Odd()])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = self.turn(block, x)
+        return x
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for block in self.blocks:
-                x = block(x)["x"]
-            return x
 
-    booster, model, _ = kit.boosted(Net(), precision="fp32", micro_batch_size=None, seq_len=None, layer_batch_size=2)
-    with pytest.raises(Exception, match="cannot join the outputs of a layer that returns dict"):
+class Odd(torch.nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.output(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("output", "turn", "what"),
+    [
+        (lambda y: {"x": y}, lambda layer, x: layer(x)["x"], "dict"),
+        (lambda y: (y, y.mean()), lambda layer, x: layer(x)[0], r"a tensor of shape \(\) for 2 rows"),
+        (lambda y: (y, y[:1]), lambda layer, x: layer(x)[0], r"a tensor of shape \(1, 8\) for 2 rows"),
+    ],
+    ids=["mapping", "scalar", "shared"],
+)
+def test_outputs_that_cannot_be_joined_are_refused(kit: Any, output: Any, turn: Any, what: str) -> None:
+    options = {"precision": "fp32", "micro_batch_size": None, "seq_len": None, "layer_batch_size": 2}
+    _, model, _ = kit.boosted(Layers(lambda: Odd(output), turn), **options)
+    with pytest.raises(TierwiseError, match=rf"cannot join the outputs of 'blocks\.0', which returns {what}; leave it out"):
         model(torch.ones(4, 8))
-    del booster
+
+
+def test_layers_whose_rows_are_not_first_are_refused(kit: Any) -> None:
+    def turned(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = layer(x.transpose(0, 1)).transpose(0, 1)
+        return result
+
+    def layer() -> Any:
+        return torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    options = {"precision": "fp32", "micro_batch_size": None, "seq_len": None, "layer_batch_size": 2}
+    _, model, _ = kit.boosted(Layers(layer, turned), **options)
+    with pytest.raises(ValueError, match=r"'blocks\.0' takes 6 in the first dimension of its input, and the micro-batch has 4 rows"):
+        model(torch.ones(4, 6, 8))
+
+
+def test_a_model_without_layers_is_refused(kit: Any) -> None:
+    options = {"precision": "fp32", "micro_batch_size": None, "seq_len": None}
+    _, model, _ = kit.boosted(torch.nn.Linear(4, 4), **options, layer_batch_size=2)
+    with pytest.raises(ValueError, match="no layers that can be recomputed"):
+        model(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="compile_layers=True, but the model has no layers"):
+        kit.boosted(torch.nn.Linear(4, 4), **options, compile_layers=True)
+
+
+def test_layers_that_checkpoint_themselves_are_left_alone(kit: Any) -> None:
+    def checkpointing() -> Any:
+        model = kit.llama()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # The name changes in transformers 6.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    with pytest.raises(ValueError, match=r"layer_batch_size=2 cannot be used: 'model\.layers\.0' is checkpointed by the model itself"):
+        kit.boosted(checkpointing(), micro_batch_size=ROWS, layer_batch_size=2)
+    booster, _, _ = kit.boosted(checkpointing(), micro_batch_size="auto", accumulate_dtype="bf16", seq_len=None)
+    ids = kit.batches(1, ROWS)[0]
+    booster.train_step({"input_ids": ids, "labels": ids})
+    assert booster._runtime.choice.layer_rows is None
+
+
+def test_no_more_rows_than_asked_for_are_not_cut(kit: Any) -> None:
+    options = {"device_budget": "64MiB", "micro_batch_size": 2}
+    cut, _, _ = kit.boosted(kit.llama(), layer_batch_size=2, **options)
+    whole, _, _ = kit.boosted(kit.llama(), **options)
+    assert cut.plan() == whole.plan()
+    assert "layer by layer" not in cut.explain()
 
 
 @pytest.mark.parametrize("option", [{"recompute": "none"}, {"offload_activations": "full"}])

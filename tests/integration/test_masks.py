@@ -59,17 +59,43 @@ def test_packed_sequences_are_found_and_kept_apart(kit: Any, monkeypatch: pytest
     assert packed.item() != pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_only_the_call_itself_is_spared() -> None:
-    positions = torch.tensor([[0, 1, 0, 1]])
+class Wrapper(torch.nn.Module):
+    """Hands a batch on as it is: nobody sees from outside whether it has positions."""
 
-    def search() -> Any:
-        return masking_utils.find_packed_sequence_indices(positions)
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
 
-    with without_packing((), {}):
-        assert search() is None
-        with without_packing((), {"position_ids": positions}):
-            pass
-        assert search() is None
-    assert search().tolist() == [[0, 0, 1, 1]]
-    with without_packing((), {"position_ids": positions}):
-        assert search().tolist() == [[0, 0, 1, 1]]
+    def forward(self, batch: dict[str, torch.Tensor]) -> Any:
+        return self.lm(**batch, use_cache=False).loss
+
+
+def test_positions_that_a_wrapper_hands_on_are_heeded(kit: Any) -> None:
+    positions = torch.arange(SEQ // 2).repeat(2).expand(2, SEQ)
+    ids = torch.randint(0, kit.VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    expected = Wrapper(kit.llama())(batch)
+    _, model, _ = kit.boosted(Wrapper(kit.llama()), precision="fp32", micro_batch_size=None, seq_len=None)
+    assert model(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_only_the_forward_itself_is_spared(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = kit.llama(), kit.llama()
+    ids = kit.batches(1, seq=SEQ)[0]
+    found = looks(monkeypatch)
+
+    def searches(which: Any, **inputs: Any) -> int:
+        before = len(found)
+        which(input_ids=ids, use_cache=False, **inputs)
+        return len(found) - before
+
+    assert searches(model) == 1
+    # As an interrupted forward leaves it: open, while others run.
+    with without_packing(model, (), {"input_ids": ids}):
+        assert searches(model) == 0
+        assert searches(other) == 1
+    assert searches(model) == 1
+    with without_packing(model, (), {"input_ids": ids, "position_ids": torch.arange(SEQ)[None]}):
+        assert searches(model) == 1
+    with without_packing(Wrapper(model), (), {"input_ids": ids}):
+        assert searches(model) == 1

@@ -116,25 +116,26 @@ def timeline(kit: Any, path: Path, seconds: float, **options: Any) -> Tracks:
 
 
 def test_a_fast_link_is_never_waited_for(kit: Any, tmp_path: Path) -> None:
-    tracks = timeline(kit, tmp_path / "timeline.json", seconds=0.03)
-    assert not [span.name for span in tracks.maybe("compute wait") if "activations" in span.name]
-    not_gone = set()
+    tracks = timeline(kit, tmp_path / "timeline.json", seconds=0.06)
+    # Nothing computes between the last layer's forward and its backward: what it saved has not left by then, or only just.
+    last = f"model.layers.{LAYERS - 1}"
+    assert not [span.name for span in tracks.maybe("compute wait") if "activations" in span.name and last not in span.name]
     for layer in range(LAYERS):
         unit = f"model.layers.{layer}"
         forward, backward = (tracks.first("compute", f"{unit} {phase}") for phase in ("forward", "backward"))
         out = tracks.of("d2h", f"activations {unit}")
         assert all(span.start >= forward.start for span in out)
         back = tracks.maybe("h2d", f"activations {unit}")
-        if not back:
-            not_gone.add(layer)  # It had not left the device when its backward began.
+        if unit != last:
+            # Asked for while a later layer computed, and there before it was needed.
+            assert back
+            assert back[0].start < backward.start
+        elif not back:
             continue
-        # Asked for while a later layer computed, and there before it was needed.
-        assert back[0].start < backward.start
         assert max(span.end for span in back) <= backward.end
         # What comes back had left, storage by storage; another one of the layer may still be on its way.
         for returned, left in zip(back, sorted(span.end for span in out), strict=False):
             assert returned.start >= left
-    assert not_gone <= {LAYERS - 1}
 
 
 def test_a_slow_link_is_waited_for_in_both_directions(kit: Any, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ class LayerCompiler:
         self.thrifty = False
         """Whether outputs of normalizations and gated products are made again in backward; to be set before the first forward."""
         modules = [unit.module for unit in units if unit.recomputable]
+        if not modules:
+            raise ValueError(
+                "compile_layers=True, but the model has no layers (elements of a ModuleList with modules inside); leave it out"
+            )
         trace_as_fused(modules)
         for module in modules:
             module.forward = torch.compile(module.forward, backend=self._compile)

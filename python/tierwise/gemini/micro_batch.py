@@ -16,7 +16,7 @@ from torch import Tensor
 from tierwise import _core
 from tierwise._core import BudgetError
 from tierwise.gemini.planning import make_plan
-from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors, tensors_in
+from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors
 
 if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
@@ -46,12 +46,6 @@ def batch_rows(batch: object) -> int:
     return int(rows.pop())
 
 
-def first_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Rows of a forward's inputs: the first dimension of the first tensor; 1 without any."""
-    first = next(tensors_in((args, kwargs)), None)
-    return first.shape[0] if first is not None and first.dim() else 1
-
-
 def _traces(runtime: Runtime, trace: ModelTrace, size: int) -> Iterator[tuple[ModelTrace, int | None]]:
     """Ways to run a micro-batch, each with the rows that a layer takes at a time.
 
@@ -63,9 +57,10 @@ def _traces(runtime: Runtime, trace: ModelTrace, size: int) -> Iterator[tuple[Mo
     else:
         yield from ((variant, None) for variant in runtime.variants(trace))
         counts = _halves(size) if plugin.accumulate_dtype == "bf16" and plugin.recompute != "none" else []
+        if runtime.whole_layers(trace) is not None:
+            counts = []
     for rows in counts:
-        by_layers = trace.layer_by_layer(runtime.grouping, -(-size // rows))
-        yield from ((variant, rows) for variant in runtime.variants(by_layers))
+        yield from ((variant, rows) for variant in runtime.variants(runtime.layer_by_layer(trace, rows)))
 
 
 def _halves(size: int) -> list[int]:
@@ -131,4 +126,4 @@ def _between(one: ModelTrace, two: ModelTrace, rows: int) -> ModelTrace:
 
     units = [unit(a, b) for a, b in zip(one.units, two.units, strict=True)]
     outer = int(line(one.outer_saved_bytes, two.outer_saved_bytes))
-    return dataclasses.replace(one, units=units, outer_saved_bytes=outer, tokens=int(line(one.tokens, two.tokens)))
+    return dataclasses.replace(one, units=units, outer_saved_bytes=outer, tokens=int(line(one.tokens, two.tokens)), rows=rows)

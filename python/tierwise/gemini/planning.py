@@ -91,6 +91,12 @@ def make_plan(
     return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"], wanted)
 
 
+def executed_s(planned: Planned, layout: Layout) -> float:
+    """Seconds of the plan's step as the simulator executes it."""
+    outcome = json.loads(_core.simulate_plan(layout, planned.trace_json, planned.plan_json, json.dumps(planned.wanted)))
+    return float(outcome["step_ns"]) / 1e9
+
+
 def predicted_with(planned: Planned, layout: Layout, tier: str, more_bytes: int) -> float:
     """Seconds of the planner's fastest step, by its formulas, if the budget of a tier ("device", "host") had `more_bytes` more."""
     key = f"{tier}_budget"
@@ -143,7 +149,8 @@ def _alternatives(
         found.append("recompute='full'")
     if wanted["offload"] == "none" and _fits(layout, trace_json, {**wanted, "offload": "auto"}):
         found.append("offload_activations='auto'")
-    given = plugin.micro_batch_size if isinstance(plugin.micro_batch_size, int) else None
+    # A part of the rows is no measure of fewer rows.
+    given = plugin.micro_batch_size if isinstance(plugin.micro_batch_size, int) and trace.parts == 1 else None
     size = given
     recompute = "full" if may_recompute else wanted["recompute"]
     while size is not None and size > 1 and len(found) < 2:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tierwise._core import TierwiseError
 from tierwise.gemini.hooks import in_graph_task
-from tierwise.gemini.tracing import map_tensors, tensors_in
+from tierwise.gemini.tracing import first_rows, map_tensors
 
 if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime
@@ -46,38 +46,50 @@ def wrap(runtime: Runtime, index: int, module: nn.Module) -> None:
         wanted = runtime.recompute[index] and module.training and torch.is_grad_enabled()
         if not wanted or runtime.passive or in_graph_task() or checkpoints_itself(module):
             return run(*args, **kwargs)
-        if runtime.layer_rows is not None:
-            return _by_rows(run, runtime.layer_rows, args, kwargs)
+        if runtime.layer_rows is not None and runtime.micro_rows > runtime.layer_rows:
+            name = runtime.grouping.units[index].name
+            return _by_rows(run, name, runtime.micro_rows, runtime.layer_rows, args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     module.forward = forward
 
 
-def _by_rows(run: Callable[..., Any], count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`run` over `count` rows at a time, each part in a checkpoint. What has as many rows as the first tensor is cut, the rest shared."""
-    first = next(tensors_in((args, kwargs)), None)
-    rows = first.shape[0] if first is not None and first.dim() else 0
-    if rows <= count:
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+def _by_rows(run: Callable[..., Any], name: str, rows: int, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`run` over `count` of the micro-batch's `rows` at a time, each part in a checkpoint. Tensors with as many rows are cut, others are
+    shared. Raises TierwiseError for a layer whose rows are not the first dimension of what it takes and gives."""
+    if first_rows(args, kwargs) != rows:
+        raise TierwiseError(
+            f"layer_batch_size={count} cuts the first dimension, but that of {name!r}'s input is {first_rows(args, kwargs)} and the "
+            f"micro-batch has {rows} rows; leave layer_batch_size out"
+        )
+    parts = -(-rows // count)
+    cut: dict[int, tuple[Tensor, ...]] = {}
+
+    def part(tensor: Tensor, index: int) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != rows:
+            return tensor
+        if id(tensor) not in cut:
+            # One node for all parts: backward of a slice would fill a tensor of the whole size, part by part.
+            cut[id(tensor)] = tensor.split(count)
+        return cut[id(tensor)][index]
+
     outputs = []
-    for start in range(0, rows, count):
-
-        def cut(tensor: Tensor, start: int = start) -> Tensor:
-            return tensor[start : start + count] if tensor.dim() and tensor.shape[0] == rows else tensor
-
-        outputs.append(checkpoint(run, *map_tensors(args, cut), use_reentrant=False, **map_tensors(dict(kwargs), cut)))
-    return _joined(outputs)
+    for index in range(parts):
+        own = map_tensors(args, functools.partial(part, index=index))
+        named = map_tensors(dict(kwargs), functools.partial(part, index=index))
+        outputs.append(checkpoint(run, *own, use_reentrant=False, **named))
+    return _joined(outputs, [min(count, rows - index * count) for index in range(parts)], name)
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[Any], rows: list[int], name: str) -> Any:
     first = parts[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor) and all(part.dim() and part.shape[0] == count for part, count in zip(parts, rows, strict=True)):
         return torch.cat(parts)
     if type(first) in (tuple, list):
-        return type(first)(_joined(list(values)) for values in zip(*parts, strict=True))
+        return type(first)(_joined(list(values), rows, name) for values in zip(*parts, strict=True))
     if first is None:
         return None
+    what = f"a tensor of shape {tuple(first.shape)} for {rows[0]} rows" if isinstance(first, Tensor) else type(first).__name__
     raise TierwiseError(
-        f"layer_batch_size cannot join the outputs of a layer that returns {type(first).__name__}; leave it out, or use a smaller "
-        "micro_batch_size"
+        f"layer_batch_size cannot join the outputs of {name!r}, which returns {what}; leave it out, or use a smaller micro_batch_size"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tierwise.gemini.hooks import in_graph_task
 from tierwise.gemini.runtime import Runtime
-from tierwise.gemini.tracing import count_tokens, map_tensors
+from tierwise.gemini.tracing import count_tokens, first_rows, map_tensors
 from tierwise.kernels.fused import attention_backends
 from tierwise.kernels.masks import without_packing
 
@@ -37,11 +37,12 @@ def install(runtime: Runtime) -> None:
         training = module.training and torch.is_grad_enabled()
         if training:
             runtime.micro_tokens = count_tokens(args, kwargs)
+            runtime.micro_rows = first_rows(args, kwargs)
             if takes_cache and kwargs.get("use_cache") is None and kwargs.get("past_key_values") is None:
                 # A cache would be appended to twice where a layer is recomputed, and training has no use for it.
                 kwargs["use_cache"] = False
         open_forwards.enter_context(attention_backends(runtime.fused_attention))
-        open_forwards.enter_context(without_packing(args, kwargs))
+        open_forwards.enter_context(without_packing(model, args, kwargs))
         if runtime.fused is not None:
             open_forwards.enter_context(runtime.fused.active(args, kwargs, training))
         if runtime.saved.needed and torch.is_grad_enabled():

@@ -21,9 +21,9 @@ from tierwise.gemini.hooks import UnitHooks
 from tierwise.gemini.hyper import Hyper
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
-from tierwise.gemini.micro_batch import Choice, choose, first_rows
+from tierwise.gemini.micro_batch import Choice, choose
 from tierwise.gemini.offload import ActivationOffload
-from tierwise.gemini.planning import Planned, make_plan, request
+from tierwise.gemini.planning import Planned, executed_s, make_plan, request
 from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
 from tierwise.gemini.scaler import LossScaler
@@ -85,6 +85,7 @@ class Runtime:
         self.micro_done = 0
         self.steps = 0
         self.micro_tokens = 0
+        self.micro_rows = 1
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._absent: dict[int, list[Tensor]] = {}
         self.layout = Layout(
@@ -121,7 +122,7 @@ class Runtime:
             )
         trace = self.trace_only(args, kwargs)
         if self.layer_rows is not None:
-            trace = trace.layer_by_layer(self.grouping, -(-first_rows(args, kwargs) // self.layer_rows))
+            trace = self.layer_by_layer(trace, self.layer_rows)
         self.trace, self.planned = self._plan(trace)
         self._build()
 
@@ -133,6 +134,17 @@ class Runtime:
             return [trace]
         speeds = self.target.speeds(self.plugin, trace.tokens)
         return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
+
+    def whole_layers(self, trace: tracing.ModelTrace) -> str | None:
+        """Why layers cannot take the rows part by part; None if they can."""
+        return trace.whole_layers(self.grouping, [checkpoints_itself(unit.module) for unit in self.grouping.units])
+
+    def layer_by_layer(self, trace: tracing.ModelTrace, rows: int) -> tracing.ModelTrace:
+        """The trace with layers that take `rows` rows at a time. Raises ValueError if they cannot."""
+        reason = self.whole_layers(trace)
+        if reason is not None:
+            raise ValueError(f"layer_batch_size={rows} cannot be used: {reason}; leave it out")
+        return trace.layer_by_layer(self.grouping, rows)
 
     def offloads(self) -> list[str]:
         """How activations may be offloaded, in the order in which plans are looked for.
@@ -153,8 +165,10 @@ class Runtime:
                     found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
                 except BudgetError as error:
                     refused = error
+            if len(found) > 1:
+                return min(found, key=lambda pair: executed_s(pair[1], self.layout))
             if found:
-                return min(found, key=lambda pair: pair[1].plan["predicted_step_s"])
+                return found[0]
         assert refused is not None
         raise refused
 

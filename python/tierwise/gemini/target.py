@@ -52,8 +52,9 @@ def expand_segments() -> bool:
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if change is None or settings.get("backend", "native").strip() != "native":
         return False
-    # The settings are replaced as a whole, so what the environment says goes in again.
-    change(",".join([*filter(None, [asked.strip().rstrip(",")]), "expandable_segments:True"]))
+    # The settings are replaced as a whole: what was set before goes in again. Before torch 2.15 only the environment tells what that is.
+    current = getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")() or asked
+    change(",".join([*filter(None, [current.strip().rstrip(",")]), "expandable_segments:True"]))
     return True
 
 

@@ -46,6 +46,8 @@ class UnitTrace:
     """Part of `saved_bytes` that cheap kernels can make again."""
     cheap_traffic_bytes: int = 0
     """Bytes of device memory that making it again moves."""
+    rows: int = 0
+    """First dimension of its first input."""
     extra_flops: float = 0.0
     """FLOPs whose time the making takes, where it is planned."""
 
@@ -62,6 +64,8 @@ class ModelTrace:
     exact: bool
     regions: list[set[int]] = dataclasses.field(default_factory=list)
     """Groupings' units that run inside one checkpoint of the user's."""
+    rows: int = 1
+    """First dimension of the model's first input."""
     parts: int = 1
     """Parts in which a recomputed layer takes the rows."""
 
@@ -109,8 +113,12 @@ class ModelTrace:
         ]
         return dataclasses.replace(self, units=units)
 
-    def layer_by_layer(self, grouping: Grouping, parts: int) -> ModelTrace:
-        """The same where every layer that can be recomputed is, and takes the rows in so many parts: it saves as much as one of them."""
+    def layer_by_layer(self, grouping: Grouping, count: int) -> ModelTrace:
+        """The same where every layer that can be recomputed is, and takes `count` rows at a time: it saves as much as they need. Where the
+        micro-batch has no more, nothing is different."""
+        parts = -(-self.rows // count)
+        if parts == 1:
+            return self
         units = [
             dataclasses.replace(unit, saved_bytes=-(-unit.saved_bytes // parts), offload_bytes=0, offload_host_bytes=0)
             if grouping.units[index].recomputable
@@ -118,6 +126,20 @@ class ModelTrace:
             for index, unit in zip(self.order, self.units, strict=True)
         ]
         return dataclasses.replace(self, units=units, parts=parts)
+
+    def whole_layers(self, grouping: Grouping, checkpointing: list[bool]) -> str | None:
+        """Why layers cannot take the rows part by part; None if they can. `checkpointing` units recompute by themselves."""
+        traced = dict(zip(self.order, self.units, strict=True))
+        layers = [unit for unit in self.order if grouping.units[unit].recomputable]
+        if not self.exact or not layers:
+            return "the model has no layers that can be recomputed" if not layers else "the model cannot be traced"
+        for unit in layers:
+            name = grouping.units[unit].name
+            if checkpointing[unit] or any(unit in region for region in self.regions):
+                return f"{name!r} is checkpointed by the model itself"
+            if traced[unit].rows not in (0, self.rows):  # A unit that this forward does not call has none.
+                return f"{name!r} takes {traced[unit].rows} in the first dimension of its input, and the micro-batch has {self.rows} rows"
+        return None
 
     @property
     def cheap_bytes(self) -> int:
@@ -139,7 +161,9 @@ class ModelTrace:
 
         Most of what a layer saves gets a gradient of its own size, but not all at once: 0.6 of it was measured on LLaMA layers.
         """
-        return int(0.6 * max((unit.saved_bytes for unit in self.units), default=0))
+        of_a_part = int(0.6 * max((unit.saved_bytes for unit in self.units), default=0))
+        # Where a layer takes rows part by part, its whole output and both gradients are there beside one part.
+        return of_a_part + (3 * max((unit.input_bytes for unit in self.units), default=0) if self.parts > 1 else 0)
 
     def flops(self) -> float:
         """FLOPs of one forward."""
@@ -208,6 +232,12 @@ def count_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if not tensor.is_floating_point():
             return max(tensor.numel(), 1)
     return max(tensors[0].numel() // max(tensors[0].shape[-1], 1), 1) if tensors and tensors[0].dim() else 1
+
+
+def first_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows of a forward's inputs: the first dimension of the first tensor; 1 without any."""
+    first = next(tensors_in((args, kwargs)), None)
+    return first.shape[0] if first is not None and first.dim() else 1
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -301,7 +331,7 @@ class _Recorder:
     def enter(self, unit: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._attribute_flops()
         if unit not in self.units:
-            self.units[unit] = UnitTrace()
+            self.units[unit] = UnitTrace(rows=first_rows(args, kwargs))
             self.order.append(unit)
         for tensor in tensors_in((args, kwargs)):
             storage = tensor.untyped_storage()
@@ -364,7 +394,7 @@ def _run(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(without_packing(args, kwargs))
+        stack.enter_context(without_packing(model, args, kwargs))
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         fake: dict[str, Tensor] = {}
         for param, names in grouping.names.items():
@@ -396,7 +426,14 @@ def _run(
     ops = [(position[unit], "forward") for unit in recorder.forward]
     ops += [(position[unit], "backward") for unit in recorder.backward()]
     return ModelTrace(
-        recorder.order + rest, called + [UnitTrace() for _ in rest], ops, recorder.outer, tokens, True, list(recorder.regions.values())
+        recorder.order + rest,
+        called + [UnitTrace() for _ in rest],
+        ops,
+        recorder.outer,
+        tokens,
+        True,
+        list(recorder.regions.values()),
+        first_rows(args, kwargs),
     )
 
 

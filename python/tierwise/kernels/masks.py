@@ -1,8 +1,9 @@
 """Attention masks that a model would make only because it cannot know that it needs none.
 
 transformers looks at the values of `position_ids` to find sequences that are packed into one row. On a GPU that waits for the device once
-per forward; in a trace, where tensors have no values, it makes a mask of tokens x tokens for every row, which training never sees. Without
-`position_ids` in the call positions simply count up: nothing is packed, and attention is causal without a mask.
+per forward; in a trace, where tensors have no values, it makes a mask of tokens x tokens for every row, which training never sees. The
+models below number their tokens from zero if they are called without `position_ids`: nothing is packed, and attention is causal without a
+mask.
 """
 
 from __future__ import annotations
@@ -12,41 +13,66 @@ import functools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
-_SPARED: dict[int, int] = {}
-"""Thread -> forwards in it that are known to pack nothing; a forward that was interrupted may be closed by another thread."""
+# Whose forward makes `position_ids` of torch.arange alone, in transformers 5.17 to 5.23.
+_COUNTING = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2"})
 _LOOKS = "find_packed_sequence_indices"
+_DEPTH = 64
+"""Frames between a model's forward and its mask: about a dozen, more under profilers and compilers."""
+_SPARED: dict[int, list[nn.Module]] = {}
+"""Thread -> models whose forward packs nothing; one that was interrupted may be closed by another thread, or late."""
 
 
 @contextlib.contextmanager
-def without_packing(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Spares a model's forward of `args` and `kwargs` the search for packed sequences, if it is called without positions."""
+def without_packing(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Spares the forward of `model` with `args` and `kwargs` the search for packed sequences, if it is a model of transformers that is
+    called without positions. Other models that run meanwhile are not spared."""
     masks = sys.modules.get("transformers.masking_utils")
     search = getattr(masks, _LOOKS, None)
-    if search is None or len(args) > 1 or kwargs.get("position_ids") is not None:
+    counts = (
+        type(model).__module__.startswith("transformers.models.")
+        and getattr(getattr(model, "config", None), "model_type", None) in _COUNTING
+        and len(args) <= 1
+        and kwargs.get("position_ids") is None
+    )
+    if search is None or not counts:
         yield
         return
     if not hasattr(search, "_tierwise_original"):
         setattr(masks, _LOOKS, _sparing(search))
-    thread = threading.get_ident()
-    _SPARED[thread] = _SPARED.get(thread, 0) + 1
+    spared = _SPARED.setdefault(threading.get_ident(), [])
+    spared.append(model)
     try:
         yield
     finally:
-        _SPARED[thread] -= 1
-        if not _SPARED[thread]:
-            del _SPARED[thread]
+        spared.remove(model)
 
 
 def _sparing(search: Any) -> Any:
     @functools.wraps(search)
     def find_packed_sequence_indices(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and threading.get_ident() in _SPARED:
+        if not torch.compiler.is_compiling() and _is_spared(sys._getframe(1)):
             return None
         return search(*args, **kwargs)
 
     find_packed_sequence_indices._tierwise_original = search  # type: ignore[attr-defined]
     return find_packed_sequence_indices
+
+
+def _is_spared(frame: FrameType | None) -> bool:
+    """Whether a spared model's forward is among these frames."""
+    spared = _SPARED.get(threading.get_ident())
+    for _ in range(_DEPTH if spared else 0):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            if any(module is model for model in spared or ()):
+                return True
+        frame = frame.f_back
+    return False
