@@ -23,7 +23,7 @@ from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
 from tierwise.gemini.micro_batch import Choice, choose
 from tierwise.gemini.offload import ActivationOffload
-from tierwise.gemini.planning import Planned, executed_s, make_plan, request
+from tierwise.gemini.planning import Planned, faster, make_plan, request
 from tierwise.gemini.recompute import checkpoints_itself, wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
 from tierwise.gemini.scaler import LossScaler
@@ -165,10 +165,8 @@ class Runtime:
                     found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
                 except BudgetError as error:
                     refused = error
-            if len(found) > 1:
-                return min(found, key=lambda pair: executed_s(pair[1], self.layout))
             if found:
-                return found[0]
+                return found[faster([planned for _, planned in found], self.layout)]
         assert refused is not None
         raise refused
 
