@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from transformers import masking_utils
 
+from tierwise.kernels import masks
 from tierwise.kernels.masks import without_packing
 
 SEQ = 256
@@ -77,6 +80,19 @@ def test_positions_that_a_wrapper_hands_on_are_heeded(kit: Any) -> None:
     expected = Wrapper(kit.llama())(batch)
     _, model, _ = kit.boosted(Wrapper(kit.llama()), precision="fp32", micro_batch_size=None, seq_len=None)
     assert model(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_spared_model_is_not_kept(kit: Any) -> None:
+    model = kit.llama()
+    # As an interrupted forward leaves it: what is open is held by the model's own hooks.
+    model.__dict__["open"] = interrupted = without_packing(model, (), {})
+    interrupted.__enter__()
+    assert len(masks._SPARED) == 1
+    gone = weakref.ref(model)
+    del model, interrupted
+    gc.collect()
+    assert gone() is None
+    assert not masks._SPARED
 
 
 def test_only_the_forward_itself_is_spared(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,12 @@ def install(runtime: Runtime) -> None:
     open_forwards = contextlib.ExitStack()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if runtime.passive or in_graph_task():
+        if in_graph_task():
             return None
         # An interrupted forward (Ctrl-C skips hooks) may have left these open.
         open_forwards.close()
+        if runtime.passive:
+            return None
         if not runtime.ready:
             runtime.prepare(args, kwargs)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -24,8 +24,8 @@ _COUNTING = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma",
 _LOOKS = "find_packed_sequence_indices"
 _DEPTH = 64
 """Frames between a model's forward and its mask: about a dozen, more under profilers and compilers."""
-_SPARED: dict[int, list[nn.Module]] = {}
-"""Thread -> models whose forward packs nothing; one that was interrupted may be closed by another thread, or late."""
+_SPARED: list[weakref.ref[nn.Module]] = []
+"""Models whose forward packs nothing. Weakly: after an interrupted forward one stays until its next."""
 
 
 @contextlib.contextmanager
@@ -45,12 +45,12 @@ def without_packing(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         return
     if not hasattr(search, "_tierwise_original"):
         setattr(masks, _LOOKS, _sparing(search))
-    spared = _SPARED.setdefault(threading.get_ident(), [])
-    spared.append(model)
+    spared = weakref.ref(model)
+    _SPARED.append(spared)
     try:
         yield
     finally:
-        spared.remove(model)
+        _SPARED.remove(spared)
 
 
 def _sparing(search: Any) -> Any:
@@ -65,14 +65,14 @@ def _sparing(search: Any) -> Any:
 
 
 def _is_spared(frame: FrameType | None) -> bool:
-    """Whether a spared model's forward is among these frames."""
-    spared = _SPARED.get(threading.get_ident())
+    """Whether a spared model's forward is among these frames, which are those of one thread."""
+    spared = [model for found in _SPARED if (model := found()) is not None]
     for _ in range(_DEPTH if spared else 0):
         if frame is None:
             return False
         if frame.f_code.co_name == "forward":
             module = frame.f_locals.get("self")
-            if any(module is model for model in spared or ()):
+            if any(module is model for model in spared):
                 return True
         frame = frame.f_back
     return False
