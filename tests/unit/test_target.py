@@ -77,5 +77,18 @@ def test_segments_grow_unless_the_environment_says_otherwise(
         monkeypatch.setenv(name, value)
     seen: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", seen.append, raising=False)
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
     assert expand_segments() is expandable
     assert seen == changed
+
+
+def test_what_a_program_has_set_stays_and_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    settings = ["garbage_collection_threshold:0.8"]
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings[-1], raising=False)
+    assert expand_segments()
+    assert expand_segments()
+    assert settings[1:] == ["garbage_collection_threshold:0.8,expandable_segments:True"]
+    settings.append("expandable_segments:False")
+    assert not expand_segments()

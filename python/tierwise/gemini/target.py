@@ -40,21 +40,22 @@ def _host_adam_params(threads: int) -> float:
 
 
 def expand_segments() -> bool:
-    """Lets torch's CUDA allocator grow its segments, unless the environment says otherwise; gives whether it does.
+    """Lets torch's CUDA allocator grow its segments, unless it was told otherwise; gives whether it does.
 
     Layers whose activations are kept, recomputed and offloaded ask for blocks of changing sizes: fixed segments lose several percent of the
     device between them. What is allocated already stays where it is.
     """
-    asked = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    # Before torch 2.15 only the environment tells what is set.
+    asked: str = getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")()
+    asked = asked or os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     settings = dict(part.strip().partition(":")[::2] for part in asked.split(",") if part.strip())
     if "expandable_segments" in settings:
         return settings["expandable_segments"].strip().lower() == "true"
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if change is None or settings.get("backend", "native").strip() != "native":
         return False
-    # The settings are replaced as a whole: what was set before goes in again. Before torch 2.15 only the environment tells what that is.
-    current = getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")() or asked
-    change(",".join([*filter(None, [current.strip().rstrip(",")]), "expandable_segments:True"]))
+    # The settings are replaced as a whole: what was set before goes in again.
+    change(",".join([*filter(None, [asked.strip().rstrip(",")]), "expandable_segments:True"]))
     return True
 
 
