@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -28,6 +30,24 @@ def test_the_same_training(kit: Any, options: dict[str, Any]) -> None:
     compiled = kit.train(kit.llama(), steps=4, precision="fp32", compile_layers=True, **options)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_compiled_model_is_freed(kit: Any) -> None:
+    booster, model, optimizer = kit.boosted(kit.llama(), precision="fp32", compile_layers=True)
+    ids = kit.batches(1)[0]
+    booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+    optimizer.step()
+    held = weakref.ref(booster._runtime), weakref.ref(model)
+    del booster, model, optimizer
+    gc.collect()
+    assert [found() for found in held] == [None, None]
+
+
+def test_a_model_without_layers_stays_as_it_is(kit: Any) -> None:
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="compile_layers=True, but the model has no layers"):
+        kit.boosted(model, micro_batch_size=None, seq_len=None, compile_layers=True)
+    kit.boosted(model, micro_batch_size=None, seq_len=None)
 
 
 @pytest.mark.parametrize("thrifty", [False, True], ids=["kept", "made again"])

@@ -52,6 +52,8 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
         holds = set(held)
         trainable = {param: place for param, place in grouping.place.items() if param in holds and param.requires_grad}
         hyper = Hyper(optimizer, isinstance(optimizer, torch.optim.AdamW))
+    # Before the model is changed: there may be nothing to compile.
+    compiler = LayerCompiler(grouping.units) if plugin.compile_layers else None
     fused = FusedLoss.install(model) if plugin.fused_loss else None
     if fused is not None:
         chunk, _ = grouping.place[fused.weight]
@@ -60,7 +62,6 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
         fuse_normalization(model)
     if plugin.enable_jit_fused or plugin.enable_all_optimization:
         fuse_activations(model)
-    compiler = LayerCompiler(grouping.units) if plugin.compile_layers else None
     runtime = Runtime(plugin, model, grouping, trainable, hyper, Materializer(model, grouping), fused, compiler)
     root.install(runtime)
     install_state_dict_hooks(runtime)

@@ -57,7 +57,7 @@ def _traces(runtime: Runtime, trace: ModelTrace, size: int) -> Iterator[tuple[Mo
     else:
         yield from ((variant, None) for variant in runtime.variants(trace))
         counts = _halves(size) if plugin.accumulate_dtype == "bf16" and plugin.recompute != "none" else []
-        if runtime.whole_layers(trace) is not None:
+        if runtime.why_not_by_rows(trace) is not None:
             counts = []
     for rows in counts:
         yield from ((variant, rows) for variant in runtime.variants(runtime.layer_by_layer(trace, rows)))

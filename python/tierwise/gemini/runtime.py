@@ -135,13 +135,13 @@ class Runtime:
         speeds = self.target.speeds(self.plugin, trace.tokens)
         return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
 
-    def whole_layers(self, trace: tracing.ModelTrace) -> str | None:
+    def why_not_by_rows(self, trace: tracing.ModelTrace) -> str | None:
         """Why layers cannot take the rows part by part; None if they can."""
-        return trace.whole_layers(self.grouping, [checkpoints_itself(unit.module) for unit in self.grouping.units])
+        return trace.why_not_by_rows(self.grouping, [checkpoints_itself(unit.module) for unit in self.grouping.units])
 
     def layer_by_layer(self, trace: tracing.ModelTrace, rows: int) -> tracing.ModelTrace:
         """The trace with layers that take `rows` rows at a time. Raises ValueError if they cannot."""
-        reason = self.whole_layers(trace)
+        reason = self.why_not_by_rows(trace)
         if reason is not None:
             raise ValueError(f"layer_batch_size={rows} cannot be used: {reason}; leave it out")
         return trace.layer_by_layer(self.grouping, rows)

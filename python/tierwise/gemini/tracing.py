@@ -127,7 +127,7 @@ class ModelTrace:
         ]
         return dataclasses.replace(self, units=units, parts=parts)
 
-    def whole_layers(self, grouping: Grouping, checkpointing: list[bool]) -> str | None:
+    def why_not_by_rows(self, grouping: Grouping, checkpointing: list[bool]) -> str | None:
         """Why layers cannot take the rows part by part; None if they can. `checkpointing` units recompute by themselves."""
         traced = dict(zip(self.order, self.units, strict=True))
         layers = [unit for unit in self.order if grouping.units[unit].recomputable]

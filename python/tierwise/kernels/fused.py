@@ -139,10 +139,11 @@ def _fuse_activations(parts: Collection[nn.Module], silu_mul: Any) -> int:
     return sum(_replace(part, _is_swiglu, forward) for part in parts)
 
 
-def trace_as_fused(parts: Collection[nn.Module]) -> int:
-    """Lets traces count normalizations and gated products of these modules as fused, because the compiler will fuse them; returns how many
-    modules that concerns. What runs stays the plain code."""
-    return _fuse_normalization(parts, None) + _fuse_activations(parts, None)
+def trace_as_fused(parts: Collection[nn.Module]) -> None:
+    """Lets traces count normalizations and gated products of these modules as fused, because the compiler will fuse them. What runs stays
+    the plain code."""
+    _fuse_normalization(parts, None)
+    _fuse_activations(parts, None)
 
 
 def _rotary(plain: Any) -> Any:
