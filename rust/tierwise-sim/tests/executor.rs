@@ -176,20 +176,25 @@ fn one_stream_does_one_thing_at_a_time() {
     }
 }
 
+/// The same machine with links and host memory `factor` times as fast.
+fn with_links(base: &Hardware, factor: f64) -> Hardware {
+    Hardware {
+        h2d_bytes_per_s: base.h2d_bytes_per_s * factor,
+        d2h_bytes_per_s: base.d2h_bytes_per_s * factor,
+        h2d_duplex_bytes_per_s: base.h2d_duplex_bytes_per_s * factor,
+        d2h_duplex_bytes_per_s: base.d2h_duplex_bytes_per_s * factor,
+        host_memory_bytes_per_s: base.host_memory_bytes_per_s * factor,
+        ..base.clone()
+    }
+}
+
 #[test]
 fn more_bandwidth_never_slows_a_fixed_plan() {
     let base = preset("h100").unwrap();
     for case in &cases(&base) {
         let mut before = u64::MAX;
         for factor in [0.25, 0.5, 1.0, 2.0, 4.0, 16.0] {
-            let faster = Hardware {
-                h2d_bytes_per_s: base.h2d_bytes_per_s * factor,
-                d2h_bytes_per_s: base.d2h_bytes_per_s * factor,
-                h2d_duplex_bytes_per_s: base.h2d_duplex_bytes_per_s * factor,
-                d2h_duplex_bytes_per_s: base.d2h_duplex_bytes_per_s * factor,
-                host_memory_bytes_per_s: base.host_memory_bytes_per_s * factor,
-                ..base.clone()
-            };
+            let faster = with_links(&base, factor);
             let step = run(case, &faster, true).unwrap().step_ns;
             // Rates change at whole nanoseconds, a few times per operation.
             assert!(step <= before.saturating_add(10_000), "x{factor}: {step} ns after {before} ns");
@@ -203,14 +208,7 @@ fn offloaded_activations_cross_the_link_twice_within_their_window() {
     let base = preset("h100").unwrap();
     // Links from one that bounds the step to one that hides behind compute.
     for (factor, bound) in [(0.05, true), (1.0, true), (16.0, false), (64.0, false)] {
-        let hardware = Hardware {
-            h2d_bytes_per_s: base.h2d_bytes_per_s * factor,
-            d2h_bytes_per_s: base.d2h_bytes_per_s * factor,
-            h2d_duplex_bytes_per_s: base.h2d_duplex_bytes_per_s * factor,
-            d2h_duplex_bytes_per_s: base.d2h_duplex_bytes_per_s * factor,
-            host_memory_bytes_per_s: base.host_memory_bytes_per_s * factor,
-            ..base.clone()
-        };
+        let hardware = with_links(&base, factor);
         for (offload, accumulation) in [(Offload::Full, 1), (Offload::Full, 3), (Offload::Auto, 1)] {
             let on_device =
                 Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
