@@ -49,7 +49,7 @@ impl Raw {
         Ok(Raw { file, pages, block_bytes, depth, ring })
     }
 
-    /// Moves block after block, going through `kinds` again and again, for `time`; without a time every block once.
+    /// Moves block after block, going through `kinds` again and again, for `time` and at least once; without a time every block once.
     pub fn run(&self, kinds: &[Direction], time: Option<Duration>) -> Result<Moved> {
         if kinds.is_empty() {
             return Err(Error::Usage("a raw loop needs something to do".to_owned()));
@@ -164,7 +164,7 @@ struct Turns<'a> {
 
 impl Turns<'_> {
     fn get(&self, turn: usize) -> Option<(Direction, usize)> {
-        let more = self.end.map_or(turn < self.blocks, |end| Instant::now() < end);
+        let more = self.end.map_or(turn < self.blocks, |end| turn < self.kinds.len() || Instant::now() < end);
         more.then(|| (self.kinds[turn % self.kinds.len()], turn % self.blocks))
     }
 }

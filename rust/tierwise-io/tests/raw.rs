@@ -40,6 +40,8 @@ fn it_moves_every_block_once_or_as_many_as_there_is_time_for() {
             let timed = raw.run(&[Direction::Read], Some(Duration::from_millis(5))).unwrap();
             assert!(timed.seconds > 0.0 && timed.bytes[0] > 0 && timed.bytes[0].is_multiple_of(BLOCK as u64), "{timed:?}");
             assert_eq!(timed.bytes[1], 0);
+            let late = raw.run(&[Direction::Read, Direction::Write], Some(Duration::ZERO)).unwrap();
+            assert_eq!(late.bytes, [BLOCK as u64; 2], "one block of each kind, however little time there is");
         }
     }
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);

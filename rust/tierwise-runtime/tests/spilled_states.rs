@@ -85,7 +85,8 @@ fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
     }
 }
 
-/// Which transfer gets which fault: by direction and number, from the moment it is armed.
+/// Which transfer gets which fault: by direction, the first of this number or a later one that the fault changes, counted from the moment
+/// it is armed. Dealt faults leave the list.
 #[derive(Clone, Default)]
 struct Script {
     armed: Arc<AtomicBool>,
@@ -108,8 +109,10 @@ impl Script {
             }
             let number = seen[op.direction as usize];
             seen[op.direction as usize] += 1;
-            let found = faults.lock().unwrap().iter().find(|(d, n, _)| *d == op.direction && *n == number).map(|(_, _, fault)| *fault);
-            found.or(late)
+            let changed = |fault: Fault| !matches!(fault, Fault::Short(moved) | Fault::Torn(moved) if moved >= op.len);
+            let mut faults = faults.lock().unwrap();
+            let found = faults.iter().position(|&(d, n, fault)| d == op.direction && n <= number && changed(fault));
+            found.map(|at| faults.remove(at).2).or(late)
         };
         let open = move || Ok(Box::new(Faulty::new(FaultyDisk::new(bytes, 4096, 7, Box::new(decide)), 8)) as Box<_>);
         Store::with_backend(limits, Duration::from_secs(30), open).unwrap()
@@ -310,7 +313,9 @@ fn faults_that_can_be_repaired_are_and_counted() {
             script.armed.store(true, Ordering::Release);
             rig.run(2..4).unwrap();
             assert!(rig.state() == expected, "{placement:?} {fault:?}");
-            assert!(rig.engine.stats().unwrap()["nvme_retries"].as_u64().unwrap() >= directions.len() as u64);
+            assert!(script.faults.lock().unwrap().is_empty(), "{placement:?} {fault:?} was not dealt");
+            let stats = rig.engine.stats().unwrap();
+            assert!(stats["nvme_retries"].as_u64().unwrap() >= 2 * directions.len() as u64, "{placement:?} {fault:?} {stats}");
         }
     }
 }
