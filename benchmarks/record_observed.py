@@ -40,7 +40,11 @@ def traced(runtime: Any) -> dict[str, Any]:
     for unit, found in zip(runtime.trace.order, runtime.trace.units, strict=True):
         name = NUMBERS.sub("*", runtime.grouping.units[unit].name)
         kinds[name] = {"saved_bytes": found.saved_bytes, "input_bytes": found.input_bytes, "flops": found.flops}
-    return {"units": kinds, "outer_saved_bytes": runtime.trace.outer_saved_bytes, "temporary_bytes": runtime.temporary_bytes(runtime.trace)}
+    return {
+        "units": kinds,
+        "outer_saved_bytes": runtime.trace.outer_saved_bytes,
+        "temporary_bytes": runtime.search.temporary_bytes(runtime.trace),
+    }
 
 
 def spans_of(timeline: str) -> Iterator[tuple[str, str, float, int]]:

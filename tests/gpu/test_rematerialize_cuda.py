@@ -43,10 +43,10 @@ def run(steps: int = 4, **options: Any) -> tuple[list[float], dict[str, torch.Te
 )
 def test_fewer_bytes_and_the_same_bits(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     pytest.importorskip("liger_kernel", reason="needs liger-kernel, whose kernels have the recipes")
-    from tierwise.gemini.runtime import Runtime
+    from tierwise.gemini.search import PlanSearch
 
     kept, theirs, plain = run(rematerialize=False, **options)
-    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0)])
+    monkeypatch.setattr(PlanSearch, "variants", lambda self, trace: [trace.rematerialized(1.0)])
     again, ours, booster = run(**options)
     assert again == kept
     for name, value in theirs.items():

@@ -11,7 +11,7 @@ import torch
 
 from tests.support.traps import STREAMED
 from tierwise.gemini.compiled import LayerCompiler
-from tierwise.gemini.runtime import Runtime
+from tierwise.gemini.search import PlanSearch
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -52,7 +52,7 @@ def test_a_model_without_layers_stays_as_it_is(kit: Any) -> None:
 
 @pytest.mark.parametrize("thrifty", [False, True], ids=["kept", "made again"])
 def test_the_plan_counts_what_compiled_layers_save(kit: Any, monkeypatch: pytest.MonkeyPatch, thrifty: bool) -> None:
-    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0) if thrifty else trace])
+    monkeypatch.setattr(PlanSearch, "variants", lambda self, trace: [trace.rematerialized(1.0) if thrifty else trace])
     options: dict[str, Any] = {
         "precision": "bf16",
         "micro_batch_size": 4,

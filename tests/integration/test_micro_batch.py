@@ -121,7 +121,7 @@ def test_sizes_between_are_on_the_line_that_a_trace_of_them_gives(kit: Any) -> N
 
     def traced(rows: int) -> Any:
         ids = torch.zeros(rows, 16, dtype=torch.long)
-        return booster._runtime.trace_only((), {"input_ids": ids, "labels": ids})
+        return booster._runtime.search.trace((), {"input_ids": ids, "labels": ids})
 
     line, real = _between(traced(1), traced(2), 6), traced(6)
     assert (line.tokens, line.outer_saved_bytes) == (real.tokens, real.outer_saved_bytes)

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 import torch
 from torch import Tensor
 
-from tierwise.gemini.runtime import Runtime
-from tierwise.gemini.tracing import ModelTrace
+from tierwise.gemini.model_trace import ModelTrace
+from tierwise.gemini.search import PlanSearch
 from tierwise.kernels import fused
 from tierwise.kernels.rematerialize import Recipe, Rematerialized, attach, recipe_of
 
@@ -95,11 +95,11 @@ def test_fewer_bytes_and_the_same_bits(
         **FUSED,
         **placement,
     }
-    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace])
+    monkeypatch.setattr(PlanSearch, "variants", lambda self, trace: [trace])
     made.update(norm=0, product=0)
     kept = kit.train(kit.llama(), steps=6, **options)
     before = dict(made)
-    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0)])
+    monkeypatch.setattr(PlanSearch, "variants", lambda self, trace: [trace.rematerialized(1.0)])
     again = kit.train(kit.llama(), steps=6, **options)
     again.same_as(kept)
     for kernel, count in before.items():
@@ -133,7 +133,7 @@ def test_the_planner_makes_them_again_where_memory_is_short(kit: Any, kernels: N
     assert not any(short._runtime.recompute)
     assert same == loss
     none, _ = step(rematerialize=False)
-    assert none._runtime.variants(none._runtime.trace) == [none._runtime.trace]
+    assert none._runtime.search.variants(none._runtime.trace) == [none._runtime.trace]
 
 
 def test_what_shares_a_recipe_makes_it_once_per_backward() -> None:
@@ -166,7 +166,7 @@ def test_what_shares_a_recipe_makes_it_once_per_backward() -> None:
 
 
 def test_a_trace_knows_both_variants() -> None:
-    from tierwise.gemini.tracing import UnitTrace
+    from tierwise.gemini.model_trace import UnitTrace
 
     trace = ModelTrace(
         [0], [UnitTrace(saved_bytes=100, input_bytes=10, flops=30.0, cheap_bytes=40, cheap_traffic_bytes=90)], [(0, "forward")], 0, 8, True
@@ -177,7 +177,7 @@ def test_a_trace_knows_both_variants() -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 def test_the_model_is_freed(kit: Any, kernels: None, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
-    monkeypatch.setattr(Runtime, "variants", lambda self, trace: [trace.rematerialized(1.0) if again else trace])
+    monkeypatch.setattr(PlanSearch, "variants", lambda self, trace: [trace.rematerialized(1.0) if again else trace])
     result = kit.train(kit.llama(), steps=2, precision="bf16", **FUSED)
     runtime = weakref.ref(result.booster._runtime)
     del result

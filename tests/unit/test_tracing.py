@@ -14,7 +14,8 @@ import transformers
 from torch import nn
 
 from tierwise.gemini.chunking import group
-from tierwise.gemini.tracing import count_tokens, trace
+from tierwise.gemini.inputs import count_tokens
+from tierwise.gemini.tracing import trace
 from tierwise.kernels.linear_cross_entropy import linear_cross_entropy
 
 

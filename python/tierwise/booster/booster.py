@@ -19,10 +19,10 @@ from tierwise.booster.plugin.gemini import GeminiPlugin
 from tierwise.checkpoint import model as model_checkpoint
 from tierwise.checkpoint import optimizer as optimizer_checkpoint
 from tierwise.gemini import lr
+from tierwise.gemini.inputs import map_tensors
 from tierwise.gemini.micro_batch import batch_rows
 from tierwise.gemini.optimizer import GeminiOptimizer
 from tierwise.gemini.runtime import Runtime, find_runtime, runtime_of
-from tierwise.gemini.tracing import map_tensors
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

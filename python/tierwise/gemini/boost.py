@@ -14,12 +14,12 @@ from tierwise.gemini import root
 from tierwise.gemini.chunking import Unit, group
 from tierwise.gemini.compiled import LayerCompiler, refuse_cuda_graphs
 from tierwise.gemini.hyper import Hyper, check_optimizer
+from tierwise.gemini.inputs import map_tensors
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.micro_batch import batch_rows
 from tierwise.gemini.model import install_state_dict_hooks
 from tierwise.gemini.optimizer import convert
 from tierwise.gemini.runtime import Runtime, find_runtime
-from tierwise.gemini.tracing import map_tensors
 from tierwise.kernels.fused import fuse_activations, fuse_normalization
 from tierwise.kernels.fused_loss import FusedLoss
 

@@ -25,7 +25,7 @@ def measured_activation_bytes(runtime: Runtime) -> int:
     planned = runtime.planned.plan["device"]
     held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
     held += planned["staging"]
-    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.temporary_bytes(runtime.trace)
+    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.search.temporary_bytes(runtime.trace)
     return max(measured, 0)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tierwise._core import TierwiseError
 from tierwise.gemini.chunking import Unit
 from tierwise.gemini.gradients import BARE_BACKWARD
+from tierwise.gemini.inputs import tensors_in
 from tierwise.gemini.offloaded import Visit
-from tierwise.gemini.tracing import tensors_in
 
 if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tierwise import _core
 from tierwise._core import BudgetError
+from tierwise.gemini.inputs import map_tensors
+from tierwise.gemini.model_trace import ModelTrace, UnitTrace
 from tierwise.gemini.planning import make_plan
-from tierwise.gemini.tracing import ModelTrace, UnitTrace, map_tensors
 
 if TYPE_CHECKING:
-    from tierwise.gemini.runtime import Runtime
+    from tierwise.gemini.search import PlanSearch
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -46,21 +47,21 @@ def batch_rows(batch: object) -> int:
     return int(rows.pop())
 
 
-def _traces(runtime: Runtime, trace: ModelTrace, size: int) -> Iterator[tuple[ModelTrace, int | None]]:
+def _traces(search: PlanSearch, trace: ModelTrace, size: int) -> Iterator[tuple[ModelTrace, int | None]]:
     """Ways to run a micro-batch, each with the rows that a layer takes at a time.
 
     Layer by layer is one of them where sums of gradients may be rounded, because autograd adds up those of the parts.
     """
-    plugin = runtime.plugin
+    plugin = search.plugin
     if plugin.layer_batch_size is not None:
         counts = [plugin.layer_batch_size]
     else:
-        yield from ((variant, None) for variant in runtime.variants(trace))
+        yield from ((variant, None) for variant in search.variants(trace))
         counts = _halves(size) if plugin.accumulate_dtype == "bf16" and plugin.recompute != "none" else []
-        if runtime.why_not_by_rows(trace) is not None:
+        if search.why_not_by_rows(trace) is not None:
             counts = []
     for rows in counts:
-        yield from ((variant, rows) for variant in runtime.variants(runtime.layer_by_layer(trace, rows)))
+        yield from ((variant, rows) for variant in search.variants(search.layer_by_layer(trace, rows)))
 
 
 def _halves(size: int) -> list[int]:
@@ -72,23 +73,23 @@ def _halves(size: int) -> list[int]:
     return found
 
 
-def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
+def choose(search: PlanSearch, inputs: Inputs, rows: int) -> Choice:
     """The micro-batch size with the fastest plan for a step of `rows` rows, the largest of equally fast ones.
 
     `inputs` are those of the whole step; the model is traced with one of their rows and with two, and sizes between are on the line through
     both. Raises BudgetError if no size fits, with what one row would need.
     """
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
-    one = runtime.trace_only(*_rows(inputs, rows, 1))
-    two = runtime.trace_only(*_rows(inputs, rows, 2)) if rows > 1 else one
+    one = search.trace(*_rows(inputs, rows, 1))
+    two = search.trace(*_rows(inputs, rows, 2)) if rows > 1 else one
     predicted: dict[int, float] = {}
     by_layers: dict[int, int | None] = {}
-    for offload in runtime.offloads():
+    for offload in search.offloads():
         for size in sizes:
-            for trace, layer_rows in _traces(runtime, _between(one, two, size), size):
-                wanted = runtime.request(trace, rows // size, offload)
+            for trace, layer_rows in _traces(search, _between(one, two, size), size):
+                wanted = search.request(trace, rows // size, offload)
                 try:
-                    plan = _core.plan(runtime.layout, trace.to_json(runtime.grouping), json.dumps(wanted))
+                    plan = _core.plan(search.layout, trace.to_json(search.grouping), json.dumps(wanted))
                 except BudgetError:
                     continue
                 seconds = json.loads(plan)["predicted_step_s"]
@@ -98,7 +99,7 @@ def choose(runtime: Runtime, inputs: Inputs, rows: int) -> Choice:
             break
     if not predicted:
         # Says what is missing and what would fit.
-        make_plan(runtime.plugin, runtime.layout, runtime.grouping, one, runtime.request(one, rows, runtime.offloads()[-1]))
+        make_plan(search.plugin, search.layout, search.grouping, one, search.request(one, rows, search.offloads()[-1]))
     best = min(predicted, key=lambda size: (predicted[size], -size))
     return Choice(best, rows // best, predicted, by_layers[best])
 

@@ -12,7 +12,7 @@ from tierwise._core import BudgetError, Layout
 from tierwise.config import Speeds, format_bytes
 from tierwise.gemini.chunking import Grouping
 from tierwise.gemini.disk import COMMON_READ, COMMON_WRITE, disk_speeds
-from tierwise.gemini.tracing import ModelTrace
+from tierwise.gemini.model_trace import ModelTrace
 
 if TYPE_CHECKING:
     from tierwise.booster.plugin.gemini import GeminiPlugin

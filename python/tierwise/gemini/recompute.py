@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tierwise._core import TierwiseError
 from tierwise.gemini.hooks import in_graph_task
-from tierwise.gemini.tracing import first_rows, map_tensors
+from tierwise.gemini.inputs import first_rows, map_tensors
 
 if TYPE_CHECKING:
     from tierwise.gemini.runtime import Runtime

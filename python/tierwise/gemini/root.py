@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tierwise.gemini.hooks import in_graph_task
+from tierwise.gemini.inputs import count_tokens, first_rows, map_tensors
 from tierwise.gemini.runtime import Runtime
-from tierwise.gemini.tracing import count_tokens, first_rows, map_tensors
 from tierwise.kernels.fused import attention_backends
 from tierwise.kernels.masks import without_packing
 

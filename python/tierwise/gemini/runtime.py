@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tierwise._core import BudgetError, Engine, EngineStoppedError, Layout, TierwiseError
 from tierwise.config import format_bytes
-from tierwise.gemini import correction, tracing
+from tierwise.gemini import correction
 from tierwise.gemini.chunking import Grouping
 from tierwise.gemini.compiled import LayerCompiler
 from tierwise.gemini.gradients import Gradients
@@ -22,13 +22,14 @@ from tierwise.gemini.hyper import Hyper
 from tierwise.gemini.materialize import Materializer
 from tierwise.gemini.memory import ChunkMemory
 from tierwise.gemini.micro_batch import Choice, choose
+from tierwise.gemini.model_trace import ModelTrace
 from tierwise.gemini.offload import ActivationOffload
-from tierwise.gemini.planning import Planned, faster, make_plan, request
-from tierwise.gemini.recompute import checkpoints_itself, wrap
+from tierwise.gemini.planning import Planned
+from tierwise.gemini.recompute import wrap
 from tierwise.gemini.saved_tensors import ActivationCounter, SavedTensors
 from tierwise.gemini.scaler import LossScaler
+from tierwise.gemini.search import PlanSearch
 from tierwise.gemini.target import DTYPES, Target
-from tierwise.kernels import linear_cross_entropy
 from tierwise.kernels.fused import attention_backends
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Runtime:
     gradients: Gradients
     saved: SavedTensors
     planned: Planned
-    trace: tracing.ModelTrace
+    trace: ModelTrace
 
     def __init__(
         self,
@@ -69,7 +70,6 @@ class Runtime:
         self.dtype = DTYPES[plugin.precision]
         self.fused_attention = not self.target.emulated and (plugin.enable_flash_attention or plugin.enable_all_optimization)
         self.ready = False
-        self.tracing = False
         self.lent = False
         """Inside `full_parameters`: every parameter is real, hooks have nothing to do."""
         self.counter: ActivationCounter | None = None
@@ -96,6 +96,7 @@ class Runtime:
             ],
             sums=plugin.accumulate_dtype,
         )
+        self.search = PlanSearch(plugin, model, grouping, self.layout, self.target, fused, self.fused_attention)
         self.scaler: LossScaler | None = None
         if plugin.precision == "fp16":
             self.scaler = LossScaler(
@@ -120,55 +121,11 @@ class Runtime:
                 "micro_batch_size='auto' is decided by the first batch of booster.train_step, or by the dataloader that booster.boost "
                 "gets; use one of them before calling the model, or give micro_batch_size a number"
             )
-        trace = self.trace_only(args, kwargs)
+        trace = self.search.trace(args, kwargs)
         if self.layer_rows is not None:
-            trace = self.layer_by_layer(trace, self.layer_rows)
-        self.trace, self.planned = self._plan(trace)
+            trace = self.search.layer_by_layer(trace, self.layer_rows)
+        self.trace, self.planned = self.search.best(trace, self.accumulation)
         self._build()
-
-    def variants(self, trace: tracing.ModelTrace) -> list[tracing.ModelTrace]:
-        """The trace with everything kept, and where it has any, with outputs of cheap kernels made again in backward."""
-        if trace.parts > 1:
-            return [trace]
-        if not self.plugin.rematerialize or not trace.cheap_bytes or self.plugin.offload_activations == "full":
-            return [trace]
-        speeds = self.target.speeds(self.plugin, trace.tokens)
-        return [trace, trace.rematerialized(speeds.flops / speeds.device_memory_bytes)]
-
-    def why_not_by_rows(self, trace: tracing.ModelTrace) -> str | None:
-        """Why layers cannot take the rows part by part; None if they can."""
-        return trace.why_not_by_rows(self.grouping, [checkpoints_itself(unit.module) for unit in self.grouping.units])
-
-    def layer_by_layer(self, trace: tracing.ModelTrace, rows: int) -> tracing.ModelTrace:
-        """The trace with layers that take `rows` rows at a time. Raises ValueError if they cannot."""
-        reason = self.why_not_by_rows(trace)
-        if reason is not None:
-            raise ValueError(f"layer_batch_size={rows} cannot be used: {reason}; leave it out")
-        return trace.layer_by_layer(self.grouping, rows)
-
-    def offloads(self) -> list[str]:
-        """How activations may be offloaded, in the order in which plans are looked for.
-
-        On CUDA only where nothing else fits: copies of activations were seen to slow the CPU's optimizer more than they saved on an H100.
-        """
-        asked = self.plugin.offload_activations
-        return ["none", "auto"] if asked == "auto" and not self.target.emulated else [asked]
-
-    def _plan(self, trace: tracing.ModelTrace) -> tuple[tracing.ModelTrace, Planned]:
-        """The faster plan of a trace's variants, with its variant. Raises BudgetError if none fits."""
-        refused: BudgetError | None = None
-        for offload in self.offloads():
-            found: list[tuple[tracing.ModelTrace, Planned]] = []
-            for variant in self.variants(trace):
-                wanted = self.request(variant, self.accumulation, offload)
-                try:
-                    found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
-                except BudgetError as error:
-                    refused = error
-            if found:
-                return found[faster([planned for _, planned in found], self.layout)]
-        assert refused is not None
-        raise refused
 
     @property
     def undecided(self) -> bool:
@@ -177,54 +134,9 @@ class Runtime:
 
     def decide_micro_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
         """Chooses the micro-batch size for steps like this one. Raises BudgetError if none fits."""
-        self.choice = choose(self, (args, kwargs), rows)
+        self.choice = choose(self.search, (args, kwargs), rows)
         self.micro_batch_size, self.accumulation = self.choice.rows, self.choice.accumulation
         self.layer_rows = self.choice.layer_rows
-
-    def trace_only(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
-        """Traces the model for these inputs and changes nothing."""
-        self.tracing = True
-        try:
-            return self._trace(args, kwargs)
-        finally:
-            self.tracing = False
-
-    def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tracing.ModelTrace:
-        device = self.target.torch_device
-        with contextlib.ExitStack() as stack:
-            # Kernels of attention differ in what they save.
-            stack.enter_context(attention_backends(self.fused_attention))
-            if self.fused is not None:
-                stack.enter_context(self.fused.active(args, kwargs, training=True))
-            try:
-                return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
-            except tracing.FusedLossMismatchError:
-                assert self.fused is not None
-                self.fused.refuse()
-        with attention_backends(self.fused_attention):
-            return tracing.trace(self.model, self.grouping, args, kwargs, self.dtype, device)
-
-    def request(self, trace: tracing.ModelTrace, accumulation: int, offload: str) -> dict[str, Any]:
-        """The core's `PlanRequest` for a step of so many micro-batches like the traced one, activations offloaded as in `offloads`."""
-        recompute: object = "full" if trace.parts > 1 else self.plugin.recompute
-        own = [checkpoints_itself(unit.module) for unit in self.grouping.units]
-        if any(own):
-            # The model recomputes these itself: the plan has to count with it.
-            by_trace = [own[unit] or recompute == "full" for unit in trace.order]
-            recompute = {"units": [r and self.grouping.units[u].recomputable for r, u in zip(by_trace, trace.order, strict=True)]}
-        device_budget = self.target.device_budget(self.plugin)
-        speeds, host_budget = self.target.speeds(self.plugin, trace.tokens // trace.parts), self.target.host_budget(self.plugin)
-        unseen = self.temporary_bytes(trace) + self.target.fragmentation_bytes(device_budget)
-        return request(self.plugin, speeds, accumulation, device_budget, host_budget, recompute, offload, unseen)
-
-    def temporary_bytes(self, trace: tracing.ModelTrace) -> int:
-        """Device bytes beside everything traced; the emulated device counts only what is traced."""
-        if self.target.emulated:
-            return 0
-        loss = 0
-        if self.fused is not None and self.fused.enabled:
-            loss = linear_cross_entropy.temporary_bytes(self.fused.weight.shape, self.target.torch_device)
-        return max(trace.temporary_bytes(), loss)
 
     def _build(self) -> None:
         plan = self.planned.plan
@@ -345,7 +257,7 @@ class Runtime:
     @property
     def passive(self) -> bool:
         """Whether hooks leave forwards alone."""
-        return self.tracing or self.lent
+        return self.search.tracing or self.lent
 
     def absent(self, chunk: int) -> list[Tensor]:
         """What parameters of a streamed-out chunk point at."""
