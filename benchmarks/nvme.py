@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 from llama import SIZES, fields, llama
-from offload import BETAS, DECAY, LR
+from offload_rows import BETAS, DECAY, LR
 
 
 def parser() -> argparse.ArgumentParser:
