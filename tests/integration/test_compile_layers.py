@@ -13,7 +13,11 @@ from tests.support.traps import STREAMED
 from tierwise.gemini.compiled import LayerCompiler
 from tierwise.gemini.search import PlanSearch
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # torch 2.11 warns of its own code when its compiler is imported.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
