@@ -79,6 +79,8 @@ pub struct Run {
     #[serde(default = "auto")]
     recompute: Recomputes,
     #[serde(default)]
+    recompute_whole: bool,
+    #[serde(default)]
     pageable: bool,
     #[serde(default = "whole")]
     cpu_share: f64,
@@ -268,6 +270,7 @@ impl File {
                 Recomputes::Full => Recompute::Full,
                 Recomputes::Auto => Recompute::Auto,
             },
+            recompute_whole: run.recompute_whole,
             // A run that offloads activations has the plan that says which.
             offload: Offload::None,
             pageable: run.pageable,

@@ -130,6 +130,10 @@ pub struct StepArgs {
     /// Which layers are recomputed in backward.
     #[arg(long, value_enum, default_value = "auto")]
     pub recompute: RecomputeArg,
+    /// Recomputation runs a layer's whole forward, as reentrant checkpoints and torch before 2.1 do, instead of stopping at the last tensor that
+    /// backward needs.
+    #[arg(long)]
+    pub recompute_whole: bool,
     /// Which layers' activations are offloaded to host memory.
     #[arg(long, value_enum, default_value = "none")]
     pub offload_activations: OffloadArg,
@@ -181,6 +185,7 @@ impl StepArgs {
                 RecomputeArg::None => Recompute::None,
                 RecomputeArg::Full => Recompute::Full,
             },
+            recompute_whole: self.recompute_whole,
             offload: match self.offload_activations {
                 OffloadArg::Auto => Offload::Auto,
                 OffloadArg::None => Offload::None,

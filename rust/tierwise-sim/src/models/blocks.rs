@@ -90,6 +90,8 @@ pub struct Block {
     pub input_bytes: u64,
     /// All-reduces of a hidden vector per token in forward, with tensor parallelism.
     pub reductions: u64,
+    /// Whether it ends in its last product and a residual sum: autograd saves nothing of either, and a recomputation stops before them.
+    pub ends_in_product: bool,
 }
 
 impl Block {
@@ -111,6 +113,26 @@ impl Block {
     /// FLOPs of attention per query token over `keys` tokens.
     pub fn attention_flops(&self, keys: u64) -> u64 {
         self.attention.iter().map(|a| if a.causal { 2 } else { 4 } * keys * a.width).sum()
+    }
+
+    /// Bytes per token that copies around attention read and write in forward and in backward, where a head's width is no multiple of 8.
+    ///
+    /// torch pads queries, keys and values to one (aten/src/ATen/native/transformers/attention.cpp, `pad_last_dim`): the padded tensor is
+    /// filled, then what there is copied into it (aten/src/ATen/native/PadNd.cpp). What is cut off the output makes it
+    /// not contiguous, so it is copied. Backward fills and copies for the output, and copies what it cuts off the three gradients.
+    pub fn padding_bytes(&self, heads: u64) -> [u64; 2] {
+        let of = |a: &Attention| {
+            let head_dim = (a.width / heads).max(1);
+            if head_dim.is_multiple_of(8) {
+                return [0, 0];
+            }
+            let padded = |width: u64| width * head_dim.next_multiple_of(8) / head_dim;
+            let (fill_and_copy, copy) = (|width: u64| 2 * padded(width) + 4 * width, |width: u64| 4 * width);
+            let inputs = [a.width, a.kv_width, a.kv_width];
+            let forward = inputs.map(fill_and_copy).iter().sum::<u64>() + copy(a.width);
+            [forward, fill_and_copy(a.width) + inputs.map(copy).iter().sum::<u64>()]
+        };
+        self.attention.iter().map(of).fold([0, 0], |sum, part| [sum[0] + part[0], sum[1] + part[1]])
     }
 
     /// Its parameters as the core describes them, with `ways` tensor-parallel ranks.
@@ -183,6 +205,7 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::default(),
         input_bytes: 8,
         reductions: 1,
+        ends_in_product: false,
     }
 }
 
@@ -203,6 +226,7 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        ends_in_product: false,
     }
 }
 
@@ -228,6 +252,7 @@ pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Opt
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        ends_in_product: false,
     }
 }
 
@@ -269,6 +294,7 @@ impl GptLayer {
             backward_transient: Bytes::per_token((8 * h + 8 * q + 4 * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: 2,
+            ends_in_product: true,
         }
     }
 }

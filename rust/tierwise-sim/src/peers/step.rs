@@ -199,7 +199,7 @@ impl Step<'_> {
             Phase::Forward => (costs.forward_ns[unit], kept, 0),
             Phase::Backward if recomputed => {
                 let again = of.saved_bytes as i64;
-                (costs.backward_ns[unit] + costs.forward_ns[unit], again, again + kept)
+                (costs.backward_ns[unit] + costs.recompute_ns[unit], again, again + kept)
             }
             Phase::Backward => (costs.backward_ns[unit], 0, kept),
         };
@@ -321,8 +321,7 @@ impl Step<'_> {
     }
 
     fn simulated(&self, record: Record, host: u64) -> Simulated {
-        let trace = &self.rank.built.trace;
-        let again: f64 = trace.units.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(u, _)| u.flops).sum();
+        let again: f64 = self.rank.recomputed_flops.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(flops, _)| flops).sum();
         // After the last compute the step goes on; no later compute shows what it waited for.
         let mut stalls = record.tally.stalls;
         let known = record.tally.busy_compute_ns + stalls.total_ns();

@@ -30,6 +30,7 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
             // Their inputs and deviations are saved, and read and written once more.
             block.saved_bytes += 4 * h + 8;
             block.memory_bytes += 8 * h;
+            block.ends_in_product = false;
         }
         blocks.push(block);
     }

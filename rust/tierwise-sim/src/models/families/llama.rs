@@ -57,6 +57,7 @@ impl GatedLayer {
             backward_transient: Bytes::per_token(4 * h + 2 * i),
             input_bytes: 2 * h,
             reductions: 2,
+            ends_in_product: true,
         }
     }
 }

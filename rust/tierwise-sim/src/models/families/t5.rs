@@ -92,6 +92,7 @@ impl Sizes {
             backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: halves,
+            ends_in_product: true,
         }
     }
 }
