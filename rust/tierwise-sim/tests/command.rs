@@ -20,7 +20,7 @@ const GOLDEN: [(&str, u64); 4] = [
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
         0x3c28_8f31_65bb_09cd,
     ),
-    ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x01e7_74c4_918a_2a30),
+    ("run --model llama2-7b --micro-batch 4 --policy zero2-offload --pageable --format json", 0x3cac_9ee5_9081_1083),
 ];
 
 const RUN: &str = "run --model llama2-7b --hardware h100 --seq 4096 --micro-batch 4 --tokens-per-step 16384";
