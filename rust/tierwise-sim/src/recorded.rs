@@ -81,6 +81,8 @@ pub struct Run {
     #[serde(default)]
     recompute_whole: bool,
     #[serde(default)]
+    eager_kernels: bool,
+    #[serde(default)]
     pageable: bool,
     #[serde(default = "whole")]
     cpu_share: f64,
@@ -237,6 +239,7 @@ impl File {
             },
             config => Model::from_value(config.clone())?,
         };
+        let model = if run.eager_kernels { model.eager() } else { model };
         let hardware = find_hardware(&run.hardware, run.network.as_deref(), folder)?;
         let policy = match run.policy.as_str() {
             "tierwise" => None,

@@ -58,3 +58,20 @@ fn heads_that_are_no_multiple_of_8_wide_are_padded_by_copies() {
     let (narrow, _) = layer_of(&of(32));
     assert!(narrow.forward_ns[layer] > wide.forward_ns[layer]);
 }
+
+#[test]
+fn kernels_that_are_not_fused_move_more_bytes_and_save_more() {
+    let model = preset("llama2-7b").unwrap();
+    let (h, i, vocab) = (4096, 11_008, 32_000);
+    let (fused, eager) = (model.clone(), model.eager());
+    let blocks = |at: usize| (&fused.architecture.blocks[at], &eager.architecture.blocks[at]);
+    let (fused_layer, eager_layer) = blocks(1);
+    assert_eq!(eager_layer.memory_bytes - fused_layer.memory_bytes, 2 * 32 * h + 16 * 2 * h + 4 * i);
+    assert_eq!(eager_layer.saved_bytes - fused_layer.saved_bytes, 8 * h);
+    let (fused_head, eager_head) = blocks(fused.architecture.blocks.len() - 1);
+    // Of the loss over forward and backward: three times what is counted for forward.
+    assert_eq!(3 * eager_head.memory_bytes, (2 + 6 + 8 + 8 + 6) * vocab);
+    assert!(fused_head.saved_once_bytes > 0 && eager_head.saved_once_bytes == 0);
+    assert_eq!(eager.clone().eager(), eager, "it is eager already");
+    assert_eq!(preset("gpt2-xl").unwrap().eager().architecture.blocks[1], preset("gpt2-xl").unwrap().architecture.blocks[1]);
+}

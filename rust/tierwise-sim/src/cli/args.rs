@@ -134,6 +134,9 @@ pub struct StepArgs {
     /// backward needs.
     #[arg(long)]
     pub recompute_whole: bool,
+    /// Norms, rotary embeddings, activations and the loss run operation by operation instead of as fused kernels.
+    #[arg(long)]
+    pub eager_kernels: bool,
     /// Which layers' activations are offloaded to host memory.
     #[arg(long, value_enum, default_value = "none")]
     pub offload_activations: OffloadArg,
@@ -155,6 +158,7 @@ impl StepArgs {
     /// The request that the options describe.
     pub fn request(&self) -> Result<Request, Failure> {
         let model = find_model(&self.model)?;
+        let model = if self.eager_kernels { model.eager() } else { model };
         let hardware = find_hardware(&self.hardware, self.network.as_deref())?;
         let parallel = Parallel {
             gpus: self.gpus,

@@ -45,6 +45,25 @@ impl Bytes {
     }
 }
 
+/// Bytes per token that a block takes more where norms, rotary embeddings, activations and the loss run operation by operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Eager {
+    /// Read and written by element-wise kernels.
+    pub memory_bytes: u64,
+    /// Saved by autograd when nothing is recomputed.
+    pub saved_bytes: u64,
+    /// Needed by kernels for themselves, in forward and in backward.
+    pub transient_bytes: u64,
+}
+
+impl Eager {
+    /// Of an RMS norm of bf16: to fp32 (6), square (8), mean (4), scale (8), to bf16 (6) and weight (4) instead of one kernel (4); the input
+    /// is saved in fp32 too (4).
+    pub fn rms_norm(width: u64) -> Self {
+        Eager { memory_bytes: 32 * width, saved_bytes: 4 * width, transient_bytes: 0 }
+    }
+}
+
 /// What a block is to the schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kind {
@@ -90,11 +109,30 @@ pub struct Block {
     pub input_bytes: u64,
     /// All-reduces of a hidden vector per token in forward, with tensor parallelism.
     pub reductions: u64,
+    /// What is more where kernels are not fused.
+    pub eager: Eager,
     /// Whether it ends in its last product and a residual sum: autograd saves nothing of either, and a recomputation stops before them.
     pub ends_in_product: bool,
 }
 
 impl Block {
+    /// The same without fused kernels.
+    #[must_use]
+    pub fn eager(self) -> Block {
+        let more = |bytes: Bytes| Bytes { per_token: bytes.per_token + self.eager.transient_bytes, once: 0 };
+        Block {
+            memory_bytes: self.memory_bytes + self.eager.memory_bytes,
+            saved_bytes: self.saved_bytes + self.eager.saved_bytes,
+            cheap_bytes: [0, 0],
+            // Only the fused loss makes gradients in forward.
+            saved_once_bytes: 0,
+            forward_transient: more(self.forward_transient),
+            backward_transient: more(self.backward_transient),
+            eager: Eager::default(),
+            ..self
+        }
+    }
+
     /// FLOPs of its matrix products.
     pub fn matmul_flops(&self) -> u64 {
         self.products.iter().map(|(inputs, outputs)| 2 * inputs * outputs).sum()
@@ -205,6 +243,7 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::default(),
         input_bytes: 8,
         reductions: 1,
+        eager: Eager::default(),
         ends_in_product: false,
     }
 }
@@ -226,6 +265,7 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        eager: Eager::default(),
         ends_in_product: false,
     }
 }
@@ -252,6 +292,9 @@ pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Opt
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        // Logits are written (2), made fp32 (6), and their log-softmax is made (8) and saved (4); backward reads it and writes their gradient (8)
+        // and makes that bf16 (6). All of it is three times what is counted for forward.
+        eager: Eager { memory_bytes: 2 * vocab, saved_bytes: 4 * vocab, transient_bytes: 6 * vocab },
         ends_in_product: false,
     }
 }
@@ -294,6 +337,8 @@ impl GptLayer {
             backward_transient: Bytes::per_token((8 * h + 8 * q + 4 * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: 2,
+            // torch's own layer norm and activations are one kernel each.
+            eager: Eager::default(),
             ends_in_product: true,
         }
     }

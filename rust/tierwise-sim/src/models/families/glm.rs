@@ -2,7 +2,7 @@
 
 use super::Architecture;
 use super::llama::{GatedLayer, untied_head};
-use crate::models::blocks::{Params, embedding, final_norm};
+use crate::models::blocks::{Eager, Params, embedding, final_norm};
 use crate::models::config::Config;
 
 pub fn read(config: &Config) -> Result<Architecture, String> {
@@ -31,6 +31,8 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
             block.saved_bytes += 4 * h + 8;
             block.memory_bytes += 8 * h;
             block.ends_in_product = false;
+            block.eager.memory_bytes += 2 * Eager::rms_norm(h).memory_bytes;
+            block.eager.saved_bytes += 2 * Eager::rms_norm(h).saved_bytes;
         }
         blocks.push(block);
     }

@@ -2,7 +2,7 @@
 //! transformers reads the field as "scale the decoder's output".
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Eager, Kind, Params, embedding, final_norm, head};
 use crate::models::config::Config;
 
 struct Sizes {
@@ -92,6 +92,11 @@ impl Sizes {
             backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: halves,
+            eager: Eager {
+                memory_bytes: halves * Eager::rms_norm(h).memory_bytes,
+                saved_bytes: halves * Eager::rms_norm(h).saved_bytes,
+                transient_bytes: 0,
+            },
             ends_in_product: true,
         }
     }
