@@ -59,6 +59,7 @@ enum Recomputes {
 /// One recorded run. What is left out is what the command line takes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches, as on the command line")]
 pub struct Run {
     /// Name in the tables.
     pub name: String,

@@ -72,6 +72,7 @@ impl ValueEnum for PolicyArg {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of the command line")]
 pub struct StepArgs {
     /// Name of a model, or the path of a Hugging Face config.json.
     #[arg(long)]
