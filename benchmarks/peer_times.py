@@ -39,7 +39,7 @@ SCALE = (2048 // HIDDEN) ** 2
 Step = Callable[[], tuple[float, float]]
 
 
-def build() -> LlamaForCausalLM:
+def build() -> Any:
     """The small model, in bf16, its layers checkpointed."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,9 +53,11 @@ def build() -> LlamaForCausalLM:
         use_cache=False,
     )
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+    model.train()
+    return model
 
 
 def timed(forward: Callable[[], Any], backward: Callable[[Any], None], after: Callable[[], None]) -> tuple[float, float]:

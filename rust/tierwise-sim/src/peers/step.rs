@@ -25,7 +25,7 @@ const ONE_THREAD_SHARE: f64 = 24.0 / 120.0 * 0.53;
 /// preset; the middle of that.
 const FRESH_BYTES_PER_S: f64 = 21e9 / 1.8;
 
-/// Bytes per second at which one thread gives memory back to the system: 0.8 GB in 0.04 to 0.10 s, median 0.052 (benchmarks/peer_times.py).
+/// Bytes per second at which one thread gives memory back to the system: 0.8 GB in 0.03 to 0.10 s, median 0.052 (benchmarks/peer_times.py).
 const UNMAP_BYTES_PER_S: f64 = 15.5e9;
 
 /// Simulates a policy; recomputation that is left to it is none, or all if only that fits.
