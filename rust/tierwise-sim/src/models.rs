@@ -7,6 +7,7 @@ pub mod blocks;
 mod build;
 mod config;
 mod families;
+mod kernels;
 
 pub use blocks::{Block, Kind};
 pub use build::{Built, Share, Work};

@@ -2,8 +2,9 @@
 
 use super::Architecture;
 use super::llama::{GatedLayer, untied_head};
-use crate::models::blocks::{Eager, Params, embedding, final_norm};
+use crate::models::blocks::{Params, embedding, final_norm};
 use crate::models::config::Config;
+use crate::models::kernels::Eager;
 
 pub fn read(config: &Config) -> Result<Architecture, String> {
     let layer = GatedLayer::read(config)?;

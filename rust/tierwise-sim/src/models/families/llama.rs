@@ -1,8 +1,9 @@
 //! LLaMA: RMSNorm, rotary embeddings, grouped queries, SwiGLU.
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Bytes, Eager, Kind, Params, Tensor, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, Tensor, embedding, final_norm, head};
 use crate::models::config::Config;
+use crate::models::kernels::Eager;
 
 /// Sizes of a gated decoder layer; GLM shares it.
 pub struct GatedLayer {

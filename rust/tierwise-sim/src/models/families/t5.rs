@@ -2,8 +2,9 @@
 //! transformers reads the field as "scale the decoder's output".
 
 use super::Architecture;
-use crate::models::blocks::{Attention, Block, Bytes, Eager, Kind, Params, embedding, final_norm, head};
+use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, embedding, final_norm, head};
 use crate::models::config::Config;
+use crate::models::kernels::Eager;
 
 struct Sizes {
     hidden: u64,
