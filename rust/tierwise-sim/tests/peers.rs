@@ -75,3 +75,12 @@ fn what_is_left_in_a_bucket_is_copied_after_backward() {
     let rest = (step.step_ns - step.compute_ns) as f64 - host_ns;
     assert!(rest > left && rest < 3.0 * left, "{rest} {left}");
 }
+
+#[test]
+fn fsdp_pins_shards_and_gradients_tensor_by_tensor() {
+    let model = preset("llama-1.35b").unwrap();
+    let tensors: Vec<u64> = model.architecture.blocks.iter().flat_map(|b| &b.params).map(|p| p.numel).collect();
+    let pinned: u64 = tensors.iter().map(|numel| 2 * (4 * numel).next_power_of_two()).sum();
+    let step = report(model.clone(), Policy::FsdpOffload, 4).step;
+    assert_eq!(step.host_peak_bytes, 2_000_000_000 + 8 * model.num_params() + pinned);
+}

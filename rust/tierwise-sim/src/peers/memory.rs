@@ -38,11 +38,15 @@ impl Step<'_> {
         let pinned = self.traits.pinned_bytes.iter().chain((accumulated > 0).then_some(&accumulated));
         let rounded = |bytes: u64| if self.request.pageable || bytes == 0 { bytes } else { bytes.next_power_of_two() };
         let buffers: u64 = pinned.map(|&bytes| rounded(bytes * part)).sum();
+        // Of every tensor half, shard and gradient, each in its own block.
+        let chunks = &self.rank.built.layout.chunks;
+        let tensors = chunks.iter().flat_map(|chunk| &chunk.params).map(|tensor| self.part(tensor.numel, self.traits.splits_states));
+        let by_tensor: u64 = tensors.map(|numel| 2 * rounded(self.traits.pinned_by_tensor_bytes / 2 * numel)).sum();
         let of_sub_group = self.traits.pinned_by_sub_group_bytes;
         let sub_groups = part / SUB_GROUP * rounded(of_sub_group * SUB_GROUP) + rounded(of_sub_group * (part % SUB_GROUP));
         let staging = rounded(self.traits.staging_bytes * self.part(whole, self.traits.splits_states));
         // What is taken afresh is a sub-group's at a time.
         let fresh = self.traits.fresh_bytes * part.min(SUB_GROUP);
-        PROCESS_BYTES + self.traits.host_bytes * part + buffers + sub_groups + staging + fresh
+        PROCESS_BYTES + self.traits.host_bytes * part + buffers + by_tensor + sub_groups + staging + fresh
     }
 }

@@ -82,6 +82,8 @@ pub struct Traits {
     pub kept_state_bytes: u64,
     /// Bytes of pinned host memory, buffer by buffer; torch rounds each up to a power of two.
     pub pinned_bytes: &'static [u64],
+    /// The same for buffers that are pinned tensor by tensor.
+    pub pinned_by_tensor_bytes: u64,
     /// The same for buffers that are pinned in sub-groups of parameters.
     pub pinned_by_sub_group_bytes: u64,
     /// Bytes of a pinned buffer for all gradients, whatever share of them the CPU steps.
@@ -132,6 +134,7 @@ const DDP: Traits = Traits {
     device_traffic_bytes: 46,
     kept_state_bytes: 0,
     pinned_bytes: &[],
+    pinned_by_tensor_bytes: 0,
     pinned_by_sub_group_bytes: 0,
     staging_bytes: 0,
     host_bytes: 0,
@@ -252,7 +255,7 @@ impl Policy {
             // Its hooks were not measured.
             Policy::Fsdp1 => Traits { gathers_late: true, reduce_bytes: 2, hook_ns: [0, 0], ..Policy::Fsdp.traits() },
             // torch distributed/fsdp/_fully_shard. The fp32 shard is copied to the device for every use and cast there; gradients are reduced in
-            // fp32 and copied to pinned memory. The norm on the CPU (4) runs on one thread: torch's reduction of a whole tensor to one number
+            // fp32 and copied to pinned memory, which a copy to the CPU that does not block takes per tensor, as shards are pinned. The norm on the CPU (4) runs on one thread: torch's reduction of a whole tensor to one number
             // is parallel over outputs only (ATen native/cpu/Reduce.h). Scaling (8) and the fused AdamW (28) use all.
             Policy::FsdpOffload => Traits {
                 device_grad_bytes: 0,
@@ -263,7 +266,7 @@ impl Policy {
                 offload_grad_bytes: 4,
                 one_thread_bytes: 4,
                 host_traffic_bytes: 36,
-                pinned_bytes: &[4, 4],
+                pinned_by_tensor_bytes: 8,
                 host_bytes: 8,
                 ..Policy::Fsdp.traits()
             },
