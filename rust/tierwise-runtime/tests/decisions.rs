@@ -148,7 +148,7 @@ impl Case {
     fn compute(&self, device: &VirtualDevice, unit: u32, phase: Phase) {
         let index = unit as usize;
         let recomputed = self.plan.activations[index] == ActivationPlan::Recompute;
-        let again = if recomputed { self.costs.forward_ns[index] } else { 0 };
+        let again = if recomputed { self.costs.recompute_ns[index] } else { 0 };
         device.compute(match phase {
             Phase::Forward => self.costs.forward_ns[index],
             Phase::Backward => self.costs.backward_ns[index] + again,
@@ -364,8 +364,9 @@ fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, cl
     let plan = plan(&layout, &trace, wanted).unwrap();
     let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
     let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
+    let recompute_ns = forward_ns.iter().map(|ns| ns - 150).collect();
     let launch = forward_ns.iter().map(|ns| Launch { forward_ns: [hardware.launch_ns, ns % 450], backward_ns: [ns % 770, 900] }).collect();
-    let costs = Costs { forward_ns, backward_ns, launch, commit_ns: hardware.launch_ns / 3 };
+    let costs = Costs { forward_ns, backward_ns, recompute_ns, launch, commit_ns: hardware.launch_ns / 3 };
     Case { layout, trace, plan, costs, hardware, clips }
 }
 

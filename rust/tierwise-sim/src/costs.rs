@@ -15,10 +15,12 @@ pub const ADAM_BYTES_PER_PARAM: f64 = 26.0;
 /// Nanoseconds per unit of one micro-batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Costs {
-    /// Forward, or a recomputation.
+    /// Forward.
     pub forward_ns: Vec<u64>,
     /// Backward without recomputation.
     pub backward_ns: Vec<u64>,
+    /// A recomputation: a forward that stops at the last tensor that backward needs.
+    pub recompute_ns: Vec<u64>,
     /// What the training thread takes to enqueue each.
     pub launch: Vec<Launch>,
     /// What the training thread takes for `optimizer.step()`.
@@ -52,11 +54,13 @@ impl Costs {
     pub fn new(built: &Built, hardware: &Hardware) -> Self {
         let tables = hardware.measured.as_ref().and_then(Tables::new);
         let pairs: Vec<Pair> = built.work.iter().map(|work| unit(work, hardware, tables.as_ref())).collect();
+        let again = built.work.iter().zip(&pairs).map(|(work, pair)| pair.forward_s - tail_s(work, hardware, tables.as_ref()));
         let ns = |seconds: f64| (seconds * 1e9).round() as u64;
         let (launch, commit_ns) = launches(built, hardware);
         Costs {
             forward_ns: pairs.iter().map(|pair| ns(pair.forward_s)).collect(),
             backward_ns: pairs.iter().map(|pair| ns(pair.backward_s)).collect(),
+            recompute_ns: again.map(|seconds| ns(seconds.max(0.0))).collect(),
             launch,
             commit_ns,
         }
@@ -71,7 +75,15 @@ impl Costs {
             let exchanged = 2 * sequence.all_to_all_ns(work.exchanged_bytes / 2.0);
             self.forward_ns[unit] += reduced + exchanged;
             self.backward_ns[unit] += reduced + exchanged;
+            // The product that a recomputation leaves out is followed by a reduction.
+            let left_out = if work.tail.flops > 0.0 { reduced / reductions } else { 0 };
+            self.recompute_ns[unit] += reduced + exchanged - left_out;
         }
+    }
+
+    /// Recomputations that run a whole forward, as reentrant checkpoints and those of torch before 2.1 do.
+    pub fn recompute_whole(&mut self) {
+        self.recompute_ns.clone_from(&self.forward_ns);
     }
 
     /// Speeds at which the planner's formulas agree with these costs.
@@ -96,8 +108,15 @@ fn padded(head_dim: u64) -> u64 {
     [32, 64, 96, 128, 192, 256].into_iter().find(|width| *width >= head_dim).unwrap_or(head_dim)
 }
 
-/// Compute-bound kernels and element-wise kernels one after the other; without measurements backward does everything twice.
+/// What a unit takes, the copies of padded heads included.
 fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
+    let [forward_s, backward_s] = work.padding_bytes.map(|bytes| bytes / hardware.device_memory_bytes_per_s);
+    let kernels = kernels(work, hardware, tables);
+    Pair { forward_s: kernels.forward_s + forward_s, backward_s: kernels.backward_s + backward_s }
+}
+
+/// Compute-bound kernels and element-wise kernels one after the other; without measurements backward does everything twice.
+fn kernels(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
     let widths: u64 = work.attention_widths.iter().sum();
     let padding = work.attention_widths.first().map_or(1.0, |&width| {
         let head_dim = (width / work.heads).max(1);
@@ -140,6 +159,18 @@ fn unit(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
         add(tables.element_wise(work.tokens, work.hidden, work.memory_bytes).unwrap_or(fallback));
     }
     sum.scaled(tables.sustained(work.tokens, work.hidden))
+}
+
+/// Seconds of what a recomputation leaves out.
+fn tail_s(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> f64 {
+    let (inputs, outputs) = work.tail.product;
+    let plain = work.tail.memory_bytes / hardware.device_memory_bytes_per_s;
+    if work.tail.flops == 0.0 {
+        return 0.0;
+    }
+    let Some(tables) = tables else { return work.tail.flops / hardware.matmul_forward_flops + plain };
+    let sum = tables.element_wise(work.tokens, work.hidden, work.tail.memory_bytes).map_or(plain, |pair| pair.forward_s);
+    (tables.product(work.tokens, inputs, outputs).forward_s * work.share + sum) * tables.sustained(work.tokens, work.hidden)
 }
 
 /// What the training thread takes per unit, and for a step.

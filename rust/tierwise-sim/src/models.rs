@@ -7,6 +7,7 @@ pub mod blocks;
 mod build;
 mod config;
 mod families;
+mod kernels;
 
 pub use blocks::{Block, Kind};
 pub use build::{Built, Share, Work};
@@ -72,6 +73,13 @@ pub fn preset(name: &str) -> Option<Model> {
 }
 
 impl Model {
+    /// The same model without fused norms, rotary embeddings, activations and loss.
+    #[must_use]
+    pub fn eager(mut self) -> Self {
+        self.architecture.blocks = self.architecture.blocks.into_iter().map(Block::eager).collect();
+        self
+    }
+
     /// Reads a Hugging Face `config.json`.
     pub fn from_json(text: &str) -> Result<Self, String> {
         Model::from_value(serde_json::from_str(text).map_err(|e| e.to_string())?)

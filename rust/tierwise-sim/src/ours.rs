@@ -260,7 +260,7 @@ fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
 
 /// FLOPs of a micro-batch's recomputation.
 fn again(stage: &Stage) -> f64 {
-    recomputed(stage).map(|unit| stage.rank.built.trace.units[unit].flops).sum()
+    recomputed(stage).map(|unit| stage.rank.recomputed_flops[unit]).sum()
 }
 
 fn stage_cost(stage: &Stage) -> StageCost {
@@ -268,7 +268,7 @@ fn stage_cost(stage: &Stage) -> StageCost {
     let backward: u64 = costs.backward_ns.iter().sum();
     StageCost {
         forward_ns: costs.forward_ns.iter().sum(),
-        backward_ns: backward + recomputed(stage).map(|unit| costs.forward_ns[unit]).sum::<u64>(),
+        backward_ns: backward + recomputed(stage).map(|unit| costs.recompute_ns[unit]).sum::<u64>(),
         // Gradients of weights are half of a backward's matrix products.
         weights_ns: backward / 2,
     }

@@ -59,6 +59,7 @@ enum Recomputes {
 /// One recorded run. What is left out is what the command line takes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches, as on the command line")]
 pub struct Run {
     /// Name in the tables.
     pub name: String,
@@ -78,6 +79,10 @@ pub struct Run {
     tokens_per_step: u64,
     #[serde(default = "auto")]
     recompute: Recomputes,
+    #[serde(default)]
+    recompute_whole: bool,
+    #[serde(default)]
+    eager_kernels: bool,
     #[serde(default)]
     pageable: bool,
     #[serde(default = "whole")]
@@ -235,6 +240,7 @@ impl File {
             },
             config => Model::from_value(config.clone())?,
         };
+        let model = if run.eager_kernels { model.eager() } else { model };
         let hardware = find_hardware(&run.hardware, run.network.as_deref(), folder)?;
         let policy = match run.policy.as_str() {
             "tierwise" => None,
@@ -268,6 +274,7 @@ impl File {
                 Recomputes::Full => Recompute::Full,
                 Recomputes::Auto => Recompute::Auto,
             },
+            recompute_whole: run.recompute_whole,
             // A run that offloads activations has the plan that says which.
             offload: Offload::None,
             pageable: run.pageable,

@@ -5,7 +5,7 @@ use crate::costs::Costs;
 use crate::executor::SimError;
 use crate::given::GivenPlan;
 use crate::hardware::Hardware;
-use crate::models::{Built, Model, Share};
+use crate::models::{Built, Model, Share, Work};
 use crate::parallel::Parallel;
 use crate::peers::Policy;
 use serde::Serialize;
@@ -39,6 +39,8 @@ pub struct Request {
     pub memory: Memory,
     /// Which layers recompute.
     pub recompute: Recompute,
+    /// Whether a recomputation runs a layer's whole forward, instead of stopping at the last tensor that backward needs.
+    pub recompute_whole: bool,
     /// Which layers' activations are offloaded to host memory.
     pub offload: Offload,
     /// Whether a peer's host buffers are not pinned.
@@ -166,6 +168,8 @@ pub struct Rank {
     pub built: Built,
     /// Durations of the units, exchanges inside them included.
     pub costs: Costs,
+    /// Per unit: FLOPs of its recomputation.
+    pub recomputed_flops: Vec<f64>,
     /// Its share of the node.
     pub hardware: Hardware,
     /// Ranks that reduce gradients.
@@ -183,6 +187,11 @@ impl Rank {
         let group = |made: Result<Group, String>| made.map_err(Error::Usage);
         let mut costs = Costs::new(&built, &hardware);
         costs.add_exchanges(&built, &group(parallel.tensor_group(&request.hardware))?, &group(parallel.sequence_group(&request.hardware))?);
-        Ok(Rank { built, costs, hardware, data: group(parallel.data_group(&request.hardware))? })
+        let left_out = |work: &Work| if request.recompute_whole { 0.0 } else { work.tail.flops };
+        let recomputed_flops = built.trace.units.iter().zip(&built.work).map(|(unit, work)| unit.flops - left_out(work)).collect();
+        if request.recompute_whole {
+            costs.recompute_whole();
+        }
+        Ok(Rank { built, costs, recomputed_flops, hardware, data: group(parallel.data_group(&request.hardware))? })
     }
 }

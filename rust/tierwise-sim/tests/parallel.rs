@@ -29,6 +29,7 @@ fn request(model: &str, machine: &str, gpus: u64, tokens_per_step: u64) -> Reque
         tokens_per_step,
         memory: tierwise_sim::request::Memory::Reserve(2_000_000_000),
         recompute: Recompute::Auto,
+        recompute_whole: false,
         offload: Offload::None,
         pageable: false,
         cpu_share: 1.0,

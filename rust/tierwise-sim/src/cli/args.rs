@@ -72,6 +72,7 @@ impl ValueEnum for PolicyArg {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches of the command line")]
 pub struct StepArgs {
     /// Name of a model, or the path of a Hugging Face config.json.
     #[arg(long)]
@@ -130,6 +131,13 @@ pub struct StepArgs {
     /// Which layers are recomputed in backward.
     #[arg(long, value_enum, default_value = "auto")]
     pub recompute: RecomputeArg,
+    /// Recomputation runs a layer's whole forward, as reentrant checkpoints and torch before 2.1 do, instead of stopping at the last tensor that
+    /// backward needs.
+    #[arg(long)]
+    pub recompute_whole: bool,
+    /// Norms, rotary embeddings, activations and the loss run operation by operation instead of as fused kernels.
+    #[arg(long)]
+    pub eager_kernels: bool,
     /// Which layers' activations are offloaded to host memory.
     #[arg(long, value_enum, default_value = "none")]
     pub offload_activations: OffloadArg,
@@ -151,6 +159,7 @@ impl StepArgs {
     /// The request that the options describe.
     pub fn request(&self) -> Result<Request, Failure> {
         let model = find_model(&self.model)?;
+        let model = if self.eager_kernels { model.eager() } else { model };
         let hardware = find_hardware(&self.hardware, self.network.as_deref())?;
         let parallel = Parallel {
             gpus: self.gpus,
@@ -181,6 +190,7 @@ impl StepArgs {
                 RecomputeArg::None => Recompute::None,
                 RecomputeArg::Full => Recompute::Full,
             },
+            recompute_whole: self.recompute_whole,
             offload: match self.offload_activations {
                 OffloadArg::Auto => Offload::Auto,
                 OffloadArg::None => Offload::None,

@@ -31,10 +31,12 @@ pub enum Lane {
     StatesIn,
     /// The copy stream of optimizer states that go back; work is bytes.
     StatesOut,
+    /// The training thread of another system, which enqueues and blocks; work is nanoseconds.
+    Thread,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 12] = [
+pub const LANES: [Lane; 13] = [
     Lane::Compute,
     Lane::HostToDevice,
     Lane::DeviceToHost,
@@ -47,6 +49,7 @@ pub const LANES: [Lane; 12] = [
     Lane::DiskWrite,
     Lane::StatesIn,
     Lane::StatesOut,
+    Lane::Thread,
 ];
 
 impl Lane {
@@ -65,6 +68,7 @@ impl Lane {
             Lane::DiskWrite => "nvme write",
             Lane::StatesIn => "states in",
             Lane::StatesOut => "states out",
+            Lane::Thread => "training thread",
         }
     }
 }

@@ -157,7 +157,7 @@ impl Run<'_> {
         waits.extend(self.gather_for_use(op));
         let ns = match phase {
             Phase::Forward => costs.forward_ns[index],
-            Phase::Backward => costs.backward_ns[index] + if recomputed { costs.forward_ns[index] } else { 0 },
+            Phase::Backward => costs.backward_ns[index] + if recomputed { costs.recompute_ns[index] } else { 0 },
         };
         self.compute(op, ns, waits);
         self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);

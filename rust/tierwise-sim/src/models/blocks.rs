@@ -1,5 +1,6 @@
 //! The parts of a model in the order in which a forward pass uses them.
 
+use super::kernels::Eager;
 use tierwise_core::layout::ParamSpec;
 
 /// One parameter tensor.
@@ -90,6 +91,10 @@ pub struct Block {
     pub input_bytes: u64,
     /// All-reduces of a hidden vector per token in forward, with tensor parallelism.
     pub reductions: u64,
+    /// What is more where kernels are not fused.
+    pub eager: Eager,
+    /// Whether it ends in its last product and a residual sum: autograd saves nothing of either, and a recomputation stops before them.
+    pub ends_in_product: bool,
 }
 
 impl Block {
@@ -183,6 +188,8 @@ pub fn embedding(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::default(),
         input_bytes: 8,
         reductions: 1,
+        eager: Eager::default(),
+        ends_in_product: false,
     }
 }
 
@@ -203,6 +210,8 @@ pub fn final_norm(name: &str, width: u64, params: Vec<Tensor>) -> Block {
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        eager: Eager::default(),
+        ends_in_product: false,
     }
 }
 
@@ -228,6 +237,10 @@ pub fn head(name: &str, width: u64, vocab: u64, params: Vec<Tensor>, shares: Opt
         backward_transient: Bytes::per_token(2 * width),
         input_bytes: 2 * width,
         reductions: 0,
+        // Logits are written (2), made fp32 (6), and their log-softmax is made (8) and saved (4); backward reads it and writes their gradient (8)
+        // and makes that bf16 (6). All of it is three times what is counted for forward.
+        eager: Eager { memory_bytes: 2 * vocab, saved_bytes: 4 * vocab, transient_bytes: 6 * vocab },
+        ends_in_product: false,
     }
 }
 
@@ -269,6 +282,9 @@ impl GptLayer {
             backward_transient: Bytes::per_token((8 * h + 8 * q + 4 * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: 2,
+            // torch's own layer norm and activations are one kernel each.
+            eager: Eager::default(),
+            ends_in_product: true,
         }
     }
 }

@@ -34,12 +34,27 @@ pub struct Work {
     pub attention_flops: f64,
     /// Bytes that element-wise kernels read and write.
     pub memory_bytes: f64,
+    /// Bytes that copies read and write in forward and in backward because heads are padded.
+    pub padding_bytes: [f64; 2],
+    /// What a recomputation leaves out: autograd saves nothing of it.
+    pub tail: Tail,
     /// Bytes of hidden vectors that tensor parallelism reduces.
     pub reduced_bytes: f64,
     /// Number of those reductions.
     pub reductions: u64,
     /// Bytes of queries, keys, values and outputs that sequence parallelism exchanges, per rank.
     pub exchanged_bytes: f64,
+}
+
+/// The last product of a layer and the residual sum after it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Tail {
+    /// Input and output features of the product, of all tensor-parallel ranks together.
+    pub product: (u64, u64),
+    /// FLOPs of the product.
+    pub flops: f64,
+    /// Bytes that the sum reads and writes.
+    pub memory_bytes: f64,
 }
 
 /// A model at one micro-batch.
@@ -141,6 +156,13 @@ fn block_work(block: &Block, model: &Architecture, seq: u64, tokens: u64, share:
     let per_rank = |per_token: u64| per_token as f64 * tokens as f64 / share.tensor as f64;
     // Queries and outputs have the width of all query heads, keys and values theirs; each is sent once, all but the rank's own part.
     let exchanged: u64 = block.attention.iter().map(|a| 2 * (2 * a.width + 2 * a.kv_width)).sum();
+    // Of the residual sum: two hidden vectors in, one out.
+    let tail = match block.products.last() {
+        Some(&product) if block.ends_in_product => {
+            Tail { product, flops: per_rank(2 * product.0 * product.1), memory_bytes: per_rank(3 * hidden_bytes) }
+        }
+        _ => Tail::default(),
+    };
     let away = (share.sequence - 1) as f64 / share.sequence as f64;
     Work {
         kind: block.kind,
@@ -155,6 +177,8 @@ fn block_work(block: &Block, model: &Architecture, seq: u64, tokens: u64, share:
         matmul_flops: per_rank(block.matmul_flops()),
         attention_flops: per_rank(block.attention_flops(seq)),
         memory_bytes: per_rank(block.memory_bytes),
+        padding_bytes: block.padding_bytes(model.num_heads).map(per_rank),
+        tail,
         reduced_bytes: if share.tensor > 1 { (block.reductions * hidden_bytes) as f64 * tokens as f64 } else { 0.0 },
         reductions: if share.tensor > 1 { block.reductions } else { 0 },
         exchanged_bytes: per_rank(exchanged) * away,

@@ -56,8 +56,10 @@ pub struct Traits {
     pub offload_grad_bytes: u64,
     /// Bytes of a gradient's buffer on the host that go there and back in every micro-batch, before the final gradient leaves.
     pub bounced_grad_bytes: u64,
-    /// Whether the training thread waits for the final copies: nothing is computed meanwhile.
-    pub grad_copies_block: bool,
+    /// Elements of a bucket: gradients are reduced, and copied, when the next would not fit into it, and after backward. 0: a layer at a time.
+    pub bucket_elements: u64,
+    /// Whether reductions, norms and copies of gradients are on one stream, one after the other.
+    pub grads_on_one_stream: bool,
     /// Device memory bytes that the norm of a gradient, in 64 bit, and its conversion read and write.
     pub grad_traffic_bytes: u64,
     /// Bytes of accumulated gradients copied each way between micro-batches.
@@ -80,12 +82,26 @@ pub struct Traits {
     pub kept_state_bytes: u64,
     /// Bytes of pinned host memory, buffer by buffer; torch rounds each up to a power of two.
     pub pinned_bytes: &'static [u64],
+    /// The same for buffers that are pinned tensor by tensor.
+    pub pinned_by_tensor_bytes: u64,
+    /// The same for buffers that are pinned in sub-groups of parameters.
+    pub pinned_by_sub_group_bytes: u64,
+    /// Bytes of a pinned buffer for all gradients, whatever share of them the CPU steps.
+    pub staging_bytes: u64,
     /// Bytes of other host memory.
     pub host_bytes: u64,
+    /// Nanoseconds that its hooks add to the training thread per layer, in forward and in backward with recomputation.
+    pub hook_ns: [u64; 2],
 }
 
-/// Two buckets of 5e8 elements in bf16: DeepSpeed's `reduce_bucket_size` with `overlap_comm`.
-const DEEPSPEED_BUCKETS: u64 = 2_000_000_000;
+/// DeepSpeed's `reduce_bucket_size`, in elements.
+const DEEPSPEED_BUCKET: u64 = 500_000_000;
+
+/// Two buckets in bf16, with `overlap_comm`.
+const DEEPSPEED_BUCKETS: u64 = 2 * 2 * DEEPSPEED_BUCKET;
+
+/// DeepSpeed's `sub_group_size`, in elements: sub-groups of ZeRO 3 have at least so many.
+pub const SUB_GROUP: u64 = 1_000_000_000;
 
 /// Nothing split, everything on the device: 2 bytes each of parameters and gradients, 12 of fp32 masters and moments. Clipping reads a
 /// gradient and scales it (6), it is made fp32 (6), the fused AdamW reads four and writes three fp32 numbers (28), and the parameter is
@@ -105,7 +121,8 @@ const DDP: Traits = Traits {
     fetch_bytes: 0,
     offload_grad_bytes: 0,
     bounced_grad_bytes: 0,
-    grad_copies_block: false,
+    bucket_elements: 0,
+    grads_on_one_stream: false,
     grad_traffic_bytes: 0,
     accumulate_bytes: 0,
     one_thread_bytes: 0,
@@ -117,8 +134,18 @@ const DDP: Traits = Traits {
     device_traffic_bytes: 46,
     kept_state_bytes: 0,
     pinned_bytes: &[],
+    pinned_by_tensor_bytes: 0,
+    pinned_by_sub_group_bytes: 0,
+    staging_bytes: 0,
     host_bytes: 0,
+    hook_ns: [0, 0],
 };
+
+/// What hooks add to the training thread per LLaMA layer of 13 modules, in forward and in backward with recomputation:
+/// benchmarks/peer_times.py (DeepSpeed 0.19.8, torch 2.15) on one core of a shared cloud machine. The GPU's part of their calls is not in it.
+const ZERO2_HOOK_NS: [u64; 2] = [0, 890_000];
+const ZERO3_HOOK_NS: [u64; 2] = [3_340_000, 5_610_000];
+const FSDP2_HOOK_NS: [u64; 2] = [750_000, 1_110_000];
 
 impl Policy {
     /// All of them.
@@ -158,13 +185,14 @@ impl Policy {
                 splits_states: true,
                 device_grad_bytes: 2,
                 buffer_bytes: DEEPSPEED_BUCKETS,
+                bucket_elements: DEEPSPEED_BUCKET,
                 all_reduces: false,
                 device_state_bytes: 16,
                 device_traffic_bytes: 36,
                 ..DDP
             },
-            Policy::Zero2 => Traits { splits_grads: true, ..Policy::Zero1.traits() },
-            Policy::Zero3 => Traits { gathers: true, ..Policy::Zero2.traits() },
+            Policy::Zero2 => Traits { splits_grads: true, hook_ns: ZERO2_HOOK_NS, ..Policy::Zero1.traits() },
+            Policy::Zero3 => Traits { gathers: true, hook_ns: ZERO3_HOOK_NS, ..Policy::Zero2.traits() },
             // DeepSpeed, runtime/zero/stage_1_and_2.py. On the host: fp32 master and gradient and a bf16 staging copy, pinned; two
             // moments. The norm of a gradient is taken in fp64 on the GPU (18), where it is also made fp32 (6) before it is
             // copied. The step scales gradients (8) and runs Adam (28); the fp32 master goes to the GPU whole and is converted there.
@@ -173,6 +201,7 @@ impl Policy {
                 device_state_bytes: 0,
                 device_traffic_bytes: 0,
                 offload_grad_bytes: 4,
+                grads_on_one_stream: true,
                 grad_traffic_bytes: 24,
                 accumulate_bytes: 2,
                 host_traffic_bytes: 36,
@@ -182,16 +211,16 @@ impl Policy {
                 host_bytes: 8,
                 ..Policy::Zero2.traits()
             },
-            // runtime/zero/stage3.py. A gradient goes to its bf16 buffer on the host and comes back; in later micro-batches the buffer comes
-            // first and goes again. In the last one its norm is taken, it is made fp32 and copied out, which waits (`copy_` without
-            // `non_blocking`). The fp32 master is copied to the bf16 parameter by a `copy_` that waits too:
-            // torch (ATen native/cuda/Copy.cu) then converts on the CPU (6), into memory that is fresh every time and not pinned. Subgroups
+            // runtime/zero/stage3.py of 0.19.8. `partition_grads` copies a gradient to its bf16 buffer on the host and back; in later
+            // micro-batches the buffer comes first and goes again. In the last one its norm is taken, it is made fp32 and copied out.
+            // All of this is on one stream, and nobody waits for it before backward's end. The fp32 master is copied to the bf16 parameter by a
+            // `copy_` that waits: torch (ATen native/cuda/Copy.cu) then converts on the CPU (6), into memory that is fresh every time and not
+            // pinned. Only gradients, by sub-group, and their bf16 buffer are pinned; master and moments are not. Sub-groups
             // that Twin-Flow leaves to the GPU keep master, gradient and moments there (16), stepped like the rest.
             Policy::Zero3Offload => Traits {
                 gathers: true,
                 bounced_grad_bytes: 2,
                 accumulate_bytes: 0,
-                grad_copies_block: true,
                 host_traffic_bytes: 42,
                 fresh_bytes: 2,
                 refresh_bytes: 2,
@@ -199,6 +228,11 @@ impl Policy {
                 refresh_is_pageable: true,
                 kept_state_bytes: 16,
                 device_traffic_bytes: 44,
+                pinned_bytes: &[],
+                pinned_by_sub_group_bytes: 4,
+                staging_bytes: 2,
+                host_bytes: 12,
+                hook_ns: ZERO3_HOOK_NS,
                 ..Policy::Zero2Offload.traits()
             },
             // fp32 shards, gradients and moments; gathered in bf16, reduced in fp32. Clipping reads and scales (12), AdamW as above (28).
@@ -212,14 +246,16 @@ impl Policy {
                 device_state_bytes: 8,
                 reduce_bytes: 4,
                 all_reduces: false,
+                hook_ns: FSDP2_HOOK_NS,
                 ..DDP
             },
             // torch distributed/fsdp/_runtime_utils.py with `BackwardPrefetch.BACKWARD_POST`, the default of composer's FSDP: after a layer's
             // backward its gradients are reduced, and then the next layer is gathered. One process group is one NCCL stream, so both are
             // waited for. Mixed precision PURE gathers and reduces in bf16.
-            Policy::Fsdp1 => Traits { gathers_late: true, reduce_bytes: 2, ..Policy::Fsdp.traits() },
+            // Its hooks were not measured.
+            Policy::Fsdp1 => Traits { gathers_late: true, reduce_bytes: 2, hook_ns: [0, 0], ..Policy::Fsdp.traits() },
             // torch distributed/fsdp/_fully_shard. The fp32 shard is copied to the device for every use and cast there; gradients are reduced in
-            // fp32 and copied to pinned memory. The norm on the CPU (4) runs on one thread: torch's reduction of a whole tensor to one number
+            // fp32 and copied to pinned memory, which a copy to the CPU that does not block takes per tensor, as shards are pinned. The norm on the CPU (4) runs on one thread: torch's reduction of a whole tensor to one number
             // is parallel over outputs only (ATen native/cpu/Reduce.h). Scaling (8) and the fused AdamW (28) use all.
             Policy::FsdpOffload => Traits {
                 device_grad_bytes: 0,
@@ -230,7 +266,7 @@ impl Policy {
                 offload_grad_bytes: 4,
                 one_thread_bytes: 4,
                 host_traffic_bytes: 36,
-                pinned_bytes: &[4, 4],
+                pinned_by_tensor_bytes: 8,
                 host_bytes: 8,
                 ..Policy::Fsdp.traits()
             },

@@ -15,7 +15,7 @@ use tierwise_core::trace::Phase;
 
 /// Share of the host's streaming rate that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
 /// and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
-const HOST_PASS_SHARE: f64 = 0.675;
+const HOST_PASS_SHARE: f64 = 0.697;
 
 /// Share of the streaming rate of all threads at which one thread of torch takes a norm: one thread of 16 moved 24 of the 120 GB/s on the
 /// host of the `h100` preset, and a norm reads 0.53 of what an addition moves (measured per second of one CPU).
@@ -25,8 +25,8 @@ const ONE_THREAD_SHARE: f64 = 24.0 / 120.0 * 0.53;
 /// preset; the middle of that.
 const FRESH_BYTES_PER_S: f64 = 21e9 / 1.8;
 
-/// Host memory of a Python process with torch and CUDA, measured with forward and backward alone.
-const PROCESS_BYTES: u64 = 2_000_000_000;
+/// Bytes per second at which one thread gives memory back to the system: 0.8 GB in 0.03 to 0.10 s, median 0.052 (benchmarks/peer_times.py).
+const UNMAP_BYTES_PER_S: f64 = 15.5e9;
 
 /// Simulates a policy; recomputation that is left to it is none, or all if only that fits.
 pub fn step(policy: Policy, request: &Request) -> Result<Result<Simulated, Shortfall>, Error> {
@@ -56,22 +56,29 @@ pub fn step(policy: Policy, request: &Request) -> Result<Result<Simulated, Short
     Ok(result)
 }
 
-struct Step<'a> {
-    traits: Traits,
-    request: &'a Request,
-    rank: &'a Rank,
-    accumulation: u32,
+pub(super) struct Step<'a> {
+    pub(super) traits: Traits,
+    pub(super) request: &'a Request,
+    pub(super) rank: &'a Rank,
+    pub(super) accumulation: u32,
     recompute: &'a [bool],
 }
 
 /// What the next step waits for.
 #[derive(Default)]
-struct Carried {
+pub(super) struct Carried {
     updated: Vec<Token>,
     /// Compute tasks, the latest last: gathered parameters take the place of those of the last but one.
     latest: [Option<Token>; 2],
     /// The latest gradient that was reduced.
-    reduced: Option<Token>,
+    pub(super) reduced: Option<Token>,
+    /// The latest task of the training thread.
+    thread: Option<Token>,
+    /// Gradients that wait in a bucket: chunks, and the backward that made the last.
+    pub(super) bucket: Vec<ChunkId>,
+    pub(super) made: Option<Token>,
+    /// The latest task of a stream that has all of the gradients' way.
+    pub(super) grads: Option<Token>,
 }
 
 impl Step<'_> {
@@ -100,29 +107,26 @@ impl Step<'_> {
         for micro_batch in 0..self.accumulation {
             for (at, op) in trace.ops.iter().enumerate() {
                 let unit = op.unit as usize;
+                let finished = self.finished(at);
+                if self.overflows(carried, &finished) {
+                    self.send(program, carried, micro_batch, &mut blocked, &mut arrived);
+                }
                 // What the training thread waited for, nothing was enqueued before.
-                let mut waits = std::mem::take(&mut blocked);
+                let called = self.call(program, carried, unit, op.phase, std::mem::take(&mut blocked));
+                let mut waits = vec![called];
                 waits.extend(self.gather(program, carried, unit, op.phase));
                 waits.extend(carried.updated.iter().copied());
                 let compute = self.compute(program, unit, op.phase, waits);
                 carried.latest = [carried.latest[1], Some(compute)];
-                if op.phase == Phase::Backward {
-                    for &chunk in &trace.units[unit].chunks {
-                        let again = |later: &tierwise_core::trace::Op| {
-                            later.phase == Phase::Backward && trace.units[later.unit as usize].chunks.contains(&chunk)
-                        };
-                        if !trace.ops[at + 1..].iter().any(again) {
-                            let (reduced, done) = self.gradient(program, chunk, micro_batch, compute);
-                            carried.reduced = Some(reduced);
-                            let last = micro_batch + 1 == self.accumulation;
-                            if (self.traits.grad_copies_block && last) || self.request.pageable {
-                                blocked.push(done);
-                            }
-                            arrived.push(done);
-                        }
+                if !finished.is_empty() {
+                    carried.bucket.extend(finished);
+                    carried.made = Some(compute);
+                    if self.traits.bucket_elements == 0 {
+                        self.send(program, carried, micro_batch, &mut blocked, &mut arrived);
                     }
                 }
             }
+            self.send(program, carried, micro_batch, &mut blocked, &mut arrived);
         }
         arrived.extend(carried.latest[1]);
         let stepped = self.optimizer(program, arrived);
@@ -130,29 +134,49 @@ impl Step<'_> {
         stepped
     }
 
-    fn ways(&self) -> u64 {
+    /// What the training thread takes to enqueue an operation; gives when it begins to.
+    fn call(&self, program: &mut Program, carried: &mut Carried, unit: usize, phase: Phase, mut waits: Vec<Token>) -> Token {
+        let of = &self.rank.built.trace.units[unit];
+        waits.extend(carried.thread);
+        if self.traits.host_traffic_bytes > 0 {
+            // The host's step is the training thread's own.
+            waits.extend(carried.updated.iter().copied());
+        }
+        let name = |what: &str| format!("{what} {}", of.name);
+        let called = program.push(Lane::Thread, name("call"), 0, 0.0, waits, Cause::Launch);
+        let hooks = match phase {
+            _ if !of.recomputable => 0,
+            Phase::Forward => self.traits.hook_ns[0],
+            Phase::Backward => self.traits.hook_ns[1],
+        };
+        let ns = self.rank.costs.launch[unit].ns(phase, self.recompute[unit]) + hooks;
+        carried.thread = Some(program.push(Lane::Thread, name("enqueue"), 0, ns as f64, Vec::new(), Cause::Launch));
+        called
+    }
+
+    pub(super) fn ways(&self) -> u64 {
         self.request.parallel.shards()
     }
 
     /// Share of the parameters that the CPU steps, where the optimizer is offloaded.
-    fn cpu_share(&self) -> f64 {
+    pub(super) fn cpu_share(&self) -> f64 {
         if self.traits.kept_state_bytes > 0 { self.request.cpu_share } else { 1.0 }
     }
 
-    fn part(&self, numel: u64, split: bool) -> u64 {
+    pub(super) fn part(&self, numel: u64, split: bool) -> u64 {
         if split { numel.div_ceil(self.ways()) } else { numel }
     }
 
-    fn numel(&self, chunk: ChunkId) -> u64 {
+    pub(super) fn numel(&self, chunk: ChunkId) -> u64 {
         self.rank.built.layout.chunks[chunk.index()].numel
     }
 
-    fn name(&self, what: &str, chunk: ChunkId) -> String {
+    pub(super) fn name(&self, what: &str, chunk: ChunkId) -> String {
         format!("{what} {}", self.rank.built.layout.chunks[chunk.index()].name)
     }
 
     /// Work of a copy: bytes of the pinned link, or as many as take as long from pageable memory.
-    fn copy_work(&self, bytes: u64, to_device: bool, pageable: bool) -> f64 {
+    pub(super) fn copy_work(&self, bytes: u64, to_device: bool, pageable: bool) -> f64 {
         let hardware = &self.rank.hardware;
         let pinned = if to_device { hardware.h2d_bytes_per_s } else { hardware.d2h_bytes_per_s };
         let slower = if pageable { (pinned / hardware.pageable_bytes_per_s).max(1.0) } else { 1.0 };
@@ -199,56 +223,12 @@ impl Step<'_> {
             Phase::Forward => (costs.forward_ns[unit], kept, 0),
             Phase::Backward if recomputed => {
                 let again = of.saved_bytes as i64;
-                (costs.backward_ns[unit] + costs.forward_ns[unit], again, again + kept)
+                (costs.backward_ns[unit] + costs.recompute_ns[unit], again, again + kept)
             }
             Phase::Backward => (costs.backward_ns[unit], 0, kept),
         };
         let name = format!("{} {direction}", of.name);
         program.push_with(Lane::Compute, name, 0, ns as f64, waits, Cause::Launch, taken, given)
-    }
-
-    /// The way of a gradient, from the backward that made it: where it is reduced, and where its way ends.
-    fn gradient(&self, program: &mut Program, chunk: ChunkId, micro_batch: u32, made: Token) -> (Token, Token) {
-        let traits = &self.traits;
-        let last = micro_batch + 1 == self.accumulation;
-        let numel = self.numel(chunk);
-        let wire = (traits.reduce_bytes * numel) as f64;
-        let mut at = made;
-        // What is not split is reduced once, what is split in every micro-batch.
-        if traits.splits_grads || last {
-            let ns = if traits.all_reduces { self.rank.data.all_reduce_ns(wire) } else { self.rank.data.all_gather_ns(wire) };
-            at = program.push(Lane::Reduce, self.name("reduce", chunk), 0, ns as f64, vec![at], Cause::Communication);
-        }
-        let reduced = at;
-        let part = self.part(numel, true);
-        let mut copy = |lane: Lane, what: &str, bytes: u64, after: Token| {
-            let work = self.copy_work(bytes, lane == Lane::HostToDevice, self.request.pageable);
-            program.push(lane, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
-        };
-        if traits.bounced_grad_bytes > 0 {
-            let [out, back] = [(Lane::DeviceToHost, "gradients to their buffer"), (Lane::HostToDevice, "gradients from their buffer")];
-            for (lane, what) in if micro_batch == 0 { [out, back] } else { [back, out] } {
-                at = copy(lane, what, traits.bounced_grad_bytes * part, at);
-            }
-        }
-        if traits.offload_grad_bytes > 0 {
-            if micro_batch > 0 && traits.accumulate_bytes > 0 {
-                at = copy(Lane::HostToDevice, "accumulated gradients", traits.accumulate_bytes * part, at);
-            }
-            if last && traits.grad_traffic_bytes > 0 {
-                let bytes = traits.grad_traffic_bytes * part;
-                at = program.push(Lane::Optimizer, self.name("norm", chunk), 0, bytes as f64, vec![at], Cause::Gradients);
-            }
-            let mut copy = |what: &str, bytes: u64, after: Token| {
-                let work = self.copy_work(bytes, false, self.request.pageable);
-                program.push(Lane::DeviceToHost, self.name(what, chunk), bytes, work, vec![after], Cause::Gradients)
-            };
-            let bytes = if last { (traits.offload_grad_bytes as f64 * self.cpu_share()).round() as u64 } else { traits.accumulate_bytes };
-            if bytes > 0 {
-                at = copy("gradients", bytes * part, at);
-            }
-        }
-        (reduced, at)
     }
 
     /// The optimizer, after everything that came before; gives its last task.
@@ -266,7 +246,7 @@ impl Step<'_> {
         for (what, bytes, slower) in [
             ("norm", traits.one_thread_bytes * on_cpu, 1.0 / ONE_THREAD_SHARE),
             ("clip and step", traits.host_traffic_bytes * on_cpu, 1.0 / HOST_PASS_SHARE),
-            ("fresh memory", traits.fresh_bytes * on_cpu, stream / FRESH_BYTES_PER_S),
+            ("fresh memory", traits.fresh_bytes * on_cpu, stream * (1.0 / FRESH_BYTES_PER_S + 1.0 / UNMAP_BYTES_PER_S)),
         ] {
             if bytes > 0 {
                 at = program.push(Lane::Landing, what.to_owned(), bytes, bytes as f64 * slower, vec![at], Cause::Optimizer);
@@ -288,41 +268,8 @@ impl Step<'_> {
         at
     }
 
-    /// Device bytes that stay for the whole step.
-    fn base_bytes(&self) -> u64 {
-        let traits = &self.traits;
-        let chunks = &self.rank.built.layout.chunks;
-        let whole: u64 = chunks.iter().map(|c| c.numel).sum();
-        let largest = chunks.iter().map(|c| c.numel).max().unwrap_or(0);
-        let gathered = if traits.gathers && (self.ways() > 1 || traits.fetch_bytes > 0 || traits.device_param_bytes > 2) {
-            2 * 2 * largest
-        } else {
-            0
-        };
-        // One whole gradient is made while another is reduced or copied.
-        let moving = if traits.splits_grads { 2 * 2 * largest } else { 0 };
-        traits.device_param_bytes * self.part(whole, traits.gathers)
-            + traits.device_grad_bytes * self.part(whole, traits.splits_grads)
-            + traits.device_state_bytes * self.part(whole, traits.splits_states)
-            + (traits.kept_state_bytes as f64 * (1.0 - self.cpu_share()) * self.part(whole, traits.splits_states) as f64) as u64
-            + traits.buffer_bytes
-            + gathered
-            + moving
-            + self.request.memory.reserve_bytes()
-    }
-
-    fn host_bytes(&self) -> u64 {
-        let whole: u64 = self.rank.built.layout.chunks.iter().map(|c| c.numel).sum();
-        let part = (self.part(whole, self.traits.splits_states) as f64 * self.cpu_share()).round() as u64;
-        let accumulated = if self.accumulation > 1 { self.traits.accumulate_bytes } else { 0 };
-        let pinned = self.traits.pinned_bytes.iter().chain((accumulated > 0).then_some(&accumulated));
-        let buffers: u64 = pinned.map(|&bytes| if self.request.pageable { bytes * part } else { (bytes * part).next_power_of_two() }).sum();
-        PROCESS_BYTES + self.traits.host_bytes * part + buffers
-    }
-
     fn simulated(&self, record: Record, host: u64) -> Simulated {
-        let trace = &self.rank.built.trace;
-        let again: f64 = trace.units.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(u, _)| u.flops).sum();
+        let again: f64 = self.rank.recomputed_flops.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(flops, _)| flops).sum();
         // After the last compute the step goes on; no later compute shows what it waited for.
         let mut stalls = record.tally.stalls;
         let known = record.tally.busy_compute_ns + stalls.total_ns();

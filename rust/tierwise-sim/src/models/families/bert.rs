@@ -1,7 +1,7 @@
 //! BERT with its masked-language-model head: bidirectional, norms behind each half.
 
 use super::Architecture;
-use crate::models::blocks::{GptLayer, Params, embedding, head};
+use crate::models::blocks::{Block, GptLayer, Params, embedding, head};
 use crate::models::config::Config;
 
 pub fn read(config: &Config) -> Result<Architecture, String> {
@@ -36,7 +36,9 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
             .column("intermediate.dense", h, inner, true)
             .row("output.dense", inner, h, true)
             .layer_norm("output.LayerNorm", h);
-        blocks.push(layer.block(format!("bert.encoder.layer.{number}"), params.done()));
+        // A norm comes last, whose input is saved.
+        let block = layer.block(format!("bert.encoder.layer.{number}"), params.done());
+        blocks.push(Block { ends_in_product: false, ..block });
     }
     let tied = config.flag_or("tie_word_embeddings", true)?;
     let mut params = Params::default()

@@ -4,6 +4,7 @@ use super::Architecture;
 use super::llama::{GatedLayer, untied_head};
 use crate::models::blocks::{Params, embedding, final_norm};
 use crate::models::config::Config;
+use crate::models::kernels::Eager;
 
 pub fn read(config: &Config) -> Result<Architecture, String> {
     let layer = GatedLayer::read(config)?;
@@ -30,6 +31,9 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
             // Their inputs and deviations are saved, and read and written once more.
             block.saved_bytes += 4 * h + 8;
             block.memory_bytes += 8 * h;
+            block.ends_in_product = false;
+            block.eager.memory_bytes += 2 * Eager::rms_norm(h).memory_bytes;
+            block.eager.saved_bytes += 2 * Eager::rms_norm(h).saved_bytes;
         }
         blocks.push(block);
     }

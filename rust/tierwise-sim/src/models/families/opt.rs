@@ -1,7 +1,7 @@
 //! OPT: learned positions with two extra rows; the 350M model projects its embedding and norms after each half.
 
 use super::Architecture;
-use crate::models::blocks::{GptLayer, Params, embedding, final_norm, head};
+use crate::models::blocks::{Block, GptLayer, Params, embedding, final_norm, head};
 use crate::models::config::Config;
 
 pub fn read(config: &Config) -> Result<Architecture, String> {
@@ -30,6 +30,7 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
     }
     let mut blocks = vec![first];
     let layer = GptLayer { hidden: h, width: h, heads, inner, causal: true };
+    let norm_first = config.flag_or("do_layer_norm_before", true)?;
     for number in 0..layers {
         let params = Params::default()
             .column("self_attn.k_proj", h, h, bias)
@@ -37,9 +38,10 @@ pub fn read(config: &Config) -> Result<Architecture, String> {
             .column("self_attn.q_proj", h, h, bias)
             .row("self_attn.out_proj", h, h, bias);
         let params = norm(params, "self_attn_layer_norm").column("fc1", h, inner, bias).row("fc2", inner, h, bias);
-        blocks.push(layer.block(format!("model.decoder.layers.{number}"), norm(params, "final_layer_norm").done()));
+        let block = layer.block(format!("model.decoder.layers.{number}"), norm(params, "final_layer_norm").done());
+        blocks.push(Block { ends_in_product: norm_first, ..block });
     }
-    if config.flag_or("do_layer_norm_before", true)? && !config.flag_or("_remove_final_layer_norm", false)? && affine {
+    if norm_first && !config.flag_or("_remove_final_layer_norm", false)? && affine {
         let params = Params::default().tensor("weight", h, false).tensor("bias", h, false);
         blocks.push(final_norm("model.decoder.final_layer_norm", h, params.done()));
     }

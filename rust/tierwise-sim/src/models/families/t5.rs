@@ -4,6 +4,7 @@
 use super::Architecture;
 use crate::models::blocks::{Attention, Block, Bytes, Kind, Params, embedding, final_norm, head};
 use crate::models::config::Config;
+use crate::models::kernels::Eager;
 
 struct Sizes {
     hidden: u64,
@@ -92,6 +93,12 @@ impl Sizes {
             backward_transient: Bytes::per_token((halves * 4 * h + attentions * 8 * q + 2 * (inputs + 1) * i) * 3 / 5),
             input_bytes: 2 * h,
             reductions: halves,
+            eager: Eager {
+                memory_bytes: halves * Eager::rms_norm(h).memory_bytes,
+                saved_bytes: halves * Eager::rms_norm(h).saved_bytes,
+                transient_bytes: 0,
+            },
+            ends_in_product: true,
         }
     }
 }

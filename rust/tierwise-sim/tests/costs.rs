@@ -1,0 +1,77 @@
+//! What units cost, against sums by hand.
+
+use tierwise_sim::costs::Costs;
+use tierwise_sim::hardware::{self, Hardware};
+use tierwise_sim::models::{Model, preset};
+
+const SEQ: u64 = 4096;
+
+fn h100() -> Hardware {
+    hardware::preset("h100").unwrap()
+}
+
+fn layer_of(model: &Model) -> (Costs, usize) {
+    let built = model.build(SEQ, 1);
+    let layer = built.trace.units.iter().position(|u| u.recomputable).unwrap();
+    (Costs::new(&built, &h100()), layer)
+}
+
+#[test]
+fn a_recomputation_leaves_out_the_last_product_and_the_residual_sum() {
+    let hardware = h100();
+    let (mut costs, layer) = layer_of(&preset("llama2-7b").unwrap());
+    let product = (2 * SEQ * 11_008 * 4096) as f64 / hardware.matmul_forward_flops;
+    let sum = (SEQ * 3 * 2 * 4096) as f64 / hardware.device_memory_bytes_per_s;
+    let saved = (costs.forward_ns[layer] - costs.recompute_ns[layer]) as f64 / 1e9;
+    assert!((saved - product - sum).abs() < 2e-9, "{saved} {product} {sum}");
+    costs.recompute_whole();
+    assert_eq!(costs.recompute_ns, costs.forward_ns);
+}
+
+#[test]
+fn a_layer_that_ends_in_a_norm_is_recomputed_whole() {
+    for name in ["bert-large", "glm-4-9b", "opt-350m"] {
+        let model = preset(name).unwrap();
+        let built = model.build(512, 1);
+        let costs = Costs::new(&built, &h100());
+        let whole = costs.recompute_ns == costs.forward_ns;
+        // glm-4-9b is the older architecture, without norms after the halves.
+        assert_eq!(whole, name != "glm-4-9b", "{name}");
+    }
+}
+
+#[test]
+fn heads_that_are_no_multiple_of_8_wide_are_padded_by_copies() {
+    let of = |heads: u64| {
+        let config = format!(
+            r#"{{"model_type": "llama", "hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 1, "vocab_size": 32000,
+            "num_attention_heads": {heads}}}"#
+        );
+        Model::from_json(&config).unwrap()
+    };
+    let padding = |heads: u64| of(heads).architecture.blocks[1].padding_bytes(heads);
+    // Heads of 100 become 104: three fills of 3328 and copies of 3200, and a copy of the output; the reverse in backward.
+    assert_eq!(padding(32), [3 * (2 * 3328 + 4 * 3200) + 4 * 3200, 2 * 3328 + 4 * 3200 + 3 * 4 * 3200]);
+    assert_eq!(padding(25), [0, 0], "heads of 128");
+    // Both compute attention at 128, so the rest differs by what the kernel pads.
+    let (wide, layer) = layer_of(&of(25));
+    let (narrow, _) = layer_of(&of(32));
+    assert!(narrow.forward_ns[layer] > wide.forward_ns[layer]);
+}
+
+#[test]
+fn kernels_that_are_not_fused_move_more_bytes_and_save_more() {
+    let model = preset("llama2-7b").unwrap();
+    let (h, i, vocab) = (4096, 11_008, 32_000);
+    let (fused, eager) = (model.clone(), model.eager());
+    let blocks = |at: usize| (&fused.architecture.blocks[at], &eager.architecture.blocks[at]);
+    let (fused_layer, eager_layer) = blocks(1);
+    assert_eq!(eager_layer.memory_bytes - fused_layer.memory_bytes, 2 * 32 * h + 16 * 2 * h + 4 * i);
+    assert_eq!(eager_layer.saved_bytes - fused_layer.saved_bytes, 8 * h);
+    let (fused_head, eager_head) = blocks(fused.architecture.blocks.len() - 1);
+    // Of the loss over forward and backward: three times what is counted for forward.
+    assert_eq!(3 * eager_head.memory_bytes, (2 + 6 + 8 + 8 + 6) * vocab);
+    assert!(fused_head.saved_once_bytes > 0 && eager_head.saved_once_bytes == 0);
+    assert_eq!(eager.clone().eager(), eager, "it is eager already");
+    assert_eq!(preset("gpt2-xl").unwrap().eager().architecture.blocks[1], preset("gpt2-xl").unwrap().architecture.blocks[1]);
+}

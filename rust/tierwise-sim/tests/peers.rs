@@ -1,0 +1,86 @@
+//! Other systems' steps: what their code does to the clock and to memory.
+
+use tierwise_core::plan::ClipMode;
+use tierwise_core::planner::{Offload, Recompute};
+use tierwise_sim::hardware;
+use tierwise_sim::models::{Model, preset};
+use tierwise_sim::parallel::Parallel;
+use tierwise_sim::peers::Policy;
+use tierwise_sim::report::{Report, simulate};
+use tierwise_sim::request::{Memory, Request};
+
+fn report(model: Model, policy: Policy, micro_batch: u64) -> Report {
+    let hardware = hardware::preset("h100").unwrap();
+    let request = Request {
+        model,
+        device_budget: hardware.device_memory_bytes,
+        host_budget: hardware.host_memory_bytes,
+        nvme_budget: 0,
+        hardware,
+        parallel: Parallel::data_parallel(1),
+        policy: Some(policy),
+        seq: 4096,
+        micro_batch,
+        tokens_per_step: 4096 * micro_batch,
+        memory: Memory::Reserve(1_000_000_000),
+        recompute: Recompute::Full,
+        recompute_whole: false,
+        offload: Offload::None,
+        pageable: false,
+        cpu_share: 1.0,
+        clip_mode: ClipMode::Defer,
+        clips: true,
+    };
+    *simulate(&request).unwrap().unwrap().0
+}
+
+fn small() -> Model {
+    let config = r#"{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 24, "vocab_size": 32000,
+        "num_attention_heads": 8}"#;
+    Model::from_json(config).unwrap()
+}
+
+#[test]
+fn hooks_bind_a_small_model_and_hide_behind_a_large_one() {
+    let launch_ns = |model: Model, policy: Policy| report(model, policy, 1).step.stalls.launch_ns;
+    // 24 layers of 3.34 + 5.61 ms and two launches of 0.3 ms each.
+    let bound = 24 * (3_340_000 + 5_610_000 + 600_000);
+    let step = report(small(), Policy::Zero3, 1).step;
+    assert!(step.step_ns > bound, "{} {bound}", step.step_ns);
+    assert!(step.stalls.launch_ns > bound / 2, "{:?}", step.stalls);
+    assert!(launch_ns(small(), Policy::Fsdp) < step.stalls.launch_ns);
+    let large = report(preset("llama-1.35b").unwrap(), Policy::Zero2Offload, 4).step;
+    assert!(large.stalls.launch_ns < large.step_ns / 1000, "{:?}", large.stalls);
+}
+
+#[test]
+fn zero_3_pins_gradients_by_sub_group_and_their_buffer() {
+    let model = preset("llama-1.35b").unwrap();
+    let numel = model.num_params();
+    let step = report(model, Policy::Zero3Offload, 4).step;
+    let gradients = 4_294_967_296 + (4 * (numel - 1_000_000_000)).next_power_of_two();
+    let fresh = 2 * 1_000_000_000;
+    assert_eq!(step.host_peak_bytes, 2_000_000_000 + 12 * numel + gradients + (2 * numel).next_power_of_two() + fresh);
+}
+
+#[test]
+fn what_is_left_in_a_bucket_is_copied_after_backward() {
+    // A step ends with the host's work, so the copies of the last bucket can only be waited for before it.
+    let step = report(preset("llama-1.35b").unwrap(), Policy::Zero2Offload, 4).step;
+    let numel = preset("llama-1.35b").unwrap().num_params();
+    assert_eq!(step.d2h_bytes, 4 * numel);
+    // Two buckets of 5e8 elements leave during backward.
+    let left = 4.0 * (numel - 1_000_000_000) as f64 / hardware::preset("h100").unwrap().d2h_bytes_per_s * 1e9;
+    let host_ns = 36.0 * numel as f64 / (0.697 * 120e9) * 1e9 + 4.0 * numel as f64 / 53.9e9 * 1e9;
+    let rest = (step.step_ns - step.compute_ns) as f64 - host_ns;
+    assert!(rest > left && rest < 3.0 * left, "{rest} {left}");
+}
+
+#[test]
+fn fsdp_pins_shards_and_gradients_tensor_by_tensor() {
+    let model = preset("llama-1.35b").unwrap();
+    let tensors: Vec<u64> = model.architecture.blocks.iter().flat_map(|b| &b.params).map(|p| p.numel).collect();
+    let pinned: u64 = tensors.iter().map(|numel| 2 * (4 * numel).next_power_of_two()).sum();
+    let step = report(model.clone(), Policy::FsdpOffload, 4).step;
+    assert_eq!(step.host_peak_bytes, 2_000_000_000 + 8 * model.num_params() + pinned);
+}
