@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tierwise.gemini.chunking import group
 from tierwise.gemini.inputs import count_tokens
@@ -183,3 +186,22 @@ def test_the_fused_loss_is_traced_for_cuda() -> None:
     model = Loss()
     traced = trace(model, group(model), (torch.zeros(16, 8),), {}, torch.bfloat16, torch.device("cuda"))
     assert traced.exact
+
+
+def test_a_recomputation_stops_where_the_trace_says() -> None:
+    def backward_flops(checkpointed: bool) -> float:
+        model = llama(attention_dropout=0.0).to(torch.bfloat16)
+        for layer in model.model.layers if checkpointed else ():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return float(counter.get_total_flops())
+
+    traced = run(llama(attention_dropout=0.0))
+    layers = traced.units[1:4]
+    # The last product of a layer gives what nobody saves inside of it.
+    assert [unit.tail_flops for unit in layers] == [2.0 * IDS.numel() * 64 * 96] * 3
+    again = backward_flops(True) - backward_flops(False)
+    assert again == sum(unit.flops - unit.tail_flops for unit in layers)
+    assert all(unit.tail_flops == 0.0 for unit in traced.recomputed_whole().units)

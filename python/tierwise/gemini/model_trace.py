@@ -16,6 +16,8 @@ class UnitTrace:
     saved_bytes: int = 0
     input_bytes: int = 0
     flops: float = 0.0
+    tail_flops: float = 0.0
+    """Of `flops`: those after the last tensor that its backward needs, where a recomputation stops."""
     offload_bytes: int = 0
     """Of `saved_bytes`: storages that are worth a copy to the host and that no other unit saves too."""
     offload_host_bytes: int = 0
@@ -70,6 +72,7 @@ class ModelTrace:
                     "offload_host_bytes": math.ceil(traced.offload_host_bytes * scale),
                     "recomputable": unit.recomputable,
                     "flops": traced.flops + traced.extra_flops,
+                    "tail_flops": traced.tail_flops,
                 }
             )
         ops = [{"unit": unit, "phase": phase} for unit, phase in self.ops]
@@ -90,6 +93,10 @@ class ModelTrace:
             for unit in self.units
         ]
         return dataclasses.replace(self, units=units)
+
+    def recomputed_whole(self) -> ModelTrace:
+        """The same where a recomputation runs a unit's whole forward: that of a compiled layer saves all of its tensors at its end."""
+        return dataclasses.replace(self, units=[dataclasses.replace(unit, tail_flops=0.0) for unit in self.units])
 
     def layer_by_layer(self, grouping: Grouping, count: int) -> ModelTrace:
         """The same where every layer that can be recomputed is, and takes `count` rows at a time: it saves as much as they need. Where the

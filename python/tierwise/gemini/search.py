@@ -43,9 +43,10 @@ class PlanSearch:
         """Traces the model for these inputs, which give shapes and dtypes only."""
         self.tracing = True
         try:
-            return self._trace(args, kwargs)
+            trace = self._trace(args, kwargs)
         finally:
             self.tracing = False
+        return trace.recomputed_whole() if self.plugin.compile_layers else trace
 
     def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelTrace:
         device, dtype = self.target.torch_device, DTYPES[self.plugin.precision]

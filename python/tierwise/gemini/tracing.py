@@ -105,8 +105,12 @@ class _Recorder:
         self._stack: list[int] = []
         self._flops = flops
         self._last_flops = 0.0
+        self._flops_at_save = 0.0
+        """FLOPs before the latest tensor that something saved. A parameter counts too: a recomputation has to come to where it is saved."""
+        self._flops_at_enter: list[float] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
+        self._flops_at_save = float(self._flops.get_total_flops())
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._params:
@@ -160,6 +164,7 @@ class _Recorder:
                 self.units[unit].input_bytes += storage.nbytes()
         self.forward.append(unit)
         self._stack.append(unit)
+        self._flops_at_enter.append(self._last_flops)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None and hooks[0] != self.pack:
             # Somebody else's hooks are innermost: a checkpoint. What it recomputes, it recomputes together.
@@ -170,6 +175,10 @@ class _Recorder:
         self._attribute_flops()
         if self._stack and self._stack[-1] == unit:
             self._stack.pop()
+            tail = self._last_flops - max(self._flops_at_save, self._flops_at_enter.pop())
+            # What units inside of it do is theirs.
+            traced = self.units[unit]
+            traced.tail_flops = min(traced.tail_flops + tail, traced.flops)
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if not outputs:
             return

@@ -34,6 +34,16 @@ pub struct Unit {
     pub recomputable: bool,
     /// Floating-point operations of its forward.
     pub flops: f64,
+    /// Of `flops`: those after the last tensor that its backward needs. A recomputation stops there, as torch's non-reentrant checkpoint does.
+    #[serde(default)]
+    pub tail_flops: f64,
+}
+
+impl Unit {
+    /// Floating-point operations of a recomputation.
+    pub fn recompute_flops(&self) -> f64 {
+        self.flops - self.tail_flops
+    }
 }
 
 /// One traced operation.

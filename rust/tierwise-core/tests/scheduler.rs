@@ -820,6 +820,7 @@ fn a_speculated_chunk_that_had_to_leave_is_undone_not_waited_for() {
         offload_host_bytes: 0,
         recomputable: false,
         flops: 1.0,
+        tail_flops: 0.0,
     };
     let (evaluation, before, trained) = (0, 1, 2);
     let units = vec![unit(vec![wide, shared]), unit(vec![first]), unit(vec![shared])];

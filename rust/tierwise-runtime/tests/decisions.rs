@@ -317,6 +317,7 @@ fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
             offload_host_bytes: if number > 0 { (saved_bytes / 3 * 2).next_multiple_of(4096) } else { 0 },
             recomputable: number > 0,
             flops: numel as f64 * 1e3,
+            tail_flops: numel as f64 * 2e2,
         });
     }
     let count = units.len() as u32;

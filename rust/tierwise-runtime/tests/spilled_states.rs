@@ -41,6 +41,7 @@ fn trace() -> Trace {
         offload_host_bytes: 0,
         recomputable: true,
         flops: 1.0,
+        tail_flops: 0.0,
     };
     let op = |unit, phase| Op { unit, phase };
     let ops = (0..CHUNKS).map(|u| op(u, Phase::Forward)).chain((0..CHUNKS).rev().map(|u| op(u, Phase::Backward)));

@@ -20,7 +20,7 @@ pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanReque
     let costs = Costs {
         forward_ns: trace.units.iter().map(|unit| ns(unit.flops)).collect(),
         backward_ns: trace.units.iter().map(|unit| ns(2.0 * unit.flops)).collect(),
-        recompute_ns: trace.units.iter().map(|unit| ns(unit.flops)).collect(),
+        recompute_ns: trace.units.iter().map(|unit| ns(unit.recompute_flops())).collect(),
         launch: vec![Launch::equal(hardware.launch_ns); trace.units.len()],
         commit_ns: 0,
     };

@@ -260,7 +260,7 @@ fn recomputed(stage: &Stage) -> impl Iterator<Item = usize> + '_ {
 
 /// FLOPs of a micro-batch's recomputation.
 fn again(stage: &Stage) -> f64 {
-    recomputed(stage).map(|unit| stage.rank.recomputed_flops[unit]).sum()
+    recomputed(stage).map(|unit| stage.rank.built.trace.units[unit].recompute_flops()).sum()
 }
 
 fn stage_cost(stage: &Stage) -> StageCost {

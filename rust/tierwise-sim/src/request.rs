@@ -5,7 +5,7 @@ use crate::costs::Costs;
 use crate::executor::SimError;
 use crate::given::GivenPlan;
 use crate::hardware::Hardware;
-use crate::models::{Built, Model, Share, Work};
+use crate::models::{Built, Model, Share};
 use crate::parallel::Parallel;
 use crate::peers::Policy;
 use serde::Serialize;
@@ -168,8 +168,6 @@ pub struct Rank {
     pub built: Built,
     /// Durations of the units, exchanges inside them included.
     pub costs: Costs,
-    /// Per unit: FLOPs of its recomputation.
-    pub recomputed_flops: Vec<f64>,
     /// Its share of the node.
     pub hardware: Hardware,
     /// Ranks that reduce gradients.
@@ -182,16 +180,15 @@ impl Rank {
         let parallel = &request.parallel;
         parallel.check(&request.model, &request.hardware, request.seq).map_err(Error::Usage)?;
         let share: Share = parallel.share(&request.model, stage, u64::from(request.accumulation()?));
-        let built = request.model.build_share(request.seq, request.micro_batch, &share);
+        let mut built = request.model.build_share(request.seq, request.micro_batch, &share);
         let hardware = request.hardware.per_gpu(parallel.gpus_on_node(&request.hardware));
         let group = |made: Result<Group, String>| made.map_err(Error::Usage);
         let mut costs = Costs::new(&built, &hardware);
         costs.add_exchanges(&built, &group(parallel.tensor_group(&request.hardware))?, &group(parallel.sequence_group(&request.hardware))?);
-        let left_out = |work: &Work| if request.recompute_whole { 0.0 } else { work.tail.flops };
-        let recomputed_flops = built.trace.units.iter().zip(&built.work).map(|(unit, work)| unit.flops - left_out(work)).collect();
         if request.recompute_whole {
             costs.recompute_whole();
+            built.trace.units.iter_mut().for_each(|unit| unit.tail_flops = 0.0);
         }
-        Ok(Rank { built, costs, recomputed_flops, hardware, data: group(parallel.data_group(&request.hardware))? })
+        Ok(Rank { built, costs, hardware, data: group(parallel.data_group(&request.hardware))? })
     }
 }

@@ -122,7 +122,7 @@ fn recompute_order(trace: &Trace, taken: &[ActivationPlan]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..units.len())
         .filter(|&u| taken[u] == ActivationPlan::Keep && units[u].recomputable && units[u].saved_bytes > units[u].input_bytes)
         .collect();
-    let gain = |u: usize| (units[u].saved_bytes - units[u].input_bytes) as f64 / units[u].flops.max(1.0);
+    let gain = |u: usize| (units[u].saved_bytes - units[u].input_bytes) as f64 / units[u].recompute_flops().max(1.0);
     order.sort_by(|&a, &b| gain(b).total_cmp(&gain(a)).then(a.cmp(&b)));
     order
 }
@@ -167,7 +167,7 @@ fn activations(trace: &Trace, units: Vec<ActivationPlan>, speeds: &Speeds) -> Ac
                     alive -= kept;
                     away -= moved;
                 }
-                total_flops += unit.flops * if recomputed { 3.0 } else { 2.0 };
+                total_flops += 2.0 * unit.flops + if recomputed { unit.recompute_flops() } else { 0.0 };
             }
         }
     }
@@ -235,8 +235,9 @@ fn stall(trace: &Trace, units: &[ActivationPlan], window_bytes: u64, speeds: &Sp
             stall.returning += (back - now).max(0.0);
             now = now.max(back);
         }
-        let factor = if units[unit as usize] == ActivationPlan::Recompute { 3.0 } else { 2.0 };
-        now += factor * trace.units[unit as usize].flops / speeds.flops;
+        let traced = &trace.units[unit as usize];
+        let again = if units[unit as usize] == ActivationPlan::Recompute { traced.recompute_flops() } else { 0.0 };
+        now += (2.0 * traced.flops + again) / speeds.flops;
         held -= bytes;
     }
     stall

@@ -74,6 +74,12 @@ impl<'a> Memory<'a> {
             if !unit.flops.is_finite() || unit.flops < 0.0 {
                 return invalid(format!("unit `{}` has {} FLOPs", unit.name, unit.flops));
             }
+            if !(0.0..=unit.flops).contains(&unit.tail_flops) {
+                return invalid(format!(
+                    "unit `{}` leaves out {} of {} FLOPs when it is recomputed",
+                    unit.name, unit.tail_flops, unit.flops
+                ));
+            }
             if unit.offload_bytes > unit.saved_bytes.min(unit.offload_host_bytes) {
                 return invalid(format!(
                     "unit `{}` offloads {} of {} saved bytes into {} host bytes; it cannot offload more than either",

@@ -30,6 +30,7 @@ pub fn llama(layers: u64, hidden: u64, intermediate: u64, kv_hidden: u64, tokens
         .map(|(i, (name, numel))| {
             let is_layer = name.starts_with("layers");
             let saved_bytes = if is_layer { tokens * (hidden * 16 + intermediate * 8) } else { tokens * hidden * 2 };
+            let flops = if name == "embed" { 0.0 } else { 2.0 * tokens as f64 * *numel as f64 };
             Unit {
                 name: name.clone(),
                 chunks: vec![ChunkId(i as u32)],
@@ -38,7 +39,8 @@ pub fn llama(layers: u64, hidden: u64, intermediate: u64, kv_hidden: u64, tokens
                 offload_bytes: if is_layer { saved_bytes - tokens * 8 } else { 0 },
                 offload_host_bytes: if is_layer { saved_bytes } else { 0 },
                 recomputable: is_layer,
-                flops: if name == "embed" { 0.0 } else { 2.0 * tokens as f64 * *numel as f64 },
+                flops,
+                tail_flops: if is_layer { flops / 5.0 } else { 0.0 },
             }
         })
         .collect();
@@ -91,6 +93,7 @@ pub fn uniform(chunks: u32, numel: u64, placement: impl Fn(u32) -> ChunkPlan, sl
             offload_host_bytes: 0,
             recomputable: true,
             flops: 1.0,
+            tail_flops: 0.0,
         })
         .collect();
     let trace = Trace { units, ops: palindrome(chunks), outer_saved_bytes: 0 };
@@ -162,6 +165,7 @@ pub fn models() -> impl Strategy<Value = (Layout, Trace)> {
                         offload_host_bytes: offload_bytes + more,
                         recomputable,
                         flops,
+                        tail_flops: flops * (share % 4) as f64 / 4.0,
                     }
                 })
                 .collect();

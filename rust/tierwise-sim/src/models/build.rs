@@ -133,6 +133,7 @@ impl Model {
                 offload_host_bytes: host_region_bytes(offloaded),
                 recomputable: block.kind == Kind::Layer,
                 flops: of_unit.matmul_flops + of_unit.attention_flops,
+                tail_flops: of_unit.tail.flops,
             });
             cheap_bytes.push(block.cheap_bytes.map(kept));
             transient_bytes.push([block.forward_transient, block.backward_transient].map(|bytes| bytes.of(tokens).div_ceil(share.tensor)));

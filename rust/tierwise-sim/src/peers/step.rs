@@ -269,7 +269,8 @@ impl Step<'_> {
     }
 
     fn simulated(&self, record: Record, host: u64) -> Simulated {
-        let again: f64 = self.rank.recomputed_flops.iter().zip(self.recompute).filter(|(_, r)| **r).map(|(flops, _)| flops).sum();
+        let units = self.rank.built.trace.units.iter();
+        let again: f64 = units.zip(self.recompute).filter(|(_, r)| **r).map(|(unit, _)| unit.recompute_flops()).sum();
         // After the last compute the step goes on; no later compute shows what it waited for.
         let mut stalls = record.tally.stalls;
         let known = record.tally.busy_compute_ns + stalls.total_ns();
