@@ -133,8 +133,9 @@ impl Engine {
         let mut regions = Regions::new(total);
         // First, at the slab's own alignment: the disk may ask for more than a region has.
         let spill_base = regions.take(spilled_bytes)?;
-        let norms = regions.take(norm_bytes)?;
+        // Right behind it: gradients may go on to the disk from where they land.
         let staging = [regions.take(staging_bytes)?, regions.take(staging_bytes)?];
+        let norms = regions.take(norm_bytes)?;
         let undo_base = regions.take(plan.undo_bytes)?;
         let activation_base = regions.take(activation_bytes)?;
         let host = slab.as_ptr() as u64;
@@ -149,7 +150,7 @@ impl Engine {
             Some(nvme) => {
                 nvme_budget.reserve(nvme.file_bytes, "the spill file")?;
                 // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
-                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, spilled_bytes as usize) };
+                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, (spilled_bytes + 2 * staging_bytes) as usize) };
                 let store = open(&nvme, staging)?;
                 Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget)?)
             }
