@@ -41,7 +41,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def tightest_host(kit: Any, disk: Path, **options: Any) -> int:
-    """The smallest host budget with which everything that can be spilled is, gradients too where that saves more than their buffers take."""
+    """The smallest host budget with which everything that can be spilled is, gradients too where that saves more than buffers take."""
     with pytest.raises(BudgetError) as caught:
         kit.boosted(kit.llama(), **options, host_budget=1000, nvme_path=disk)
     assert caught.value.tier == "host"
@@ -252,7 +252,7 @@ def test_checkpoints_resume_exactly_between_memory_and_disk(
     kit: Any, disk: Path, tmp_path: Path, precision: str, placement: dict[str, Any]
 ) -> None:
     options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **placement}
-    spilling = {"host_budget": least_host(kit, disk, **options), "nvme_path": disk}
+    spilling = {"host_budget": tightest_host(kit, disk, **options), "nvme_path": disk}
     batches = kit.batches(10)
 
     def steps(booster: Any, model: Any, optimizer: Any, which: list[Any]) -> list[float]:
@@ -270,6 +270,7 @@ def test_checkpoints_resume_exactly_between_memory_and_disk(
     for number, (first, second) in enumerate([(spilling, spilling), (spilling, {}), ({}, spilling)]):
         folder = tmp_path / str(number)
         booster, model, optimizer = kit.boosted(kit.llama(), **options, **first)
+        assert {c["accumulate"] == "nvme" for c in booster.plan()["chunks"]} == {"nvme_path" in first}
         assert steps(booster, model, optimizer, batches[:5]) == expected[:5]
         booster.save_model(model, folder / "model")
         booster.save_optimizer(optimizer, folder / "optimizer")
@@ -391,6 +392,58 @@ def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Pat
     trace = (tmp_path / "trace.json").read_text()
     for track in ('"nvme read"', '"nvme write"', '"nvme bytes"', '"write model.layers.0"'):
         assert track in trace
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_plan_with_gradients_on_the_disk_is_explained_and_recorded(kit: Any, disk: Path, tmp_path: Path, accumulation: int) -> None:
+    options: dict[str, Any] = {**STATIC, "precision": "fp32", "gradient_accumulation_steps": accumulation}
+    budget = tightest_host(kit, disk, **options)
+    booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=budget, nvme_path=disk)
+    text = booster.explain()
+    assert ("gradients on the disk: " if accumulation == 1 else "gradients added up on the disk: ") in text
+    assert re.search(
+        r"MiB of states and gradients and room to rewrite them\); every step reads .*, gradients through \d of [0-9.]+ KiB", text
+    )
+    booster.record_timeline()
+    batches = iter(kit.batches(3 * accumulation))
+    for _ in range(3):
+        for _ in range(accumulation):
+            ids = next(batches)
+            booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+    booster.flush()
+    stats, nvme = booster.stats(), booster.plan()["nvme"]
+    layout = booster._runtime.layout
+    # Sums of fp32 are as large as gradients of fp32.
+    gradients = 4 * sum(layout.state_numel(c) for c in range(layout.num_chunks))
+    assert stats["nvme_grad_bytes"] == 3 * 2 * accumulation * gradients
+    assert (nvme["grad_written_bytes"], nvme["grad_read_bytes"]) == (accumulation * gradients, (accumulation - 1) * gradients)
+    booster.timeline(tmp_path / "trace.json")
+    trace = (tmp_path / "trace.json").read_text()
+    for span in ('"write gradient model.layers.0"', '"read gradient model.layers.0"'):
+        assert span in trace
+
+
+def test_accumulation_goes_on_after_a_checkpoint_in_its_middle(kit: Any, disk: Path) -> None:
+    options: dict[str, Any] = {"precision": "bf16", "gradient_accumulation_steps": 2, "max_norm": 0.5, **STATIC}
+
+    def run(looks: bool, **more: Any) -> tuple[list[float], Any, Any]:
+        booster, model, optimizer = kit.boosted(kit.llama(), **options, **more)
+        losses, seen = [], []
+        for number, ids in enumerate(kit.batches(8)):
+            loss = model(input_ids=ids, labels=ids).loss
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            if looks and number == 4:
+                seen = optimizer.state_dict()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, seen, optimizer.state_dict()
+
+    losses, seen, states = run(True)
+    spilled = run(True, host_budget=tightest_host(kit, disk, **options), nvme_path=disk)
+    assert spilled[0] == losses
+    torch.testing.assert_close(spilled[1:], (seen, states), rtol=0, atol=0)
 
 
 # ---- disks that fail -------------------------------------------------------------------------------------------------------
