@@ -361,9 +361,9 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
         // Both landing buffers may be on their way.
         let landing = 2 * case.built.layout.ids().map(|c| case.built.layout.final_grad_bytes(c, accumulation)).max().unwrap();
         assert!(outcome.nvme_written_bytes.abs_diff(nvme.written_bytes) <= ahead + landing);
-        let per_parameter =
-            (nvme.read_bytes + nvme.written_bytes) as f64 / case.built.layout.chunks.iter().map(|c| c.state_numel as f64).sum::<f64>();
-        assert_eq!(per_parameter, if accumulation == 1 { 28.0 } else { 24.0 + 3.0 * 8.0 });
+        let parameters: u64 = case.built.layout.chunks.iter().map(|c| c.state_numel).sum();
+        let per_parameter = if accumulation == 1 { 28 } else { 24 + 3 * 8 };
+        assert_eq!(nvme.read_bytes + nvme.written_bytes, per_parameter * parameters);
         let step = outcome.step_ns as f64 / 1e9;
         let least = outcome.nvme_read_bytes as f64 / disk.read_bytes_per_s + outcome.nvme_written_bytes as f64 / disk.write_bytes_per_s;
         assert!(step >= least * 0.999, "{step} s, the disk alone {least} s");
