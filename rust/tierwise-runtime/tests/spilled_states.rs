@@ -496,8 +496,13 @@ fn gradients_on_the_disk_give_the_bits_of_memory() {
 #[test]
 fn gradients_that_are_dropped_leave_nothing_behind() {
     for accumulation in [1, 2] {
-        let run = |placement, script: &Script| {
-            let mut rig = Rig::with(accumulating(placement, 2, accumulation), script);
+        let run = |placement, buffers, alone: bool, script: &Script| {
+            let mut plan = accumulating(placement, buffers, accumulation);
+            if alone {
+                plan.chunks[0] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident);
+                plan.chunks[2] = plan.chunks[0];
+            }
+            let mut rig = Rig::with(plan, script);
             rig.run(0..2).unwrap();
             for dropped in 2..5 {
                 // After all micro-batches of a step, and after the first one.
@@ -509,11 +514,17 @@ fn gradients_that_are_dropped_leave_nothing_behind() {
             rig.run(5..7).unwrap();
             rig.state()
         };
-        let expected = run(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), &Script::default());
+        let expected = run(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, false, &Script::default());
+        // Dropped gradients are still being written when the next ones come.
+        let script = Script { late_ns: 2_000_000, ..Script::default() };
         for placement in with_gradients() {
-            // Dropped gradients are still being written when the next ones come.
-            let script = Script { late_ns: 2_000_000, ..Script::default() };
-            assert!(run(placement, &script) == expected, "{placement:?}, accumulation {accumulation}");
+            // Where one chunk alone lands, or all have a buffer, nothing else waits for its writes.
+            for (buffers, alone) in [(2, false), (12, false), (12, true)] {
+                if !(alone && placement.home.is_streamed()) {
+                    let case = format!("{placement:?}, {buffers} buffers, accumulation {accumulation}, alone {alone}");
+                    assert!(run(placement, buffers, alone, &script) == expected, "{case}");
+                }
+            }
         }
     }
 }
