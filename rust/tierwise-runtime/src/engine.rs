@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{NvmePlan, Plan, host_region_bytes};
+use tierwise_core::plan::{ChunkPlan, NvmePlan, Plan, host_region_bytes};
 use tierwise_core::scheduler::Scheduler;
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::Trace;
@@ -149,8 +149,9 @@ impl Engine {
             None => None,
             Some(nvme) => {
                 nvme_budget.reserve(nvme.file_bytes, "the spill file")?;
+                let landing_bytes = if plan.chunks.iter().any(ChunkPlan::spills_grads) { 2 * staging_bytes } else { 0 };
                 // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
-                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, (spilled_bytes + 2 * staging_bytes) as usize) };
+                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, (spilled_bytes + landing_bytes) as usize) };
                 let store = open(&nvme, staging)?;
                 Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget)?)
             }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tierwise_core::ChunkId;
 use tierwise_core::grad_buffers::{GradBuffers, GradRead};
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{HOST_REGION_ALIGN, NvmePlan, Plan};
+use tierwise_core::plan::{ChunkPlan, HOST_REGION_ALIGN, NvmePlan, Plan};
 use tierwise_core::staging::{Piece, PieceId};
 use tierwise_io::buffer::Buffer;
 use tierwise_io::error::Error as DiskError;
@@ -53,11 +53,12 @@ impl Grads {
     /// Their buffers are the last of what ends at `end`.
     pub fn new(layout: &Layout, plan: &Plan, nvme: NvmePlan, pieces: usize, end: u64, alignment: u64) -> Result<Grads> {
         let element = layout.final_grad_element(plan.accumulation);
-        let spilled = plan.chunks.iter().any(tierwise_core::plan::ChunkPlan::spills_grads);
+        let spilled = plan.chunks.iter().any(ChunkPlan::spills_grads);
         let bytes = nvme.piece_numel * layout.precision.grad_bytes().min(element);
         if spilled && !(bytes.is_multiple_of(alignment) && HOST_REGION_ALIGN.is_multiple_of(alignment)) {
             return Err(Error::Usage(format!(
-                "the disk asks for addresses that are multiples of {alignment}, which those of a piece's gradient ({bytes} bytes) need not be"
+                "the disk asks for addresses that are multiples of {alignment}, which those of a piece's gradient ({bytes} bytes) need not be; \
+                 raise host_budget, so that gradients stay in memory, or name another disk"
             )));
         }
         if spilled && (nvme.grad_buffers == 0 || nvme.grad_buffer_bytes < nvme.piece_numel * element) {
