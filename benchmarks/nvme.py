@@ -196,7 +196,7 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
         "host_budget_bytes": stats["host_budget_bytes"],
         "nvme": stats.get("nvme"),
         "bits": bits,
-        "homes": sorted({f"{placed['class']}/{placed['home']}" for placed in plan["chunks"]}),
+        "homes": sorted({f"{placed['class']}/{placed['home']}, gradients {placed['accumulate']}" for placed in plan["chunks"]}),
     }
 
 

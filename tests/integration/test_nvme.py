@@ -40,12 +40,24 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def least_host(kit: Any, disk: Path, **options: Any) -> int:
-    """The smallest host budget with which everything that can be spilled is."""
+def tightest_host(kit: Any, disk: Path, **options: Any) -> int:
+    """The smallest host budget with which everything that can be spilled is, gradients too where that saves more than buffers take."""
     with pytest.raises(BudgetError) as caught:
         kit.boosted(kit.llama(), **options, host_budget=1000, nvme_path=disk)
     assert caught.value.tier == "host"
     return caught.value.needed_bytes
+
+
+def least_host(kit: Any, disk: Path, **options: Any) -> int:
+    """The smallest host budget with which everything but gradients is spilled."""
+    tightest = tightest_host(kit, disk, **options)
+    plan = kit.boosted(kit.llama(), **options, host_budget=tightest, nvme_path=disk)[0]._runtime.memory.plan
+    if plan["nvme"]["grad_buffers"] == 0:
+        return tightest
+    assert {c["accumulate"] for c in plan["chunks"]} == {"nvme"}
+    gradients: int = kit.boosted(kit.llama(), **options)[0]._runtime.memory.plan["host"]["gradients"]
+    # Gradients that stay need no room to land on their way, nor do sums that are taken on the device.
+    return tightest + gradients - plan["host"]["staging"] - plan["nvme"]["grad_buffers"] * plan["nvme"]["grad_buffer_bytes"]
 
 
 def placed(result: Any) -> list[dict[str, str]]:
@@ -86,6 +98,11 @@ def test_what_lives_on_the_disk_changes_no_bit(kit: Any, disk: Path, precision: 
             {**few_slots, "host_budget": least_host(kit, disk, **options, **few_slots)},
             {("nvme", "fetched")},
         ),
+        "gradients too": ({**STATIC, "host_budget": tightest_host(kit, disk, **options, **STATIC)}, {("nvme", "spilled")}),
+        "gradients and fetched parameters": (
+            {**STREAMED, "host_budget": tightest_host(kit, disk, **options, **STREAMED)},
+            {("nvme", "fetched")},
+        ),
         "some in memory": ({**STATIC, "host_budget": states * 7 // 5}, {("nvme", "resident"), ("host", "resident")}),
         "two threads": ({**STATIC, "host_budget": everything, "num_threads": 2}, {("nvme", "spilled")}),
         "speculating": ({**STATIC, "host_budget": states * 3 // 2, "clip_mode": "speculate"}, {("nvme", "resident"), ("host", "resident")}),
@@ -107,6 +124,10 @@ def test_what_lives_on_the_disk_changes_no_bit(kit: Any, disk: Path, precision: 
         assert stats["nvme_written_bytes"] > 20 * stats["nvme_payload_bytes"] * 0.9, name
         assert stats["nvme_retries"] == 0, name
         assert (stats["nvme_fetched_bytes"] > 0) == (("nvme", "fetched") in expected), name
+        on_disk = {c["accumulate"] == "nvme" for c in placed(result)}
+        # Between sums on the device and sums on the disk the planner takes the faster ones.
+        assert on_disk == {name.startswith("gradients")} or (accumulation > 1 and not name.startswith("gradients")), name
+        assert (stats["nvme_grad_bytes"] > 0) == (True in on_disk), name
     assert list(disk.iterdir()) == []
 
 
@@ -124,7 +145,8 @@ def test_host_memory_that_no_chunk_fills_becomes_staging_buffers(kit: Any, disk:
     buffers, size = tight["nvme"]["buffers"], tight["nvme"]["buffer_bytes"]
     roomy = plan(host_budget=least + 2 * size)
     assert roomy["chunks"] == tight["chunks"]
-    assert (roomy["nvme"]["buffers"], roomy["host"]["nvme_staging"]) == (buffers + 2, (buffers + 2) * size)
+    assert roomy["nvme"]["buffers"] == buffers + 2
+    assert roomy["host"]["nvme_staging"] == tight["host"]["nvme_staging"] + 2 * size
     # Undo records use that room too, and a disk without room to rewrite more at once cannot.
     assert plan(host_budget=least + 2 * size, clip_mode="speculate")["nvme"]["buffers"] == buffers
     assert plan(host_budget=least + 2 * size, nvme_budget=tight["nvme"]["file_bytes"])["nvme"]["buffers"] == buffers
@@ -140,11 +162,13 @@ def test_without_a_path_nothing_is_spilled(kit: Any, disk: Path) -> None:
     idle.same_as(plain)
 
 
-@pytest.mark.parametrize(("everything", "bytes_per_parameter"), [(False, 20), (True, 24)])
-def test_bytes_per_spilled_parameter_and_step(kit: Any, disk: Path, everything: bool, bytes_per_parameter: int) -> None:
+@pytest.mark.parametrize(("spilled", "bytes_per_parameter"), [("states", 20), ("parameters", 24), ("gradients", 28)])
+def test_bytes_per_spilled_parameter_and_step(kit: Any, disk: Path, spilled: str, bytes_per_parameter: int) -> None:
     options: dict[str, Any] = {"precision": "bf16", **STATIC}
     reference = kit.train(kit.llama(), steps=1, **options)
-    budget = least_host(kit, disk, **options) + (0 if everything else params_host_bytes(reference))
+    budget = tightest_host(kit, disk, **options) if spilled == "gradients" else least_host(kit, disk, **options)
+    if spilled == "states":
+        budget += params_host_bytes(reference)
     booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=budget, nvme_path=disk)
     nvme = booster._runtime.memory.plan["nvme"]
     layout = booster._runtime.layout
@@ -153,7 +177,8 @@ def test_bytes_per_spilled_parameter_and_step(kit: Any, disk: Path, everything: 
     assert nvme["read_bytes"] == nvme["written_bytes"] == sum(numels) * element
     pieces = [min(nvme["piece_numel"], numel - first) for numel in numels for first in range(0, numel, nvme["piece_numel"])]
     assert len(pieces) > 3 * nvme["buffers"]
-    on_disk = sum(-(-piece * element // PAGE) * PAGE for piece in pieces)
+    extents = [12, 2] if spilled == "gradients" else [element]
+    on_disk = sum(-(-piece * size // PAGE) * PAGE for piece in pieces for size in extents)
     before = None
     for step, ids in enumerate(kit.batches(6)):
         booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
@@ -166,8 +191,7 @@ def test_bytes_per_spilled_parameter_and_step(kit: Any, disk: Path, everything: 
             read = stats["nvme_read_bytes"] - before["nvme_read_bytes"]
             assert abs(read - on_disk) <= 2 * nvme["buffers"] * nvme["buffer_bytes"]
         before = stats
-    total = sum(-(-piece * element // PAGE) * PAGE for piece in pieces)
-    assert total / sum(numels) / element < 1.1, "padding is small even for this tiny model"
+    assert on_disk / sum(numels) / element < 1.1, "padding is small even for this tiny model"
 
 
 @pytest.mark.parametrize("clip_mode", ["defer", "speculate", "auto"])
@@ -190,11 +214,13 @@ def test_clipping_skipped_steps_and_dropped_gradients(kit: Any, disk: Path, clip
         return booster, [seen, optimizer.state_dict(), dict(model.state_dict())]
 
     _, reference = run()
-    budget = least_host(kit, disk, precision="bf16", max_norm=0.6, **STATIC)
-    booster, spilled = run(host_budget=budget, nvme_path=disk)
-    assert booster.stats()["skipped"] == 1
-    assert booster.stats()["clipped"] > 0
-    torch.testing.assert_close(spilled, reference, rtol=0, atol=0, equal_nan=True)
+    for least in (least_host, tightest_host):
+        budget = least(kit, disk, precision="bf16", max_norm=0.6, **STATIC)
+        booster, spilled = run(host_budget=budget, nvme_path=disk)
+        assert {c["accumulate"] for c in booster._runtime.memory.plan["chunks"]} == {"host" if least is least_host else "nvme"}
+        assert booster.stats()["skipped"] == 1
+        assert booster.stats()["clipped"] > 0
+        torch.testing.assert_close(spilled, reference, rtol=0, atol=0, equal_nan=True)
 
 
 def test_parameters_without_gradients_keep_their_states_and_steps(kit: Any, disk: Path) -> None:
@@ -226,7 +252,7 @@ def test_checkpoints_resume_exactly_between_memory_and_disk(
     kit: Any, disk: Path, tmp_path: Path, precision: str, placement: dict[str, Any]
 ) -> None:
     options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **placement}
-    spilling = {"host_budget": least_host(kit, disk, **options), "nvme_path": disk}
+    spilling = {"host_budget": tightest_host(kit, disk, **options), "nvme_path": disk}
     batches = kit.batches(10)
 
     def steps(booster: Any, model: Any, optimizer: Any, which: list[Any]) -> list[float]:
@@ -244,6 +270,7 @@ def test_checkpoints_resume_exactly_between_memory_and_disk(
     for number, (first, second) in enumerate([(spilling, spilling), (spilling, {}), ({}, spilling)]):
         folder = tmp_path / str(number)
         booster, model, optimizer = kit.boosted(kit.llama(), **options, **first)
+        assert {c["accumulate"] == "nvme" for c in booster.plan()["chunks"]} == {"nvme_path" in first}
         assert steps(booster, model, optimizer, batches[:5]) == expected[:5]
         booster.save_model(model, folder / "model")
         booster.save_optimizer(optimizer, folder / "optimizer")
@@ -365,6 +392,58 @@ def test_the_plan_the_metrics_and_the_timeline_show_the_disk(kit: Any, disk: Pat
     trace = (tmp_path / "trace.json").read_text()
     for track in ('"nvme read"', '"nvme write"', '"nvme bytes"', '"write model.layers.0"'):
         assert track in trace
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_plan_with_gradients_on_the_disk_is_explained_and_recorded(kit: Any, disk: Path, tmp_path: Path, accumulation: int) -> None:
+    options: dict[str, Any] = {**STATIC, "precision": "fp32", "gradient_accumulation_steps": accumulation}
+    budget = tightest_host(kit, disk, **options)
+    booster, model, optimizer = kit.boosted(kit.llama(), **options, host_budget=budget, nvme_path=disk)
+    text = booster.explain()
+    assert ("gradients on the disk: " if accumulation == 1 else "gradients added up on the disk: ") in text
+    assert re.search(
+        r"MiB of states and gradients and room to rewrite them\); every step reads .*, gradients through \d of [0-9.]+ KiB", text
+    )
+    booster.record_timeline()
+    batches = iter(kit.batches(3 * accumulation))
+    for _ in range(3):
+        for _ in range(accumulation):
+            ids = next(batches)
+            booster.backward(model(input_ids=ids, labels=ids).loss, optimizer)
+        optimizer.step()
+    booster.flush()
+    stats, nvme = booster.stats(), booster.plan()["nvme"]
+    layout = booster._runtime.layout
+    # Sums of fp32 are as large as gradients of fp32.
+    gradients = 4 * sum(layout.state_numel(c) for c in range(layout.num_chunks))
+    assert stats["nvme_grad_bytes"] == 3 * 2 * accumulation * gradients
+    assert (nvme["grad_written_bytes"], nvme["grad_read_bytes"]) == (accumulation * gradients, (accumulation - 1) * gradients)
+    booster.timeline(tmp_path / "trace.json")
+    trace = (tmp_path / "trace.json").read_text()
+    for span in ('"write gradient model.layers.0"', '"read gradient model.layers.0"'):
+        assert span in trace
+
+
+def test_accumulation_goes_on_after_a_checkpoint_in_its_middle(kit: Any, disk: Path) -> None:
+    options: dict[str, Any] = {"precision": "bf16", "gradient_accumulation_steps": 2, "max_norm": 0.5, **STATIC}
+
+    def run(looks: bool, **more: Any) -> tuple[list[float], Any, Any]:
+        booster, model, optimizer = kit.boosted(kit.llama(), **options, **more)
+        losses, seen = [], []
+        for number, ids in enumerate(kit.batches(8)):
+            loss = model(input_ids=ids, labels=ids).loss
+            losses.append(loss.item())
+            booster.backward(loss, optimizer)
+            if looks and number == 4:
+                seen = optimizer.state_dict()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, seen, optimizer.state_dict()
+
+    losses, seen, states = run(True)
+    spilled = run(True, host_budget=tightest_host(kit, disk, **options), nvme_path=disk)
+    assert spilled[0] == losses
+    torch.testing.assert_close(spilled[1:], (seen, states), rtol=0, atol=0)
 
 
 # ---- disks that fail -------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ def test_every_placement_gives_the_same_bits(kit: Any, placement: dict[str, Any]
     result.same_as(reference)
     classes = {chunk["class"] for chunk in result.booster.plan()["chunks"]}
     assert ("nvme" in classes) == ("nvme_path" in placement)
+    if "nvme_path" in placement:
+        assert {chunk["accumulate"] for chunk in result.booster.plan()["chunks"]} == {"nvme"}
     assert classes != {"device"}
 
 

@@ -44,17 +44,16 @@ def explain(runtime: Runtime) -> str:
     layout = runtime.layout
     groups: dict[tuple[str, str, str], list[int]] = {}
     for chunk, placed in enumerate(plan["chunks"]):
-        sums = placed["accumulate"] if plan["accumulation"] > 1 and placed["class"] != "frozen" else ""
-        groups.setdefault((placed["class"], placed["home"], sums), []).append(chunk)
+        groups.setdefault((placed["class"], placed["home"], _gradients(placed, plan["accumulation"])), []).append(chunk)
     total = sum(param.numel() for chunk in runtime.grouping.chunks for param in chunk.params)
     lines = [
         f"{type(runtime.model).__name__}: {total / 1e6:.1f}M parameters, {runtime.plugin.precision}, "
         f"{runtime.trace.tokens} tokens per micro-batch, {plan['accumulation']} micro-batches per step, clip_mode {plan['clip_mode']}",
         "chunks:",
     ]
-    for (cls, home, sums), chunks in sorted(groups.items()):
+    for (cls, home, gradients), chunks in sorted(groups.items()):
         numel = sum(layout.numel(chunk) for chunk in chunks)
-        where = f"{_HOMES[home]}, gradients added up on the {sums}" if sums else _HOMES[home]
+        where = f"{_HOMES[home]}, {gradients}" if gradients else _HOMES[home]
         lines.append(f"  {len(chunks)} {_STEPS[cls]}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
@@ -64,11 +63,13 @@ def explain(runtime: Runtime) -> str:
     nvme = plan["nvme"]
     if nvme is not None:
         limit = format_bytes(runtime.planned.wanted["nvme"]["budget"])
+        spilled = "states and gradients" if nvme["grad_buffers"] else "states"
         lines.append(
             f"nvme: {format_bytes(nvme['file_bytes'])} of {limit} in {runtime.plugin.nvme_path} "
-            f"({format_bytes(nvme['payload_bytes'])} of states and room to rewrite them); "
+            f"({format_bytes(nvme['payload_bytes'])} of {spilled} and room to rewrite them); "
             f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
             f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
+            + (f", gradients through {nvme['grad_buffers']} of {format_bytes(nvme['grad_buffer_bytes'])}" if nvme["grad_buffers"] else "")
         )
     disk = disk_speeds(runtime.plugin)
     if disk is not None:
@@ -99,6 +100,14 @@ def explain(runtime: Runtime) -> str:
     lines.append(_simulated(runtime))
     lines.append(_next_gib(runtime))
     return "\n".join(lines)
+
+
+def _gradients(placed: dict[str, str], accumulation: int) -> str:
+    """Where a chunk's gradients wait for its step, where that is not obvious."""
+    where = "disk" if placed["accumulate"] == "nvme" else placed["accumulate"]
+    if accumulation > 1 and placed["class"] != "frozen":
+        return f"gradients added up on the {where}"
+    return "gradients on the disk" if where == "disk" else ""
 
 
 def _simulated(runtime: Runtime) -> str:

@@ -174,6 +174,16 @@ impl Layout {
         self.chunks[chunk.index()].state_numel * self.sum_bytes()
     }
 
+    /// Bytes of what a step of a chunk reads: its gradient, or the sum of those of several micro-batches.
+    pub fn final_grad_bytes(&self, chunk: crate::ChunkId, accumulation: u32) -> u64 {
+        self.chunks[chunk.index()].state_numel * self.final_grad_element(accumulation)
+    }
+
+    /// Bytes of one element of that.
+    pub fn final_grad_element(&self, accumulation: u32) -> u64 {
+        if accumulation > 1 { self.sum_bytes() } else { self.precision.grad_bytes() }
+    }
+
     /// Bytes of the optimizer state of a chunk (master completion and both moments).
     pub fn state_bytes(&self, chunk: crate::ChunkId) -> u64 {
         self.chunks[chunk.index()].state_numel * self.precision.state_bytes()

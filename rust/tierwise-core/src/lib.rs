@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod budget;
+pub mod grad_buffers;
 pub mod layout;
 pub mod plan;
 pub mod planner;

@@ -79,7 +79,8 @@ pub struct ChunkPlan {
     /// How its parameters reach the compute stream.
     pub home: ParamHome,
     /// Where the gradients of several micro-batches are added up: always on the device if they are stepped there, a host-class chunk's there
-    /// too where its fp32 accumulator fits; it is then sent to the host once per step instead of once per micro-batch.
+    /// too where its fp32 accumulator fits; it is then sent to the host once per step instead of once per micro-batch. `Nvme`: the sum, or the
+    /// gradient where nothing is added up, waits for its step in the spill file (`Nvme` class only).
     pub accumulate: Tier,
 }
 
@@ -109,6 +110,16 @@ impl ChunkPlan {
 }
 
 impl ChunkPlan {
+    /// Whether its gradient waits for the step in the spill file.
+    pub fn spills_grads(&self) -> bool {
+        self.accumulate == Tier::Nvme
+    }
+
+    /// Whether host memory holds the gradient until the step.
+    pub fn has_host_grads(&self) -> bool {
+        self.class.on_cpu() && !self.spills_grads()
+    }
+
     /// Whether host memory holds the parameters.
     pub fn has_host_params(self) -> bool {
         self.home == ParamHome::Streamed || (self.class.on_cpu() && self.home == ParamHome::Resident)
@@ -178,7 +189,7 @@ pub struct HostBytes {
     pub states: u64,
     /// Kept gradients or fp32 accumulators of host-class chunks.
     pub gradients: u64,
-    /// Landing buffers of gradients that are added to accumulators.
+    /// Landing buffers of gradients that are added to accumulators, or go on to the disk.
     pub staging: u64,
     /// Undo records of speculated steps.
     pub undo: u64,
@@ -217,8 +228,8 @@ impl HostBytes {
             // Master completion and both moments are regions of their own.
             bytes.states = host_region_bytes(numel * layout.precision.master_bytes()) + 2 * host_region_bytes(numel * 4);
         }
-        if placement.class.on_cpu() {
-            bytes.gradients = host_region_bytes(if accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) });
+        if placement.has_host_grads() {
+            bytes.gradients = host_region_bytes(layout.final_grad_bytes(chunk, accumulation));
         }
         bytes
     }
@@ -231,7 +242,7 @@ pub struct NvmePlan {
     pub piece_numel: u64,
     /// Bytes of one staging buffer.
     pub buffer_bytes: u64,
-    /// Staging buffers; their bytes are `host.nvme_staging`, together with those of fetches.
+    /// Staging buffers; their bytes are `host.nvme_staging`, together with those of fetches and gradients.
     pub buffers: u32,
     /// Buffers of one piece's parameters each, through which fetched parameters come; 0 where none are.
     #[serde(default)]
@@ -239,6 +250,12 @@ pub struct NvmePlan {
     /// Bytes of one of them.
     #[serde(default)]
     pub fetch_buffer_bytes: u64,
+    /// Buffers of one piece's gradient (or sum) each, through which spilled gradients come; 0 where none are.
+    #[serde(default)]
+    pub grad_buffers: u32,
+    /// Bytes of one of them.
+    #[serde(default)]
+    pub grad_buffer_bytes: u64,
     /// Bytes of a block of the spill file.
     pub block_bytes: u64,
     /// Bytes of everything that is spilled.
@@ -249,12 +266,20 @@ pub struct NvmePlan {
     pub read_bytes: u64,
     /// Bytes written in every step.
     pub written_bytes: u64,
+    /// Of these, gradients and their sums, written while backward passes run.
+    #[serde(default)]
+    pub grad_written_bytes: u64,
+    /// Of the bytes read, sums of gradients that are read to be added to, while backward passes run.
+    #[serde(default)]
+    pub grad_read_bytes: u64,
 }
 
 impl NvmePlan {
     /// Bytes of host memory that what is spilled passes through.
     pub fn staging_bytes(&self) -> u64 {
-        u64::from(self.buffers) * self.buffer_bytes + u64::from(self.fetch_buffers) * self.fetch_buffer_bytes
+        u64::from(self.buffers) * self.buffer_bytes
+            + u64::from(self.fetch_buffers) * self.fetch_buffer_bytes
+            + u64::from(self.grad_buffers) * self.grad_buffer_bytes
     }
 }
 

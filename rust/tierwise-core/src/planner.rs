@@ -167,7 +167,7 @@ pub enum PlanError {
         /// Bytes missing.
         shortfall: u64,
         /// What the spill file is for.
-        breakdown: NvmePlan,
+        breakdown: Box<NvmePlan>,
     },
     /// The request contradicts itself or the trace.
     #[error("{0}")]
@@ -263,7 +263,7 @@ pub fn candidates(layout: &Layout, trace: &Trace, request: &PlanRequest, most: u
     }
     if let Some(breakdown) = least_nvme {
         let (needed, budget) = (breakdown.file_bytes, request.nvme.map_or(0, |nvme| nvme.budget));
-        return Err(PlanError::Nvme { needed, budget, shortfall: needed - budget, breakdown });
+        return Err(PlanError::Nvme { needed, budget, shortfall: needed - budget, breakdown: Box::new(breakdown) });
     }
     match (least_host, least_device) {
         (Some(breakdown), _) => Err(PlanError::Host {
@@ -408,10 +408,15 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     // Sums leave for the host during the last backward.
     let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
-    // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk.
-    let disk = match (&row.nvme, &request.nvme) {
-        (Some(plan), Some(nvme)) => (spill::seconds(plan, nvme) - forward).max(0.0),
-        _ => 0.0,
+    // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk. Gradients land there, or are added up,
+    // while each backward waits for room.
+    let (disk, late_grads) = match (&row.nvme, &request.nvme) {
+        (Some(plan), Some(nvme)) => {
+            let landing = spill::landing_seconds(plan, nvme);
+            let late = (landing - accumulation * (micro_batch - forward)).max(0.0);
+            ((spill::seconds(plan, nvme) - landing - forward).max(0.0), late)
+        }
+        _ => (0.0, 0.0),
     };
     let moved = accumulation * activations.host_bytes as f64;
     let h2d = stream + ((row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.h2d_bytes;
@@ -420,12 +425,12 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
     let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
     let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
-    // Parameters that are fetched from the disk share it with the states, all step long.
+    // Parameters that are fetched from the disk, and gradients that wait there, share it with the states, all step long.
     let disk_busy = match (&row.nvme, &request.nvme) {
-        (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 => spill::seconds(plan, nvme),
+        (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 || plan.grad_buffers > 0 => spill::seconds(plan, nvme),
         _ => 0.0,
     };
-    let serial = compute.max(accumulate) + adam.max(disk) + stalled_h2d + stalled_d2h;
+    let serial = compute.max(accumulate) + adam.max(disk) + late_grads + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h).max(disk_busy);
     let bound_by = if seconds > serial {
         if seconds > h2d.max(d2h) {
@@ -436,11 +441,17 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
             "d2h"
         }
     } else {
-        [("nvme", disk), (off_device.bound_by(), adam), ("host_memory", accumulate), ("h2d", stalled_h2d), ("d2h", stalled_d2h)]
-            .into_iter()
-            .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *name == "nvme" || *seconds > compute))
-            .max_by(|a, b| a.1.total_cmp(&b.1))
-            .map_or("compute", |(name, _)| name)
+        [
+            ("nvme", disk + late_grads),
+            (off_device.bound_by(), adam),
+            ("host_memory", accumulate),
+            ("h2d", stalled_h2d),
+            ("d2h", stalled_d2h),
+        ]
+        .into_iter()
+        .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *name == "nvme" || *seconds > compute))
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .map_or("compute", |(name, _)| name)
     };
     Step { seconds, bound_by }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{GIB, h100, llama_7b, llama_70b, models};
+use common::{GIB, RESIDENT_HOST, h100, llama_7b, llama_70b, models, uniform};
 use proptest::prelude::*;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ActivationPlan, ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
@@ -79,10 +79,12 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
     };
     assert!(!spilled.is_empty() && nvme.file_bytes <= request.nvme.unwrap().budget);
     let (mut payload, mut file, mut largest) = (0, 0, 0);
+    let (mut grads, mut largest_grad, mut most_landing) = (0, 0, 0);
     for &chunk in &spilled {
         let placed = plan.chunks[chunk.index()];
         let param = if placed.home.is_spilled() { layout.precision.param_bytes() } else { 0 };
         let mut left = layout.chunks[chunk.index()].state_numel;
+        let mut landing = 0;
         while left > 0 {
             let bytes = left.min(nvme.piece_numel) * (param + layout.precision.state_bytes());
             assert!(bytes <= nvme.buffer_bytes);
@@ -95,18 +97,36 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
             let extent: u64 = extents.iter().map(|bytes| bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes).sum();
             file += extent;
             largest = largest.max(extent);
+            if placed.spills_grads() {
+                let bytes = numel * layout.final_grad_element(plan.accumulation);
+                let extent = bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes;
+                assert!(bytes <= nvme.grad_buffer_bytes);
+                grads += bytes;
+                landing += extent;
+                file += extent;
+                largest_grad = largest_grad.max(extent);
+            }
             left -= left.min(nvme.piece_numel);
         }
+        most_landing = most_landing.max(landing);
     }
-    assert_eq!(nvme.payload_bytes, payload);
+    assert_eq!(nvme.payload_bytes, payload + grads);
+    file += if plan.accumulation > 1 { u64::from(nvme.grad_buffers) * largest_grad } else { 2 * most_landing };
     assert_eq!(nvme.file_bytes, file + u64::from(nvme.buffers) * largest);
+    let micro_batches = u64::from(plan.accumulation);
+    assert_eq!(nvme.written_bytes, payload + micro_batches * grads);
+    assert!(nvme.read_bytes - payload >= micro_batches * grads);
+    assert_eq!((nvme.grad_read_bytes, nvme.grad_written_bytes), ((micro_batches - 1) * grads, micro_batches * grads));
     assert!(nvme.buffers >= 2 && nvme.buffer_bytes.is_multiple_of(65536) && nvme.block_bytes.is_multiple_of(65536));
     // The fewest that are needed, the latest-used first: without the earliest of them on the disk host memory would overflow.
-    let staging = u64::from(nvme.buffers) * nvme.buffer_bytes + u64::from(nvme.fetch_buffers) * nvme.fetch_buffer_bytes;
+    let staging = u64::from(nvme.buffers) * nvme.buffer_bytes
+        + u64::from(nvme.fetch_buffers) * nvme.fetch_buffer_bytes
+        + u64::from(nvme.grad_buffers) * nvme.grad_buffer_bytes;
     let back = |chunk: &ChunkId| {
         let mut place = plan.chunks[chunk.index()];
         let now = HostBytes::of_chunk(layout, *chunk, place, plan.accumulation).total();
         place = match place.home {
+            _ if place.spills_grads() => place.accumulating(Tier::Host),
             ParamHome::Spilled => tierwise_core::plan::ChunkPlan { home: ParamHome::Resident, ..place },
             ParamHome::Fetched => tierwise_core::plan::ChunkPlan { home: ParamHome::Streamed, ..place },
             _ => tierwise_core::plan::ChunkPlan { class: OptimizerClass::Host, ..place },
@@ -120,6 +140,19 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
     assert_eq!(fetches, nvme.fetch_buffers > 0);
     assert!(!params || layout.ids().all(|c| plan.chunks[c.index()].class != OptimizerClass::Host), "parameters are spilled last");
     let used = plan.host.total() - plan.host.undo;
+    let spills_grads: Vec<&ChunkId> = spilled.iter().filter(|c| plan.chunks[c.index()].spills_grads()).collect();
+    assert_eq!(nvme.grad_buffers > 0, !spills_grads.is_empty());
+    if !spills_grads.is_empty() {
+        // Parameters that need too many buffers to be fetched may stay; gradients go last all the same.
+        assert!(layout.ids().all(|c| plan.chunks[c.index()].class != OptimizerClass::Host), "gradients are spilled last");
+        assert!(!home(ParamHome::Resident), "gradients are spilled last");
+        // Without spilled gradients their buffers would not be there, nor, without accumulation, their landing.
+        let landing = if plan.accumulation > 1 { 0 } else { plan.host.staging };
+        let grad_buffers = u64::from(nvme.grad_buffers) * nvme.grad_buffer_bytes;
+        let kept: u64 = spills_grads.iter().map(|c| back(c)).sum();
+        assert!(used + kept - landing - grad_buffers > request.host_budget, "gradients were spilled for nothing");
+        return staging;
+    }
     let fetched = spilled.iter().filter(|c| plan.chunks[c.index()].home == ParamHome::Fetched).count();
     let spared = if spilled.len() == 1 && !params || fetched == 1 { staging } else { 0 };
     assert!(spilled.iter().map(back).max().unwrap() + used - spared > request.host_budget, "something was spilled for nothing");
@@ -159,12 +192,15 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         if matches!(place.class, OptimizerClass::Host | OptimizerClass::Streamed) {
             host.states += up(numel * layout.precision.master_bytes(), 4096) + 2 * up(numel * 4, 4096);
         }
-        if on_cpu {
+        assert!(!place.spills_grads() || place.class == OptimizerClass::Nvme);
+        if on_cpu && !place.spills_grads() {
             host.gradients += up(if plan.accumulation > 1 { numel * 4 } else { layout.grad_bytes(chunk) }, 4096);
-            largest_grad = if sums_on_device { largest_grad } else { largest_grad.max(layout.grad_bytes(chunk)) };
+        }
+        if on_cpu && !sums_on_device && (plan.accumulation > 1 || place.spills_grads()) {
+            largest_grad = largest_grad.max(layout.grad_bytes(chunk));
         }
     }
-    host.staging = if plan.accumulation > 1 { 2 * up(largest_grad, 4096) } else { 0 };
+    host.staging = 2 * up(largest_grad, 4096);
     host.undo = plan.host.undo;
     let offloads = |unit: u32| plan.activations[unit as usize] == ActivationPlan::Offload;
     let offloaded = trace.ops.iter().filter(|op| op.phase == Phase::Forward && offloads(op.unit));
@@ -683,4 +719,47 @@ fn nothing_visits_where_the_forward_hides_the_cpu() {
     assert!(plan.chunks.iter().any(|c| c.class == OptimizerClass::Host));
     assert!(plan.chunks.iter().all(|c| c.class != OptimizerClass::Streamed));
     assert_eq!(plan.device.staging, 0);
+}
+
+#[test]
+fn gradients_are_spilled_last_and_only_as_far_as_the_host_budget_asks() {
+    for accumulation in [1, 2, 4] {
+        for placement in [
+            all_on_host(0.0),
+            Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 1.0, stream_optim_frac: 0.0 },
+        ] {
+            let (layout, trace, _) = uniform(12, 1 << 20, |_| RESIDENT_HOST, 0, accumulation);
+            let disk = NvmeRequest { budget: 1 << 40, read_bytes: 5e9, write_bytes: 2e9 };
+            let request = PlanRequest { placement, accumulation, accumulate: Some(Tier::Host), nvme: Some(disk), ..h100(GIB, 1 << 40) };
+            let with = |host_budget: u64| plan(&layout, &trace, &PlanRequest { host_budget, ..request.clone() });
+            let needed = match with(1) {
+                Err(PlanError::Host { needed, .. }) => needed,
+                other => panic!("{other:?}"),
+            };
+            let spilled = |plan: &Plan| plan.chunks.iter().filter(|c| c.spills_grads()).count();
+            // What an error says is needed is enough, and a byte less is not.
+            let tightest = with(needed).unwrap();
+            assert_eq!(spilled(&tightest), 12);
+            assert!(with(needed - 1).is_err());
+            let element = layout.final_grad_element(accumulation);
+            let all = 12 * (element << 20);
+            let mut last = 13;
+            let mut seconds = f64::INFINITY;
+            for extra in 0..=all / (512 << 10) {
+                let request = PlanRequest { host_budget: needed + extra * (512 << 10), ..request.clone() };
+                let plan = plan(&layout, &trace, &request).unwrap();
+                check_memory(&layout, &trace, &request, &plan);
+                assert!(spilled(&plan) <= last && plan.predicted_step_s <= seconds);
+                (last, seconds) = (spilled(&plan), plan.predicted_step_s);
+            }
+            assert_eq!(last, 0);
+            // With accumulation the disk moves every sum once more each way for every micro-batch.
+            let nvme = tightest.nvme.unwrap();
+            let states = 24 * (12 << 20) / 2;
+            assert_eq!(nvme.payload_bytes, states + all);
+            assert_eq!(nvme.written_bytes, states + u64::from(accumulation) * all);
+            assert_eq!((tightest.host.gradients, tightest.host.staging), (0, 2 * (2 << 20)));
+            assert_eq!(tightest.bound_by, "nvme");
+        }
+    }
 }

@@ -5,7 +5,7 @@ mod common;
 use common::{GRAD_DTYPES, Grad, Random, any_f32};
 use proptest::prelude::*;
 use tierwise_kernels::dispatch::Level;
-use tierwise_kernels::norm::{BLOCK_NUMEL, LANES, sum_squares, sum_squares_at};
+use tierwise_kernels::norm::{BLOCK_NUMEL, LANES, PartialSum, sum_squares, sum_squares_at};
 use tierwise_kernels::{GradDtype, GradSpan, Pool};
 
 /// The tree as its definition reads.
@@ -92,4 +92,35 @@ fn a_non_finite_element_is_seen() {
             assert!(!unsafe { sum_squares(&Pool::new(Some(2)), &[grad.span(0)]) }[0].is_finite());
         }
     }
+}
+
+/// Parts as pieces cut them, and borders in the middle of blocks and of rows.
+#[test]
+fn a_span_in_parts_has_the_bits_of_the_whole() {
+    let mut random = Random(11);
+    let pool = Pool::new(Some(2));
+    let numel = 300_001;
+    for dtype in GRAD_DTYPES {
+        let grad = Grad::new(dtype, &random.uniforms(numel));
+        let whole = grad.span(0);
+        let expected = [reference(&grad.values)];
+        for sizes in
+            [vec![numel], vec![4096], vec![1], vec![65_536], vec![65_537, 3], vec![64, 200_000], vec![2047, 2049, 130_000], vec![0, 70_000]]
+        {
+            let mut partial = PartialSum::default();
+            let mut first = 0;
+            for size in sizes.iter().cycle() {
+                let size = (*size).min(numel - first);
+                let part = GradSpan { ptr: whole.ptr.wrapping_add(first * dtype.bytes()), dtype, numel: size };
+                // SAFETY: `grad` owns the elements and outlives the call.
+                unsafe { partial.add(&pool, part) };
+                first += size;
+                if first == numel {
+                    break;
+                }
+            }
+            assert_same(&[partial.finish()], &expected);
+        }
+    }
+    assert_eq!(PartialSum::default().finish().to_bits(), 0.0_f64.to_bits());
 }

@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{NvmePlan, Plan, host_region_bytes};
+use tierwise_core::plan::{ChunkPlan, NvmePlan, Plan, host_region_bytes};
 use tierwise_core::scheduler::Scheduler;
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::Trace;
@@ -133,8 +133,9 @@ impl Engine {
         let mut regions = Regions::new(total);
         // First, at the slab's own alignment: the disk may ask for more than a region has.
         let spill_base = regions.take(spilled_bytes)?;
-        let norms = regions.take(norm_bytes)?;
+        // Right behind it: gradients may go on to the disk from where they land.
         let staging = [regions.take(staging_bytes)?, regions.take(staging_bytes)?];
+        let norms = regions.take(norm_bytes)?;
         let undo_base = regions.take(plan.undo_bytes)?;
         let activation_base = regions.take(activation_bytes)?;
         let host = slab.as_ptr() as u64;
@@ -148,8 +149,9 @@ impl Engine {
             None => None,
             Some(nvme) => {
                 nvme_budget.reserve(nvme.file_bytes, "the spill file")?;
+                let landing_bytes = if plan.chunks.iter().any(ChunkPlan::spills_grads) { 2 * staging_bytes } else { 0 };
                 // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
-                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, spilled_bytes as usize) };
+                let staging = unsafe { Slab::new((host + spill_base) as *mut u8, (spilled_bytes + landing_bytes) as usize) };
                 let store = open(&nvme, staging)?;
                 Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget)?)
             }

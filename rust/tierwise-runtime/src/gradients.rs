@@ -1,22 +1,26 @@
 //! The way of gradients: from where autograd put them to where their step reads them, and their norm there.
 
+mod landing;
+
+pub(crate) use landing::added_bytes;
+
 use crate::device::{Addition, ComputeStream, EventRef, Queue, Transfer};
 use crate::engine::{Hyper, KeepWaiting, Shared, State};
 use crate::error::{Error, Result};
 use crate::memory::{final_dtype, grad_dtype, span};
 use crate::workers::Job;
-use std::sync::{Arc, MutexGuard};
+use std::sync::MutexGuard;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamLayout};
 use tierwise_core::plan::OptimizerClass;
 use tierwise_core::scheduler::Event;
-use tierwise_kernels::{GradDtype, GradSpan, accumulate, norm};
+use tierwise_kernels::GradSpan;
 
 /// Gradients of the step in progress.
 pub struct Gradients {
     /// Address of one f64 per parameter in page-locked memory: sums of squares taken on the device.
     norms: u64,
-    /// Landing buffers of gradients that are added to accumulators on the host.
+    /// Landing buffers of gradients that are added to accumulators on the host, or go on to the disk.
     staging: [u64; 2],
     staging_free: [bool; 2],
     /// Per chunk and position: got a gradient in this step.
@@ -64,6 +68,11 @@ impl Gradients {
         self.touched[chunk.index()].fill(false);
         self.addresses[chunk.index()].fill(0);
         std::mem::take(&mut self.held[chunk.index()])
+    }
+
+    /// What has landed in a buffer was taken out of it.
+    pub fn free_landing(&mut self, buffer: usize) {
+        self.staging_free[buffer] = true;
     }
 
     /// Tickets whose tensors nothing reads any more.
@@ -135,12 +144,15 @@ impl Shared {
             }
         }
         let leaves = class.on_cpu() && !sums_on_device;
+        let lands = accumulates || state.scheduler.plan().chunks[chunk.index()].spills_grads();
         if leaves {
             let limit = state.scheduler.plan().grad_in_flight_bytes;
             state = self.wait_until(state, keep_waiting, |state| {
                 let gradients = &state.gradients;
                 let room = gradients.in_flight_bytes == 0 || gradients.in_flight_bytes + bytes <= limit;
-                room && (!accumulates || gradients.staging_free.contains(&true))
+                // One write of a piece at a time: what came before, and may have been dropped, is on the disk first.
+                let written = !state.spill.as_ref().is_some_and(|spill| spill.lands(chunk));
+                room && written && (!lands || gradients.staging_free.contains(&true))
             })?;
         }
         state = self.apply_waiting(state, keep_waiting, &Event::GradsHanded { chunk })?;
@@ -260,107 +272,4 @@ impl Shared {
         state.gradients.d2h_bytes += moved;
         Ok(landed)
     }
-
-    fn to_host(
-        &self,
-        state: &mut State,
-        chunk: ChunkId,
-        incoming: &[Incoming],
-        ticket: u64,
-        produced: &EventRef,
-        last: bool,
-    ) -> Result<()> {
-        let accumulates = state.scheduler.plan().accumulation > 1;
-        let layout = state.scheduler.layout();
-        let dtype = grad_dtype(layout.precision);
-        let name = layout.chunks[chunk.index()].name.clone();
-        let bytes = layout.grad_bytes(chunk);
-        let home =
-            self.host + state.places[chunk.index()].0.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;
-        let (landing, buffer) = if accumulates {
-            let free = state.gradients.staging_free.iter().position(|f| *f).ok_or_else(|| Error::Usage("no staging buffer".to_owned()))?;
-            state.gradients.staging_free[free] = false;
-            (state.gradients.staging[free], Some(free))
-        } else {
-            (home, None)
-        };
-        let sums = final_dtype(layout, accumulates);
-        let mut transfers = Vec::with_capacity(incoming.len());
-        let mut additions = Vec::new();
-        for grad in incoming {
-            let param = &layout.chunks[chunk.index()].params[grad.position];
-            let first = !std::mem::replace(&mut state.gradients.touched[chunk.index()][grad.position], true);
-            let landed = span(landing, param, dtype);
-            let size = param.numel as usize * dtype.bytes();
-            transfers.push(Transfer { dst: landed.ptr.cast_mut(), src: grad.address as *const u8, bytes: size });
-            if accumulates {
-                additions.push((home + param.offset * sums.bytes() as u64, landed, first));
-            }
-        }
-        let moved: u64 = transfers.iter().map(|t| t.bytes as u64).sum();
-        self.device.queue_wait(Queue::DeviceToHost, produced)?;
-        let start = state.recorder.enabled().then(|| self.device.record(Queue::DeviceToHost)).transpose()?;
-        self.device.copy(Queue::DeviceToHost, &transfers)?;
-        let landed = self.device.record(Queue::DeviceToHost)?;
-        state.recorder.between("d2h", format!("gradients {name}"), moved, start, &landed);
-        state.gradients.d2h_bytes += moved;
-        state.gradients.in_flight_bytes += bytes;
-        let spans = if last { host_spans(state, self.host, chunk)? } else { Vec::new() };
-        self.landing_jobs.send(Job::new(Some(landed), move |shared| {
-            {
-                let mut state = shared.lock();
-                state.gradients.in_flight_bytes -= bytes;
-                state.gradients.finish([ticket]);
-            }
-            shared.notify();
-            shared.host_work(|| additions.iter().map(|&(_, src, overwrite)| added_bytes(src, sums, overwrite)).sum());
-            for &(dst, src, overwrite) in &additions {
-                // SAFETY: both ends are in the slab that `shared` keeps alive; the staging buffer is taken until below.
-                unsafe { accumulate::add(&shared.pool, dst as *mut u8, sums, src, overwrite) };
-            }
-            if let Some(buffer) = buffer {
-                shared.lock().gradients.staging_free[buffer] = true;
-                shared.notify();
-            }
-            if last { reduce_on_host(shared, chunk, &spans) } else { Ok(()) }
-        }))
-    }
-
-    /// Takes the norm of a chunk whose last gradient came in an earlier micro-batch.
-    pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
-        let plan = state.scheduler.plan();
-        if plan.chunks[chunk.index()].class.steps_on_device() || plan.sums_on_device(chunk) {
-            return self.reduce_on_device(state, chunk);
-        }
-        let spans = host_spans(state, self.host, chunk)?;
-        self.landing_jobs.send(Job::new(None, move |shared| reduce_on_host(shared, chunk, &spans)))
-    }
-}
-
-/// Final gradients of a host-class chunk, by global parameter index.
-fn host_spans(state: &State, host: u64, chunk: ChunkId) -> Result<Vec<(u32, GradSpan)>> {
-    let layout = state.scheduler.layout();
-    let accumulates = state.scheduler.plan().accumulation > 1;
-    let dtype = final_dtype(layout, accumulates);
-    let grad = state.places[chunk.index()].0.grad.ok_or_else(|| Error::Usage("no host gradient".to_owned()))?;
-    Ok(state.gradients.touched(layout, chunk).map(|(param, _)| (param.index, span(host + grad, param, dtype))).collect())
-}
-
-/// Bytes of memory that adding a gradient to its accumulator reads and writes.
-pub(crate) fn added_bytes(src: GradSpan, sums: GradDtype, overwrite: bool) -> u64 {
-    (src.numel * (src.dtype.bytes() + sums.bytes() * if overwrite { 1 } else { 2 })) as u64
-}
-
-fn reduce_on_host(shared: &Arc<Shared>, chunk: ChunkId, spans: &[(u32, GradSpan)]) -> Result<()> {
-    shared.host_work(|| spans.iter().map(|(_, span)| span.numel as u64 * span.dtype.bytes() as u64).sum());
-    let start = shared.device.now_ns();
-    let only: Vec<GradSpan> = spans.iter().map(|(_, span)| *span).collect();
-    // SAFETY: the gradients have landed in the slab that `shared` keeps alive, and nothing writes them before their step.
-    let sums = unsafe { norm::sum_squares(&shared.pool, &only) };
-    let mut state = shared.lock();
-    let name = format!("norm {}", state.scheduler.layout().chunks[chunk.index()].name);
-    let end = shared.device.now_ns();
-    state.recorder.span("host norm", name, 0, start, end);
-    drop(state);
-    shared.post(&Event::GradLanded { chunk, sums: spans.iter().map(|(index, _)| *index).zip(sums).collect() })
 }

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamLayout, Precision, Sums};
-use tierwise_core::plan::{ChunkPlan, OptimizerClass, Plan, host_region_bytes};
+use tierwise_core::plan::{ChunkPlan, Plan, host_region_bytes};
 use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
 
 /// Host payloads of one chunk: offsets in the host slab.
@@ -48,11 +48,7 @@ pub struct DevicePlaces {
 pub fn host_sizes(layout: &Layout, plan: &Plan, chunk: ChunkId, placement: ChunkPlan) -> [u64; 5] {
     let n = layout.chunks[chunk.index()].state_numel;
     let param = if placement.has_host_params() { layout.param_bytes(chunk) } else { 0 };
-    let grad = match placement.class {
-        OptimizerClass::Host | OptimizerClass::Nvme if plan.accumulation > 1 => layout.grad_acc_bytes(chunk),
-        OptimizerClass::Host | OptimizerClass::Nvme => layout.grad_bytes(chunk),
-        OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => 0,
-    };
+    let grad = if placement.has_host_grads() { layout.final_grad_bytes(chunk, plan.accumulation) } else { 0 };
     if !placement.class.states_on_host() {
         return [param, 0, 0, 0, grad];
     }

@@ -1,11 +1,14 @@
 //! Spilled states: the spill file, its staging buffers, and the transfers between them that the core's staging machine asks for.
 //!
 //! A piece is one buffer, one read and one write: `[param,] master, exp_avg, exp_avg_sq` of its elements, one after the other. Parameters
-//! that are fetched before each use are read without their states, so they are an extent of their own: two reads and two writes.
+//! that are fetched before each use are read without their states, so they are an extent of their own: two reads and two writes. So are
+//! gradients, which come from elsewhere (see `grads`).
 
 pub mod access;
 mod fetch;
+mod grads;
 mod step;
+pub(crate) mod sums;
 
 use crate::device::EventRef;
 use crate::engine::{Shared, State};
@@ -13,8 +16,8 @@ use crate::error::{Error, Result};
 use crate::memory::StepBases;
 use crate::workers::Job;
 use fetch::Fetches;
+use grads::Grads;
 use std::path::Path;
-use std::sync::Arc;
 use tierwise_core::ChunkId;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
@@ -39,6 +42,7 @@ pub fn open(directory: &Path, plan: &NvmePlan, staging: Slab) -> Result<Store> {
 /// What the engine knows of its spilled states.
 pub struct Spill {
     fetches: Fetches,
+    grads: Grads,
     pieces: Pieces,
     staging: Staging,
     store: Option<Store>,
@@ -73,6 +77,7 @@ impl Spill {
             )));
         }
         let pieces = Pieces::new(layout, trace, plan);
+        let grads = Grads::new(layout, plan, nvme, pieces.len(), base + nvme.staging_bytes(), store.alignment() as u64)?;
         let precision = layout.precision;
         let elements = plan
             .chunks
@@ -86,6 +91,7 @@ impl Spill {
             fetches: Fetches::new(fetched, base + u64::from(nvme.buffers) * nvme.buffer_bytes, nvme),
             staging: Staging::new(pieces.len(), nvme.buffers),
             pieces,
+            grads,
             store: Some(store),
             base,
             plan: nvme,
@@ -105,7 +111,17 @@ impl Spill {
 
     /// Whether something is being stepped, accessed or written.
     pub fn is_busy(&self) -> bool {
-        self.accessing || self.staging.is_busy() || self.fetches.is_busy()
+        self.accessing || self.staging.is_busy() || self.fetches.is_busy() || self.grads.is_busy()
+    }
+
+    /// Whether a gradient of a chunk, or its sum, is on its way to the disk.
+    pub fn lands(&self, chunk: ChunkId) -> bool {
+        self.grads.lands(chunk)
+    }
+
+    /// A gradient of a chunk was handed over that goes to the disk.
+    pub(crate) fn set_landing(&mut self, chunk: ChunkId) {
+        self.grads.set_landing(chunk, true);
     }
 
     /// Takes the store out, to be dropped.
@@ -135,6 +151,7 @@ impl Spill {
         value["nvme_payload_bytes"] = self.plan.payload_bytes.into();
         value["nvme_staging_bytes"] = self.plan.staging_bytes().into();
         value["nvme_fetched_bytes"] = self.fetches.bytes().into();
+        value["nvme_grad_bytes"] = self.grads.bytes().into();
         value["nvme_buffers"] = serde_json::to_value(self.staging.buffers()).unwrap_or_default();
         value["nvme"] = serde_json::to_value(store.setup()).unwrap_or_default();
         Ok(())
@@ -256,35 +273,41 @@ impl Shared {
         let what = piece_name(state, piece);
         outcome.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
         let submitted = self.device.now_ns();
-        let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
         // A buffer that is written may also be on its way to the device; it is reused after both.
         self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
             tickets.iter().try_for_each(Ticket::wait).map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
-            shared.transferred(direction, buffer, (track, piece, submitted))
+            shared.transferred(direction, buffer, piece, submitted)
         }))
     }
 
-    fn transferred(&self, direction: Direction, buffer: u32, (track, piece, submitted): (&'static str, Piece, u64)) -> Result<()> {
+    fn transferred(&self, direction: Direction, buffer: u32, piece: Piece, submitted: u64) -> Result<()> {
         let mut guard = self.lock();
         let state = &mut *guard;
+        let mut transfers = Vec::new();
+        match direction {
+            Direction::Read => spill(state)?.staging.was_read(buffer, &mut transfers)?,
+            Direction::Write => spill(state)?.staging.was_written(buffer, &mut transfers)?,
+        }
+        let name = format!("{} {}", if direction == Direction::Read { "read" } else { "write" }, chunk_name(state, piece.chunk));
+        self.note(state, direction, name, piece.bytes, submitted)?;
+        self.transfer(state, &transfers)?;
+        drop(guard);
+        self.notify();
+        Ok(())
+    }
+
+    /// A transfer that was submitted then has ended now.
+    fn note(&self, state: &mut State, direction: Direction, name: String, bytes: u64, submitted: u64) -> Result<()> {
         let end = self.device.now_ns();
         let spill = spill(state)?;
         let start = spill.last_end_ns[direction as usize].max(submitted);
         spill.last_end_ns[direction as usize] = end;
-        let mut transfers = Vec::new();
-        match direction {
-            Direction::Read => spill.staging.was_read(buffer, &mut transfers)?,
-            Direction::Write => spill.staging.was_written(buffer, &mut transfers)?,
-        }
         if state.recorder.enabled() {
-            let name = format!("{} {}", if direction == Direction::Read { "read" } else { "write" }, chunk_name(state, piece.chunk));
-            state.recorder.span(track, name, piece.bytes, start, end);
+            let track = if direction == Direction::Read { "nvme read" } else { "nvme write" };
+            state.recorder.span(track, name, bytes, start, end);
             let used = state.spill.as_ref().and_then(|s| s.store.as_ref()).and_then(|s| s.metrics().ok()).map_or(0, |m| m.used_bytes);
             state.recorder.sample("nvme bytes", end, used);
         }
-        self.transfer(state, &transfers)?;
-        drop(guard);
-        self.notify();
         Ok(())
     }
 }
@@ -298,7 +321,7 @@ fn spill(state: &mut State) -> Result<&mut Spill> {
 }
 
 /// Waits for a change, or a moment.
-fn wait<'a>(shared: &'a Arc<Shared>, state: std::sync::MutexGuard<'a, State>) -> std::sync::MutexGuard<'a, State> {
+fn wait<'a>(shared: &'a Shared, state: std::sync::MutexGuard<'a, State>) -> std::sync::MutexGuard<'a, State> {
     let waited = shared.changed.wait_timeout(state, std::time::Duration::from_millis(50));
     waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
 }

@@ -2,13 +2,15 @@
 //! bytes of what failed and why. Never a wrong weight, a panic or a hang.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
-use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::layout::{Layout, ParamSpec, Precision, Sums};
+use tierwise_core::plan::{
+    ActivationPlan, ChunkPlan, ClipMode, DeviceBytes, HostBytes, NvmePlan, OptimizerClass, ParamHome, Plan, host_region_bytes,
+};
 use tierwise_core::staging::Pieces;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
-use tierwise_core::{ChunkId, OpId};
+use tierwise_core::{ChunkId, OpId, Tier};
 use tierwise_io::Direction;
 use tierwise_io::backend::faulty::{Fault, Faulty, FaultyDisk};
 use tierwise_io::error::Error as DiskError;
@@ -56,14 +58,25 @@ fn layout() -> Layout {
 }
 
 fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
+    accumulating(placement, buffers, 1)
+}
+
+fn accumulating(placement: ChunkPlan, buffers: u32, accumulation: u32) -> Plan {
+    let spills_grads = placement.spills_grads();
+    let states = u64::from(CHUNKS * 3 + buffers) * if placement.home == ParamHome::Fetched { 2 } else { 1 };
+    // A chunk's gradient has three pieces; two chunks land at once, or all buffers are rewritten.
+    let grads = if spills_grads { u64::from(CHUNKS * 3 + 6.max(buffers)) } else { 0 };
+    let landing = 2 * host_region_bytes(2 * layout().chunks[0].state_numel);
     let nvme = NvmePlan {
         piece_numel: PIECE,
         buffer_bytes: BUFFER,
         buffers,
         block_bytes: BLOCK,
-        file_bytes: u64::from(CHUNKS * 3 + buffers) * if placement.home == ParamHome::Fetched { 2 } else { 1 } * BLOCK,
+        file_bytes: (states + grads) * BLOCK,
         fetch_buffers: if placement.home == ParamHome::Fetched { buffers.div_ceil(2) } else { 0 },
         fetch_buffer_bytes: BUFFER,
+        grad_buffers: if spills_grads { buffers } else { 0 },
+        grad_buffer_bytes: 4 * PIECE,
         ..NvmePlan::default()
     };
     Plan {
@@ -73,12 +86,12 @@ fn plan(placement: ChunkPlan, buffers: u32) -> Plan {
         offload_window_bytes: 0,
         stream_slab_bytes: if placement.home.is_streamed() { SLOT * u64::from(buffers.clamp(1, 2)) } else { 0 },
         grad_in_flight_bytes: 1 << 20,
-        accumulation: 1,
+        accumulation,
         clip_mode: ClipMode::Defer,
         undo_bytes: 0,
         device: DeviceBytes::default(),
         device_peak_op: OpId(0),
-        host: HostBytes::default(),
+        host: HostBytes { staging: if spills_grads || accumulation > 1 { landing } else { 0 }, ..HostBytes::default() },
         nvme: (placement.class == OptimizerClass::Nvme).then_some(nvme),
         fetches: Vec::new(),
         predicted_step_s: 0.0,
@@ -94,17 +107,38 @@ struct Script {
     faults: Arc<Mutex<Vec<(Direction, u64, Fault)>>>,
     /// Nanoseconds that every transfer takes longer.
     late_ns: u64,
+    gate: Gate,
+}
+
+/// While it is closed no read begins.
+#[derive(Clone, Default)]
+struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    fn set_closed(&self, closed: bool) {
+        *self.0.0.lock().unwrap() = closed;
+        self.0.1.notify_all();
+    }
+
+    /// Not for ever: a test that has failed lets its disk go.
+    fn pass(&self) {
+        let (closed, changed) = &*self.0;
+        drop(changed.wait_timeout_while(closed.lock().unwrap(), Duration::from_secs(20), |closed| *closed).unwrap());
+    }
 }
 
 impl Script {
     fn store(&self, plan: &NvmePlan) -> Store {
-        let Script { armed, faults, late_ns } = self.clone();
+        let Script { armed, faults, late_ns, gate } = self.clone();
         let blocks = (plan.file_bytes / plan.block_bytes) as u32;
         let bytes = plan.file_bytes as usize;
         let limits = Limits { queue_depth: 8, block_bytes: plan.block_bytes as usize, alignment: 4096, blocks };
         let mut seen = [0_u64; 2];
         let decide = move |op: &tierwise_io::backend::Op, _: &mut _| {
             let late = (late_ns > 0).then_some(Fault::Late(late_ns));
+            if op.direction == Direction::Read {
+                gate.pass();
+            }
             if !armed.load(Ordering::Acquire) {
                 return late;
             }
@@ -127,6 +161,9 @@ struct Rig {
     gradients: Vec<Vec<u16>>,
     slab: Vec<u16>,
     home: ParamHome,
+    accumulation: usize,
+    /// The step with a gradient that is not finite.
+    infinite: Option<usize>,
     /// Sums over the parameters that every operation found.
     seen: Vec<u64>,
 }
@@ -142,7 +179,12 @@ impl Rig {
     }
 
     fn with(plan: Plan, script: &Script) -> Rig {
-        let (layout, homes) = (layout(), plan.chunks.iter().map(|placed| placed.home).collect::<Vec<_>>());
+        Rig::summing(plan, Sums::Fp32, script)
+    }
+
+    fn summing(plan: Plan, sums: Sums, script: &Script) -> Rig {
+        let accumulation = plan.accumulation as usize;
+        let (layout, homes) = (layout().with_sums(sums), plan.chunks.iter().map(|placed| placed.home).collect::<Vec<_>>());
         let device = EmulatedDevice::new(EmulatedConfig { threads: 1, ..EmulatedConfig::default() });
         let config = EngineConfig {
             device_budget: 1 << 30,
@@ -159,7 +201,7 @@ impl Rig {
         let params: Vec<Vec<u16>> = (0..CHUNKS as usize).map(|c| (0..numel).map(|i| value(c, i)).collect()).collect();
         let slab = vec![0; SLOT as usize];
         let gradients = vec![vec![0; numel]; CHUNKS as usize];
-        let rig = Rig { engine, gradients, params, slab, home: homes[0], seen: Vec::new() };
+        let rig = Rig { engine, gradients, params, slab, home: homes[0], accumulation, infinite: None, seen: Vec::new() };
         if rig.home.is_streamed() {
             rig.engine.bind_slab(rig.slab.as_ptr() as u64).unwrap();
         }
@@ -199,6 +241,14 @@ impl Rig {
     }
 
     fn step(&mut self, number: usize) -> Result<()> {
+        for micro_batch in 0..self.accumulation {
+            self.passes(number, micro_batch)?;
+        }
+        self.engine.commit(1.0, STREAM, &mut patience())
+    }
+
+    /// Forward and backward of a micro-batch.
+    fn passes(&mut self, number: usize, micro_batch: usize) -> Result<()> {
         for unit in 0..CHUNKS {
             self.enter(unit, Phase::Forward)?;
             self.engine.leave(unit, Phase::Forward, STREAM)?;
@@ -209,22 +259,34 @@ impl Rig {
             let layout = layout();
             let gradient = &mut self.gradients[unit as usize];
             for (i, value) in gradient.iter_mut().enumerate() {
-                *value = 0x3c00 + ((number * 13 + i * 5) % 509) as u16;
+                *value = 0x3c00 + ((number * 13 + micro_batch * 7 + i * 5) % 509) as u16;
+            }
+            if self.infinite == Some(number) && unit == 1 && micro_batch == 0 {
+                gradient[5000] = 0x7f80;
             }
             let address = gradient.as_ptr() as u64;
             let grads: Vec<(usize, u64)> =
                 layout.chunks[unit as usize].params.iter().enumerate().map(|(i, p)| (i, address + 2 * p.offset)).collect();
-            let ticket = self.engine.grads(ChunkId(unit), &grads, STREAM, &mut patience())?;
-            // The copy is over before the memory changes again.
-            let started = std::time::Instant::now();
-            while !self.engine.collect()?.contains(&ticket) {
-                assert!(started.elapsed() < Duration::from_secs(20), "the gradient is never collected");
-                std::thread::yield_now();
+            // Not every parameter has a gradient in every pass.
+            let grads = match (number + micro_batch) % 5 {
+                1 => &grads[..1],
+                3 => &grads[1..],
+                _ => &grads,
+            };
+            // What came in an earlier micro-batch only is final all the same.
+            let stale = unit == 1 && number % 2 == 1 && micro_batch > 0 && micro_batch + 1 == self.accumulation;
+            if !stale {
+                let ticket = self.engine.grads(ChunkId(unit), grads, STREAM, &mut patience())?;
+                // The copy is over before the memory changes again.
+                let started = std::time::Instant::now();
+                while !self.engine.collect()?.contains(&ticket) {
+                    assert!(started.elapsed() < Duration::from_secs(20), "the gradient is never collected");
+                    std::thread::yield_now();
+                }
             }
             self.engine.leave(unit, Phase::Backward, STREAM)?;
         }
-        self.engine.backward_end(STREAM)?;
-        self.engine.commit(1.0, STREAM, &mut patience())
+        self.engine.backward_end(STREAM)
     }
 
     fn run(&mut self, steps: std::ops::Range<usize>) -> Result<()> {
@@ -270,6 +332,11 @@ fn in_memory(steps: usize) -> Vec<u8> {
     rig.state()
 }
 
+/// As the placements, with gradients on the disk too.
+fn with_gradients() -> [ChunkPlan; 3] {
+    PLACEMENTS.map(|placement| placement.accumulating(Tier::Nvme))
+}
+
 const PLACEMENTS: [ChunkPlan; 3] = [
     ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Resident),
     ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Spilled),
@@ -291,7 +358,7 @@ fn any_number_of_buffers_gives_the_bits_of_memory() {
 #[test]
 fn a_slow_disk_changes_nothing() {
     let expected = in_memory(3);
-    for placement in PLACEMENTS {
+    for placement in PLACEMENTS.into_iter().chain(with_gradients()) {
         let mut rig = Rig::new(placement, 2, &Script { late_ns: 3_000_000, ..Script::default() });
         rig.run(0..3).unwrap();
         assert!(rig.state() == expected, "{placement:?}");
@@ -302,7 +369,7 @@ fn a_slow_disk_changes_nothing() {
 fn faults_that_can_be_repaired_are_and_counted() {
     let expected = in_memory(4);
     let repairable = [Fault::Errno(libc::EINTR), Fault::Errno(libc::EAGAIN), Fault::Short(8192), Fault::FlippedBit(77)];
-    for placement in PLACEMENTS {
+    for placement in PLACEMENTS.into_iter().chain(with_gradients()) {
         for fault in repairable {
             let script = Script::default();
             // A bit that is wrong on the disk stays wrong; one that was wrong on the way is read again.
@@ -390,7 +457,9 @@ fn what_comes_in_for_a_slot_that_was_given_away_is_dropped() {
     for chunk in [0, 2] {
         mixed.chunks[chunk] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Streamed);
     }
-    let mut rig = Rig::with(mixed, &Script { late_ns: 20_000_000, ..Script::default() });
+    let script = Script::default();
+    let mut rig = Rig::with(mixed, &script);
+    script.gate.set_closed(true);
     let value = |rig: &Rig, chunk: usize| rig.params[chunk].clone();
     let slot = |rig: &Rig| -> Vec<u16> {
         let numel = rig.params[0].len();
@@ -399,12 +468,13 @@ fn what_comes_in_for_a_slot_that_was_given_away_is_dropped() {
     };
     rig.enter(0, Phase::Forward).unwrap();
     rig.engine.leave(0, Phase::Forward, STREAM).unwrap();
-    // The only slot was given to chunk 1, whose blocks the disk takes its time for; compute goes another way.
+    // The only slot was given to chunk 1, whose blocks the disk is asked for; compute goes another way before they come in.
     assert!(rig.engine.stats().unwrap()["nvme_fetched_bytes"].as_u64().unwrap() > 0, "nothing was asked of the disk");
     rig.enter(2, Phase::Forward).unwrap();
     assert!(slot(&rig) == value(&rig, 2));
-    // All that was asked for has come in by then, with a large margin.
-    std::thread::sleep(Duration::from_millis(400));
+    script.gate.set_closed(false);
+    // All that was asked for has come in by then, and what was copied is there.
+    rig.engine.flush(&mut patience()).unwrap();
     assert!(slot(&rig) == value(&rig, 2), "another chunk's block was copied into a slot in use");
     rig.engine.leave(2, Phase::Forward, STREAM).unwrap();
     rig.enter(1, Phase::Forward).unwrap();
@@ -413,9 +483,129 @@ fn what_comes_in_for_a_slot_that_was_given_away_is_dropped() {
     rig.engine.flush(&mut patience()).unwrap();
 }
 
+const SUMS: [Sums; 2] = [Sums::Fp32, Sums::Gradient];
+
+/// Steps in memory only, with gradients that are not finite in one of them; the engine's counters too.
+fn summed_in_memory(accumulation: u32, sums: Sums, steps: usize) -> (Rig, serde_json::Value) {
+    let plan = accumulating(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, accumulation);
+    let mut rig = Rig::summing(plan, sums, &Script::default());
+    rig.infinite = Some(2);
+    rig.run(0..steps).unwrap();
+    let stats = rig.engine.stats().unwrap();
+    (rig, stats)
+}
+
+#[test]
+fn gradients_on_the_disk_give_the_bits_of_memory() {
+    for accumulation in [1, 2, 4] {
+        for sums in if accumulation == 1 { &SUMS[..1] } else { &SUMS } {
+            let (expected, counted) = summed_in_memory(accumulation, *sums, 5);
+            assert!(counted["clipped"].as_u64() >= Some(3) && counted["skipped"] == 1, "{counted}");
+            for (placement, buffers) in with_gradients().into_iter().flat_map(|placement| [1, 2, 3, 12].map(|buffers| (placement, buffers)))
+            {
+                let case = format!("{placement:?}, {buffers} buffers, accumulation {accumulation}, {sums:?}");
+                let mut rig = Rig::summing(accumulating(placement, buffers, accumulation), *sums, &Script::default());
+                rig.infinite = Some(2);
+                rig.run(0..5).unwrap();
+                assert!(rig.engine.host_offset(ChunkId(0), "grad").unwrap().is_none(), "{case}");
+                assert!(rig.state() == expected.state(), "{case}");
+                let stats = rig.engine.stats().unwrap();
+                assert_eq!((&stats["clipped"], &stats["skipped"]), (&counted["clipped"], &counted["skipped"]), "{case}");
+                assert_eq!(rig.engine.decision(true, &mut patience()).unwrap(), expected.engine.decision(true, &mut patience()).unwrap());
+                assert!(stats["nvme_grad_bytes"].as_u64().unwrap() > 0, "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_that_are_dropped_leave_nothing_behind() {
+    for accumulation in [1, 2] {
+        let run = |placement, buffers, alone: bool, script: &Script| {
+            let mut plan = accumulating(placement, buffers, accumulation);
+            if alone {
+                plan.chunks[0] = ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident);
+                plan.chunks[2] = plan.chunks[0];
+            }
+            let mut rig = Rig::with(plan, script);
+            rig.run(0..2).unwrap();
+            for dropped in 2..5 {
+                // After all micro-batches of a step, and after the first one.
+                for micro_batch in 0..if dropped == 3 { 1 } else { rig.accumulation } {
+                    rig.passes(dropped, micro_batch).unwrap();
+                }
+                rig.engine.drop_grads(&mut patience()).unwrap();
+            }
+            rig.run(5..7).unwrap();
+            rig.state()
+        };
+        let expected = run(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, false, &Script::default());
+        // Dropped gradients are still being written when the next ones come.
+        let script = Script { late_ns: 2_000_000, ..Script::default() };
+        for placement in with_gradients() {
+            // Where one chunk alone lands, or all have a buffer, nothing else waits for its writes.
+            for (buffers, alone) in [(2, false), (12, false), (12, true)] {
+                if !(alone && placement.home.is_streamed()) {
+                    let case = format!("{placement:?}, {buffers} buffers, accumulation {accumulation}, alone {alone}");
+                    assert!(run(placement, buffers, alone, &script) == expected, "{case}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gradient_that_cannot_be_read_or_written_stops_the_engine_and_is_never_used() {
+    let faults = [
+        (Direction::Write, Fault::Errno(libc::EIO), "Input/output error", libc::EIO),
+        (Direction::Write, Fault::Errno(libc::ENOSPC), "No space left on device", libc::ENOSPC),
+        (Direction::Write, Fault::FlippedBit(321), "has checksum", libc::EIO),
+        (Direction::Read, Fault::Errno(libc::EIO), "Input/output error", libc::EIO),
+        (Direction::Read, Fault::FlippedBit(77), "has checksum", libc::EIO),
+    ];
+    for accumulation in [1, 2] {
+        let plan = accumulating(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, accumulation);
+        let mut reference = Rig::with(plan, &Script::default());
+        reference.run(0..4).unwrap();
+        for (direction, fault, wanted, errno) in faults {
+            let mut of_gradients = 0;
+            for number in 0..16 {
+                let script = Script::default();
+                // A wrong block is read once more, so everything from there on is wrong.
+                let again = if matches!((direction, fault), (Direction::Read, Fault::FlippedBit(_))) { 100 } else { 1 };
+                script.faults.lock().unwrap().extend((number..number + again).map(|number| (direction, number, fault)));
+                let placement = PLACEMENTS[number as usize % 2].accumulating(Tier::Nvme);
+                let mut rig = Rig::with(accumulating(placement, 2, accumulation), &script);
+                script.armed.store(true, Ordering::Release);
+                let error = rig.run(0..4).expect_err(&format!("{direction:?} {fault:?} {number}"));
+                let message = error.to_string();
+                assert!(matches!(&error, Error::StoppedByDisk { source, .. } if source.errno() == Some(errno)), "{error:?}");
+                for part in [wanted, "of `layers.", "elements ", "generation "] {
+                    assert!(message.contains(part), "{fault:?}: {message}");
+                }
+                of_gradients += usize::from(message.contains("spilled gradient of `layers."));
+                assert!(reference.seen.starts_with(&rig.seen), "{direction:?} {number}: {fault:?}: an operation saw other parameters");
+                assert_eq!(rig.engine.flush(&mut patience()).expect_err("stopped").to_string(), message);
+            }
+            assert!(of_gradients >= 3, "{of_gradients} of the {direction:?} {fault:?} were of gradients");
+        }
+    }
+}
+
+#[test]
+fn a_plan_without_buffers_for_spilled_gradients_is_refused() {
+    let mut wrong = accumulating(with_gradients()[0], 2, 2);
+    wrong.nvme.as_mut().unwrap().grad_buffer_bytes = 2 * PIECE;
+    let device = EmulatedDevice::new(EmulatedConfig::default());
+    let config = EngineConfig { device_budget: 1 << 30, host_budget: 1 << 30, nvme_budget: 1 << 30, ..EngineConfig::default() };
+    let open = |nvme: &NvmePlan, _| Ok(Script::default().store(nvme));
+    let error = Engine::with_store(layout(), trace(), wrong, device, &config, open).err().unwrap();
+    assert!(error.to_string().contains("has 2 buffers of 8192 bytes for pieces of 16384"), "{error}");
+}
+
 #[test]
 fn an_engine_is_dropped_in_the_middle_of_everything() {
-    for placement in PLACEMENTS {
+    for placement in PLACEMENTS.into_iter().chain(with_gradients()) {
         let mut rig = Rig::new(placement, 3, &Script { late_ns: 5_000_000, ..Script::default() });
         for number in 0..2 {
             rig.step(number).unwrap();

@@ -36,7 +36,7 @@ use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
 use tierwise_core::staging::StagingError;
 use tierwise_core::trace::{Phase, Trace};
-use tierwise_core::{OpId, Tier};
+use tierwise_core::{ChunkId, OpId, Tier};
 use window::Window;
 
 /// Steps before the one that is measured: the first has no pending optimizer work, the second is the first of the cycle.
@@ -123,6 +123,10 @@ enum Effect {
     Written(u32),
     /// The piece in a staging buffer was stepped.
     Stepped(u32),
+    /// The disk has read into a gradient buffer.
+    GradRead(u32),
+    /// The disk has all of a chunk's gradient, or of its sum.
+    GradWritten(ChunkId),
 }
 
 struct Run<'a> {
@@ -331,6 +335,8 @@ impl<'a> Run<'a> {
                 Effect::Read(buffer) => self.was_read(buffer)?,
                 Effect::Written(buffer) => self.was_written(buffer)?,
                 Effect::Stepped(buffer) => self.was_stepped(buffer)?,
+                Effect::GradRead(buffer) => self.grad_was_read(buffer),
+                Effect::GradWritten(chunk) => self.spilled.grad_was_written(chunk),
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The executor: nothing lost, nothing exceeded, nothing slower for being faster.
 
+use tierwise_core::Tier;
 use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
@@ -338,6 +339,36 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
         assert_eq!(case.plan.bound_by, "nvme");
         assert!(outcome.host_peak_bytes <= case.request.host_budget);
         assert!(outcome.timeline.spans.iter().any(|span| span.track == "nvme write"));
+    }
+    // With their gradients on the disk too, as nothing but the buffers has room in memory.
+    for accumulation in [1, 3] {
+        let tight = |host_budget: u64| {
+            case("llama2-7b", 4, &hardware, |request| {
+                request.host_budget = host_budget;
+                request.placement = all;
+                request.accumulation = accumulation;
+                request.accumulate = Some(Tier::Host);
+                request.nvme =
+                    Some(NvmeRequest { budget: 1 << 40, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s });
+            })
+        };
+        let case = tight(1_600_000_000).unwrap();
+        let nvme = case.plan.nvme.unwrap();
+        assert!(case.plan.chunks.iter().all(tierwise_core::plan::ChunkPlan::spills_grads), "{:?}", case.plan.host);
+        let outcome = run(&case, &hardware, true).unwrap();
+        let ahead = u64::from(nvme.buffers) * nvme.buffer_bytes + u64::from(nvme.grad_buffers) * nvme.grad_buffer_bytes;
+        assert!(outcome.nvme_read_bytes.abs_diff(nvme.read_bytes) <= ahead, "{} of {}", outcome.nvme_read_bytes, nvme.read_bytes);
+        // Both landing buffers may be on their way.
+        let landing = 2 * case.built.layout.ids().map(|c| case.built.layout.final_grad_bytes(c, accumulation)).max().unwrap();
+        assert!(outcome.nvme_written_bytes.abs_diff(nvme.written_bytes) <= ahead + landing);
+        let parameters: u64 = case.built.layout.chunks.iter().map(|c| c.state_numel).sum();
+        let per_parameter = if accumulation == 1 { 28 } else { 24 + 3 * 8 };
+        assert_eq!(nvme.read_bytes + nvme.written_bytes, per_parameter * parameters);
+        let step = outcome.step_ns as f64 / 1e9;
+        let least = outcome.nvme_read_bytes as f64 / disk.read_bytes_per_s + outcome.nvme_written_bytes as f64 / disk.write_bytes_per_s;
+        assert!(step >= least * 0.999, "{step} s, the disk alone {least} s");
+        assert!((case.plan.predicted_step_s / step - 1.0).abs() < 0.1, "{} predicted, {step} simulated", case.plan.predicted_step_s);
+        assert_eq!(case.plan.bound_by, "nvme");
     }
     let without = Hardware { nvme: None, ..hardware };
     assert!(matches!(run(&homes[0].0, &without, true), Err(SimError::Mismatch(m)) if m.contains("the machine has no disk")));

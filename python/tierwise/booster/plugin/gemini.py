@@ -52,8 +52,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     host_budget: int | str | None = None
     """Hard limit of pinned host bytes. None: 80 % of the free RAM."""
     nvme_path: str | os.PathLike[str] | None = None
-    """Directory on an NVMe disk for what host memory cannot hold. None: nothing is spilled. The spill file has no name and is gone when
-    the process ends, however it ends."""
+    """Directory on an NVMe disk for what host memory cannot hold: states, then parameters, then gradients. None: nothing is
+    spilled. The spill file has no name and is gone when the process ends, however it ends."""
     nvme_budget: int | str | None = None
     """Hard limit of the spill file's bytes; needs `nvme_path`. None: 90 % of what the directory's file system has free."""
     nvme_read_bytes_per_second: float | None = None

@@ -1,10 +1,10 @@
 //! What goes to the disk: as few chunks as the host budget leaves no room for, the latest-used first: states, then
-//! resident parameters, then streamed ones.
+//! resident parameters, then streamed ones, then gradients.
 
 use super::NvmeRequest;
 use super::memory::Memory;
-use crate::ChunkId;
 use crate::plan::{ChunkPlan, ClipMode, HostBytes, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
+use crate::{ChunkId, Tier};
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
 const BUFFERS: u64 = 16;
@@ -12,6 +12,8 @@ const BUFFERS: u64 = 16;
 const MAX_BUFFERS: u64 = 64;
 /// Buffers that fetched parameters come through: enough for the disk to read ahead of the link.
 const FETCH_BUFFERS: u32 = 8;
+/// Buffers that spilled gradients come through, where there are pieces enough.
+const GRAD_BUFFERS: u32 = 8;
 /// Staging takes at most this part of what the model's parameters and states are. Of the model, not of the budget: more host memory then never
 /// spills more, and what an error says is needed is enough.
 const STAGING_SHARE: u64 = 16;
@@ -23,6 +25,9 @@ const PIECE_ALIGN: u64 = 4096;
 const MAX_BLOCK_BYTES: u64 = 4 << 20;
 /// Buffers and blocks are multiples of this: the largest alignment that a file system asks of direct I/O.
 const BLOCK_ALIGN: u64 = 64 << 10;
+
+/// How a chunk is placed after a stage of spilling, if that concerns it.
+type Stage = fn(&Memory, usize, ChunkPlan) -> Option<ChunkPlan>;
 
 /// Moves chunks of a placement to the disk until its host bytes fit, or nothing is left to move; gives what is there then.
 pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePlan> {
@@ -37,7 +42,11 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
     // The earliest-used chunks keep the fastest tier: their parameters are needed first.
     let latest_first: Vec<usize> = memory.forward_order.iter().rev().copied().collect();
     let fetch_buffer_bytes = plan.piece_numel * memory.layout.precision.param_bytes();
-    for (stage, spilled) in [states, resident_params, streamed_params].into_iter().enumerate() {
+    let stages: [Stage; 4] = [states, resident_params, streamed_params, gradients];
+    for (stage, spilled) in stages.into_iter().enumerate() {
+        if used <= memory.host_budget {
+            break;
+        }
         if stage == 2 {
             let saved: u64 = latest_first
                 .iter()
@@ -45,9 +54,11 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
                 .sum();
             // The buffers for it would take more than they save.
             if saved <= u64::from(FETCH_BUFFERS) * fetch_buffer_bytes {
-                break;
+                continue;
             }
         }
+        let landing = if stage == 3 { grad_landing(memory, chunks, &latest_first, &mut plan) } else { Some(0) };
+        let Some(mut landing) = landing else { continue };
         for &c in &latest_first {
             if used <= memory.host_budget {
                 break;
@@ -59,8 +70,12 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
                     (plan.fetch_buffers, plan.fetch_buffer_bytes) = (FETCH_BUFFERS, fetch_buffer_bytes);
                     used += u64::from(FETCH_BUFFERS) * fetch_buffer_bytes;
                 }
+                used += std::mem::take(&mut landing);
             }
         }
+    }
+    if !chunks.iter().any(ChunkPlan::spills_grads) {
+        (plan.grad_buffers, plan.grad_buffer_bytes) = (0, 0);
     }
     count(memory, chunks, &mut plan);
     if plan.payload_bytes == 0 {
@@ -97,13 +112,38 @@ fn streamed_params(memory: &Memory, chunk: usize, placed: ChunkPlan) -> Option<C
     moves.then_some(ChunkPlan { home: ParamHome::Fetched, ..placed })
 }
 
-/// Buffers in which gradients land that are added to accumulators.
-pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
-    if memory.accumulation < 2 {
-        return 0;
+/// Last of all: with several micro-batches the disk moves their sums for each. Sums that are taken on the device stay in memory.
+fn gradients(memory: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
+    let moves = placed.class == OptimizerClass::Nvme && memory.sends(placed) && !placed.spills_grads();
+    moves.then_some(placed.accumulating(Tier::Nvme))
+}
+
+/// Sizes the buffers of spilled gradients, and gives what they and the landing of gradients take beside what is there already; nothing if
+/// that is more than all gradients on the disk would save.
+fn grad_landing(memory: &Memory, chunks: &[ChunkPlan], order: &[usize], plan: &mut NvmePlan) -> Option<u64> {
+    let mut placed = chunks.to_vec();
+    let (mut saved, mut pieces) = (0, 0);
+    for &c in order {
+        if let Some(spilled) = gradients(memory, c, placed[c]) {
+            saved += HostBytes::of_chunk(memory.layout, ChunkId(c as u32), placed[c], memory.accumulation).gradients;
+            pieces += memory.layout.chunks[c].state_numel.div_ceil(plan.piece_numel);
+            placed[c] = spilled;
+        }
     }
-    let sent = memory.layout.ids().filter(|c| memory.sends(chunks[c.index()]));
-    2 * host_region_bytes(sent.map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
+    plan.grad_buffers = GRAD_BUFFERS.min(pieces as u32).max(2);
+    plan.grad_buffer_bytes = plan.piece_numel * memory.layout.final_grad_element(memory.accumulation);
+    let landing = landing_bytes(memory, &placed) - landing_bytes(memory, chunks);
+    let taken = landing + u64::from(plan.grad_buffers) * plan.grad_buffer_bytes;
+    (saved > taken).then_some(taken)
+}
+
+/// Buffers in which gradients land that are added to accumulators, or go on to the disk.
+pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
+    let lands = |c: &ChunkId| {
+        let placed = chunks[c.index()];
+        memory.sends(placed) && (memory.accumulation > 1 || placed.spills_grads())
+    };
+    2 * host_region_bytes(memory.layout.ids().filter(lands).map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
 }
 
 fn sizes(memory: &Memory) -> NvmePlan {
@@ -127,6 +167,7 @@ fn sizes(memory: &Memory) -> NvmePlan {
 fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     let mut largest = 0;
     let mut fetched = 0;
+    let (mut grads, mut largest_grad, mut most_landing) = (0, 0, 0);
     (plan.payload_bytes, plan.file_bytes) = (0, 0);
     let precision = memory.layout.precision;
     for (chunk, (layout, placed)) in memory.layout.chunks.iter().zip(chunks).enumerate() {
@@ -144,13 +185,34 @@ fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
         plan.payload_bytes += layout.state_numel * element;
         plan.file_bytes += whole * extent(plan.piece_numel) + extent(rest);
         largest = largest.max(extent(plan.piece_numel.min(layout.state_numel)));
+        if placed.spills_grads() {
+            let element = memory.layout.final_grad_element(memory.accumulation);
+            let extents = whole * round(plan.piece_numel * element) + round(rest * element);
+            grads += layout.state_numel * element;
+            plan.file_bytes += extents;
+            largest_grad = largest_grad.max(round(plan.piece_numel.min(layout.state_numel) * element));
+            most_landing = most_landing.max(extents);
+        }
         if placed.home == ParamHome::Fetched {
             fetched += u64::from(memory.accumulation) * memory.uses[chunk] * layout.numel * precision.param_bytes();
         }
     }
     // The last copy of a piece stays until the new one is complete.
     plan.file_bytes += u64::from(plan.buffers) * largest;
+    // The same for gradients: both landing buffers are written at once, or as many pieces of sums as there are buffers.
+    plan.file_bytes += if memory.accumulation > 1 { u64::from(plan.grad_buffers) * largest_grad } else { 2 * most_landing };
     (plan.read_bytes, plan.written_bytes) = (plan.payload_bytes + fetched, plan.payload_bytes);
+    plan.payload_bytes += grads;
+    // The first micro-batch writes its sums, later ones read and write them; the step reads what is there then.
+    let micro_batches = u64::from(memory.accumulation);
+    (plan.grad_read_bytes, plan.grad_written_bytes) = ((micro_batches - 1) * grads, micro_batches * grads);
+    plan.read_bytes += plan.grad_read_bytes + grads;
+    plan.written_bytes += plan.grad_written_bytes;
+}
+
+/// The part of [`seconds`] in which gradients land on the disk or are added to sums there, while backward passes run.
+pub(super) fn landing_seconds(plan: &NvmePlan, request: &NvmeRequest) -> f64 {
+    plan.grad_read_bytes as f64 / request.read_bytes + plan.grad_written_bytes as f64 / request.write_bytes
 }
 
 /// Seconds in which the disk reads and writes what a step rewrites; it does one or the other at any moment.

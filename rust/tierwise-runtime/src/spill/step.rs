@@ -19,8 +19,6 @@ use tierwise_kernels::{AdamConstants, AdamSegment, GradDtype, adam};
 struct Changed {
     offset: u64,
     numel: u64,
-    /// Address of its gradient.
-    grad: u64,
     constants: AdamConstants,
 }
 
@@ -31,6 +29,8 @@ struct SpilledStep {
     precision: Precision,
     dtype: GradDtype,
     changed: Vec<Changed>,
+    /// Address of the chunk's gradient in host memory; nothing if it is spilled.
+    grads: Option<u64>,
     /// Address of the parameters in host memory, 0 if they are spilled.
     param: u64,
     /// Address of the parameters on the device, where the step has to send them.
@@ -56,9 +56,13 @@ impl Shared {
         };
         let pieces: Vec<PieceId> = spill.pieces.of_chunk(chunk).filter(touched).collect();
         step.pieces = pieces.len();
-        let mut transfers = Vec::new();
+        let (mut transfers, mut reads) = (Vec::new(), Vec::new());
+        if step.grads.is_none() {
+            spill.grads.buffers.want(pieces.clone(), &mut reads);
+        }
         spill.staging.want(pieces, &mut transfers);
         self.transfer(state, &transfers)?;
+        self.read_grads(state, &reads)?;
         self.spill_jobs.send(Job::new(reader, move |shared| step.run(shared)))
     }
 
@@ -68,7 +72,10 @@ impl Shared {
         let dtype = final_dtype(layout, plan.accumulation > 1);
         let (host, device) = state.places[chunk.index()];
         let name = chunk_name(state, chunk).to_owned();
-        let grads = self.host + host.grad.ok_or_else(|| Error::Internal(format!("`{name}` has no host gradient")))?;
+        let grads = host.grad.map(|offset| self.host + offset);
+        if grads.is_none() != plan.chunks[chunk.index()].spills_grads() && !layout.chunks[chunk.index()].params.is_empty() {
+            return Err(Error::Internal(format!("`{name}` has no host gradient")));
+        }
         let hyper = &state.commit_hyper;
         let changed = state
             .gradients
@@ -79,7 +86,6 @@ impl Shared {
                 Ok(Changed {
                     offset: param.offset,
                     numel: param.numel,
-                    grad: grads + param.offset * dtype.bytes() as u64,
                     constants: AdamConstants::new(group, state.param_steps[param.index as usize], grad_scale),
                 })
             })
@@ -90,6 +96,7 @@ impl Shared {
             precision: layout.precision,
             dtype,
             changed,
+            grads,
             param: host.param.map_or(0, |offset| self.host + offset),
             device: spilled.then_some(device.param),
             commit: state.commit_event.clone(),
@@ -102,7 +109,7 @@ impl Shared {
 impl SpilledStep {
     fn run(&self, shared: &Arc<Shared>) -> Result<()> {
         for _ in 0..self.pieces {
-            let Some((id, buffer)) = self.next_piece(shared)? else { return Ok(()) };
+            let Some((id, buffer, grad)) = self.next_piece(shared)? else { return Ok(()) };
             let (piece, segments) = {
                 let mut state = shared.lock();
                 let spill = spill(&mut state)?;
@@ -110,21 +117,27 @@ impl SpilledStep {
                 if piece.chunk != self.chunk {
                     return Err(Error::Internal(format!("the step of `{}` got a piece of chunk {}", self.name, piece.chunk.0)));
                 }
-                (piece, self.segments(spill, piece, buffer))
+                let grads = match (self.grads, grad) {
+                    (Some(grads), _) => grads,
+                    (None, Some(buffer)) => spill.grads.address(buffer).wrapping_sub(piece.first * spill.grads.element()),
+                    (None, None) => return Err(Error::Internal(format!("a piece of `{}` has no gradient", self.name))),
+                };
+                (piece, self.segments(spill, piece, buffer, grads))
             };
             let start = shared.device.now_ns();
             // SAFETY: the buffer is lent to this step; gradients and parameters are in the slab that `shared` keeps alive, and the
             // scheduler lets nobody else touch a chunk that is being stepped.
             unsafe { adam::adam_segments(&shared.pool, &segments) };
-            self.give_back(shared, piece, buffer, start)?;
+            self.give_back(shared, piece, buffer, grad, start)?;
         }
         shared.post(&Event::StepDone { chunk: self.chunk })
     }
 
-    /// Waits for the next piece; `None` if the engine is being dropped.
-    fn next_piece(&self, shared: &Arc<Shared>) -> Result<Option<(PieceId, u32)>> {
+    /// Waits for the next piece, its buffer and that of its gradient, if that is spilled; `None` if the engine is being dropped.
+    fn next_piece(&self, shared: &Arc<Shared>) -> Result<Option<(PieceId, u32, Option<u32>)>> {
         let start = shared.device.now_ns();
         let mut waited = false;
+        let mut taken = None;
         let mut state = shared.lock();
         loop {
             Shared::healthy(&state)?;
@@ -132,34 +145,36 @@ impl SpilledStep {
                 return Ok(None);
             }
             let spill = spill(&mut state)?;
-            if !spill.accessing
-                && let Some(taken) = spill.staging.take()
-            {
+            if taken.is_none() && !spill.accessing {
+                taken = spill.staging.take();
+            }
+            let grad = taken.and_then(|(id, _)| spill.grads.buffers.take(id));
+            if let Some((id, buffer)) = taken.filter(|_| self.grads.is_some() || grad.is_some()) {
                 if waited {
                     let end = shared.device.now_ns();
                     spill.waited_ns += end.saturating_sub(start);
                     state.recorder.span("nvme wait", format!("wait for {}", self.name), 0, start, end);
                 }
-                return Ok(Some(taken));
+                return Ok(Some((id, buffer, grad)));
             }
             waited = true;
             state = wait(shared, state);
         }
     }
 
-    /// The parts of the changed parameters that lie in a piece.
-    fn segments(&self, spill: &Spill, piece: Piece, buffer: u32) -> Vec<AdamSegment> {
+    /// The parts of the changed parameters that lie in a piece; `grads` is the address of the chunk's gradient, as if all of it were there.
+    fn segments(&self, spill: &Spill, piece: Piece, buffer: u32, grads: u64) -> Vec<AdamSegment> {
         let bases = spill.bases(piece, buffer, self.param);
         let parts = self.changed.iter().filter_map(|param| {
             let first = param.offset.max(piece.first);
             let end = (param.offset + param.numel).min(piece.first + piece.numel);
-            let grad = param.grad + first.saturating_sub(param.offset) * self.dtype.bytes() as u64;
+            let grad = grads.wrapping_add(first * self.dtype.bytes() as u64);
             (first < end).then(|| bases.part(self.precision, first, end - first, grad, self.dtype, param.constants))
         });
         parts.collect()
     }
 
-    fn give_back(&self, shared: &Arc<Shared>, piece: Piece, buffer: u32, start: u64) -> Result<()> {
+    fn give_back(&self, shared: &Arc<Shared>, piece: Piece, buffer: u32, grad: Option<u32>, start: u64) -> Result<()> {
         let mut guard = shared.lock();
         let state = &mut *guard;
         let end = shared.device.now_ns();
@@ -178,6 +193,9 @@ impl SpilledStep {
             state.gradients.h2d_bytes += bytes;
             state.written[self.chunk.index()] = Some(copied.clone());
             spill(state)?.copied[buffer as usize] = Some(copied);
+        }
+        if let Some(grad) = grad {
+            shared.give_grad_back(state, grad)?;
         }
         let mut transfers = Vec::new();
         spill(state)?.staging.give_back(buffer, true, &mut transfers)?;

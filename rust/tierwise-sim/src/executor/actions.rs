@@ -96,8 +96,7 @@ impl Run<'_> {
     }
 
     fn final_grad_bytes(&self, chunk: ChunkId) -> u64 {
-        let layout = self.setup.layout;
-        if self.setup.plan.accumulation > 1 { layout.grad_acc_bytes(chunk) } else { layout.grad_bytes(chunk) }
+        self.setup.layout.final_grad_bytes(chunk, self.setup.plan.accumulation)
     }
 
     fn step_on_device(&mut self, chunk: ChunkId) {
@@ -126,9 +125,12 @@ impl Run<'_> {
         let sums_on_device = plan.sums_on_device(chunk);
         let on_host = plan.chunks[chunk.index()].class.on_cpu();
         let leaves = on_host && !sums_on_device;
+        let spilled = plan.chunks[chunk.index()].spills_grads();
+        let lands = accumulates || spilled;
         if leaves {
             let room = self.in_flight_bytes == 0 || self.in_flight_bytes + bytes <= plan.grad_in_flight_bytes;
-            if !room || (accumulates && self.staging_free == 0) {
+            let waits = lands && self.staging_free == 0 || self.spilled.lands(chunk);
+            if !room || waits {
                 return Ok(Some(Cause::Gradients));
             }
         }
@@ -144,8 +146,12 @@ impl Run<'_> {
         let added = bytes + if self.is_first_micro_batch() { sum } else { 2 * sum };
         if leaves {
             self.in_flight_bytes += bytes;
-            self.staging_free -= u32::from(accumulates);
+            self.staging_free -= u32::from(lands);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
+            if spilled {
+                self.land_on_disk(chunk, copied, landed);
+                return Ok(None);
+            }
             let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates {
                 let freed = vec![Effect::FreeStaging];
