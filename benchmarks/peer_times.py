@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=5)
     args = parser.parse_args()
+    if unknown := set(args.systems) - set(SYSTEMS):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(SYSTEMS)}")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     tokens = torch.randint(0, 128, (1, 16))

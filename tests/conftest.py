@@ -57,7 +57,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_GPU):
             item.add_marker("gpu")
-            # One process at a time has the device.
-            item.add_marker(pytest.mark.xdist_group("gpu"))
         if item.get_closest_marker("gpu") is not None and not _cuda_device_is_there():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -22,8 +22,10 @@ def test_the_guide_runs(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kit.llama().save_pretrained("llama")
     rows = [{"input_ids": ids[0], "labels": ids[0]} for ids in kit.batches(12)]
     there: dict[str, Any] = {"dataloader": torch.utils.data.DataLoader(rows, batch_size=4)}  # type: ignore[arg-type]
-    for block in blocks:
+    for block in blocks[:-1]:
         exec(compile(block, str(_GUIDE), "exec"), there)
+    first = {name: value.clone() for name, value in there["model"].state_dict().items()}
+    exec(compile(blocks[-1], str(_GUIDE), "exec"), there)
     assert torch.isfinite(there["loss"])
     printed = capsys.readouterr().out
     assert "micro_batch_size 4 chosen" in printed
@@ -32,11 +34,5 @@ def test_the_guide_runs(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert there["lr_scheduler"].last_epoch == 3
     steps = {int(state["step"]) for state in there["optimizer"].state_dict()["state"].values()}
     assert steps == {3}
-    saved = there["model"].state_dict()
-    there["booster"].save_model(there["model"], "again")
-    there["checkpoint"] = "again"
-    again, optimizer, _ = there["build"]()
-    booster = there["Booster"](there["GeminiPlugin"](micro_batch_size=2, seq_len=16))
-    booster.boost(again, optimizer)
-    for name, value in again.state_dict().items():
-        assert torch.equal(value, saved[name]), name
+    for name, value in there["model"].state_dict().items():
+        assert torch.equal(value, first[name]), name

@@ -20,10 +20,10 @@ from tierwise.gemini.micro_batch import Choice, _between
 ROWS = 8
 
 
-def step_on(kit: Any, steps: int = 3, **options: Any) -> tuple[Booster, Any, list[float]]:
-    """Boosts a tiny LLaMA and takes some steps of eight rows."""
+def step_on(kit: Any, steps: int = 3, rows: int = ROWS, **options: Any) -> tuple[Booster, Any, list[float]]:
+    """Boosts a tiny LLaMA and takes some steps of so many rows."""
     booster, model, _ = kit.boosted(kit.llama(), precision="fp32", **options)
-    losses = [booster.train_step({"input_ids": ids, "labels": ids}).item() for ids in kit.batches(steps, rows=ROWS)]
+    losses = [booster.train_step({"input_ids": ids, "labels": ids}).item() for ids in kit.batches(steps, rows=rows)]
     booster.flush()
     return booster, model, losses
 
@@ -66,14 +66,17 @@ def test_little_memory_makes_it_smaller_with_the_bits_of_that_size(kit: Any) -> 
 
 def test_the_simulator_has_the_last_word(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen() -> Choice:
-        booster, _, _ = step_on(kit, steps=1, micro_batch_size="auto")
+        booster, _, _ = step_on(kit, steps=1, rows=24, micro_batch_size="auto")
         assert booster._runtime is not None and booster._runtime.choice is not None
         assert f"micro_batch_size {booster._runtime.choice.rows} chosen" in booster.explain()
         return booster._runtime.choice
 
     by_formula = chosen()
-    assert by_formula.rows == ROWS
-    assert set(by_formula.executed_s) == set(sorted(by_formula.predicted_s, key=by_formula.predicted_s.__getitem__)[:4])
+    assert by_formula.rows == 24
+    assert sorted(by_formula.predicted_s) == [1, 2, 3, 4, 6, 8, 12, 24]
+    monkeypatch.setattr(micro_batch, "_EXECUTED", 2)
+    assert sorted(chosen().executed_s) == [6, 8, 12, 24]
+    monkeypatch.undo()
 
     # As if steps of several micro-batches were much faster than the formulas say.
     def seconds(planned: Any, layout: Any) -> float:
@@ -81,7 +84,7 @@ def test_the_simulator_has_the_last_word(kit: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(micro_batch, "executed_seconds", seconds)
     choice = chosen()
-    assert choice.rows == min(choice.executed_s) < ROWS
+    assert choice.rows == min(choice.executed_s) < 24
 
 
 def test_nothing_fits_and_the_error_says_what_one_row_needs(kit: Any) -> None:

@@ -15,9 +15,6 @@ import tierwise
 from tierwise import _core
 from tierwise.cli import main
 
-# One calibration for all of them.
-pytestmark = pytest.mark.xdist_group("record")
-
 _BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

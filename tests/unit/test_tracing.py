@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tierwise.gemini.chunking import group
 from tierwise.gemini.inputs import count_tokens
+from tierwise.gemini.recompute import recomputes_whole
 from tierwise.gemini.tracing import trace
 from tierwise.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -204,4 +206,35 @@ def test_a_recomputation_stops_where_the_trace_says() -> None:
     assert [unit.tail_flops for unit in layers] == [2.0 * IDS.numel() * 64 * 96] * 3
     again = backward_flops(True) - backward_flops(False)
     assert again == sum(unit.flops - unit.tail_flops for unit in layers)
-    assert all(unit.tail_flops == 0.0 for unit in traced.recomputed_whole().units)
+    whole = traced.recomputed_whole([True, True, True, False, True, True])
+    assert [unit.tail_flops for unit in whole.units[1:4]] == [0.0, 0.0, layers[2].tail_flops]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_of_the_model_leaves_out_is_not_seen(reentrant: bool) -> None:
+    model = llama()
+    layer = model.model.layers[1]
+    original = layer.forward
+    # A reentrant one takes no keywords.
+    layer.forward = lambda x, **kwargs: checkpoint(functools.partial(original, **kwargs), x, use_reentrant=reentrant)
+    tails = [unit.tail_flops for unit in run(model).units[1:4]]
+    assert tails[1] == 0.0
+    assert tails[0] == tails[2] > 0.0
+
+
+# torch 2.11 warns of its own code when its compiler is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_layers_that_recompute_their_whole_forward() -> None:
+    layer = llama().model.layers[0]
+    assert not recomputes_whole(layer)
+    layer.forward = torch.compile(layer.forward)
+    assert recomputes_whole(layer)
+    layer = llama().model.layers[0]
+    layer.mlp.compile()
+    assert recomputes_whole(layer)
+    for reentrant in (False, True):
+        model = llama()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 gives it another name.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        assert recomputes_whole(model.model.layers[0]) == reentrant

@@ -78,7 +78,7 @@ class _Candidate:
 
 
 _EXECUTED = 4
-"""So many of the ways that look fastest by the planner's formulas are executed by the simulator."""
+"""So many of the ways that look fastest by the planner's formulas are executed by the simulator, and the best of as many other sizes."""
 
 
 def _halves(size: int) -> list[int]:
@@ -120,7 +120,10 @@ def choose(search: PlanSearch, inputs: Inputs, rows: int) -> Choice:
     predicted: dict[int, float] = {}
     for candidate in found:
         predicted.setdefault(candidate.rows, candidate.predicted_s)
-    first = found[:_EXECUTED]
+    # Of every one of the best sizes the best way, and whatever else is among the best.
+    best_of = {candidate.rows: candidate for candidate in reversed(found)}
+    first = [candidate for at, candidate in enumerate(found) if at < _EXECUTED or candidate is best_of[candidate.rows]]
+    first = first[: 2 * _EXECUTED]
     plans = [make_plan(search.plugin, search.layout, search.grouping, candidate.trace, candidate.wanted) for candidate in first]
     seconds = [executed_seconds(plan, search.layout) for plan in plans]
     best = first[pick(plans, seconds)]
@@ -149,7 +152,8 @@ def _between(one: ModelTrace, two: ModelTrace, rows: int) -> ModelTrace:
         found = UnitTrace(**{name: type(getattr(a, name))(line(getattr(a, name), getattr(b, name))) for name in fields})
         # From some size on a tensor is worth a copy: that is no line.
         offload = min(max(found.offload_bytes, 0), found.saved_bytes)
-        return dataclasses.replace(found, offload_bytes=offload, offload_host_bytes=max(found.offload_host_bytes, offload))
+        tail = min(max(found.tail_flops, 0.0), found.flops)
+        return dataclasses.replace(found, offload_bytes=offload, offload_host_bytes=max(found.offload_host_bytes, offload), tail_flops=tail)
 
     units = [unit(a, b) for a, b in zip(one.units, two.units, strict=True)]
     outer = int(line(one.outer_saved_bytes, two.outer_saved_bytes))

@@ -9,7 +9,7 @@ import math
 from tierwise.gemini.chunking import Grouping
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class UnitTrace:
     """What one unit did in the traced forward."""
 
@@ -94,9 +94,12 @@ class ModelTrace:
         ]
         return dataclasses.replace(self, units=units)
 
-    def recomputed_whole(self) -> ModelTrace:
-        """The same where a recomputation runs a unit's whole forward: that of a compiled layer saves all of its tensors at its end."""
-        return dataclasses.replace(self, units=[dataclasses.replace(unit, tail_flops=0.0) for unit in self.units])
+    def recomputed_whole(self, whole: list[bool]) -> ModelTrace:
+        """The same where a recomputation runs the whole forward of these of the grouping's units."""
+        units = [
+            dataclasses.replace(unit, tail_flops=0.0) if whole[index] else unit for index, unit in zip(self.order, self.units, strict=True)
+        ]
+        return dataclasses.replace(self, units=units)
 
     def layer_by_layer(self, grouping: Grouping, count: int) -> ModelTrace:
         """The same where every layer that can be recomputed is, and takes `count` rows at a time: it saves as much as they need. Where the

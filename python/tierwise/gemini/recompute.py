@@ -31,6 +31,17 @@ def checkpoints_itself(module: nn.Module) -> bool:
     return getattr(module, "gradient_checkpointing", False) is True
 
 
+def recomputes_whole(module: nn.Module) -> bool:
+    """Whether a recomputation of this layer runs its whole forward: Hugging Face's reentrant checkpoint does, and a compiled layer saves
+    all of its tensors at its end."""
+    checkpointing = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    reentrant = checkpoints_itself(module) and checkpointing.get("use_reentrant") is True
+    return reentrant or any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part.forward, "_torchdynamo_orig_callable")
+        for part in module.modules()
+    )
+
+
 def wrap(runtime: Runtime, index: int, module: nn.Module) -> None:
     """Replaces `module.forward` by one that follows `runtime.recompute[index]`."""
     original = module.forward

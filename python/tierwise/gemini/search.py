@@ -13,7 +13,7 @@ from tierwise._core import BudgetError, Layout
 from tierwise.gemini.chunking import Grouping
 from tierwise.gemini.model_trace import ModelTrace
 from tierwise.gemini.planning import Planned, executed_seconds, make_plan, pick, request
-from tierwise.gemini.recompute import checkpoints_itself
+from tierwise.gemini.recompute import checkpoints_itself, recomputes_whole
 from tierwise.gemini.target import DTYPES, Target
 from tierwise.gemini.tracing import FusedLossMismatchError
 from tierwise.gemini.tracing import trace as trace_model
@@ -46,7 +46,7 @@ class PlanSearch:
             trace = self._trace(args, kwargs)
         finally:
             self.tracing = False
-        return trace.recomputed_whole() if self.plugin.compile_layers else trace
+        return trace.recomputed_whole([self.plugin.compile_layers or recomputes_whole(unit.module) for unit in self.grouping.units])
 
     def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelTrace:
         device, dtype = self.target.torch_device, DTYPES[self.plugin.precision]

@@ -7,6 +7,7 @@ it would pick there, no memory is touched, and neither random state nor buffers 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -79,10 +80,28 @@ def estimate(grouping: Grouping, tokens: int, dtype: torch.dtype) -> ModelTrace:
             else:
                 values += sum(2 * param.shape[-1] for param in module.parameters(recurse=False) if param.dim() > 0)
         saved = values * tokens * dtype.itemsize
-        traced.append(UnitTrace(saved, width * tokens * dtype.itemsize, 2.0 * numel * tokens, saved, saved))
+        traced.append(
+            UnitTrace(
+                saved_bytes=saved,
+                input_bytes=width * tokens * dtype.itemsize,
+                flops=2.0 * numel * tokens,
+                offload_bytes=saved,
+                offload_host_bytes=saved,
+            )
+        )
     order = list(range(len(grouping.units)))
     ops = [(unit, "forward") for unit in order] + [(unit, "backward") for unit in reversed(order)]
     return ModelTrace(order, traced, ops, 0, tokens, exact=False)
+
+
+@dataclasses.dataclass
+class _Call:
+    """A unit that runs."""
+
+    flops: float
+    """Before it began."""
+    stops_early: bool
+    """Whether its recomputation would stop at the last tensor that is saved in it, and that is seen here."""
 
 
 class _Recorder:
@@ -107,7 +126,7 @@ class _Recorder:
         self._last_flops = 0.0
         self._flops_at_save = 0.0
         """FLOPs before the latest tensor that something saved. A parameter counts too: a recomputation has to come to where it is saved."""
-        self._flops_at_enter: list[float] = []
+        self._calls: list[_Call] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
         self._flops_at_save = float(self._flops.get_total_flops())
@@ -164,10 +183,13 @@ class _Recorder:
                 self.units[unit].input_bytes += storage.nbytes()
         self.forward.append(unit)
         self._stack.append(unit)
-        self._flops_at_enter.append(self._last_flops)
+        for outer in self._calls:
+            outer.stops_early = False  # What comes last in it may be this unit's.
+        self._calls.append(_Call(self._last_flops, torch.is_grad_enabled()))
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None and hooks[0] != self.pack:
             # Somebody else's hooks are innermost: a checkpoint. What it recomputes, it recomputes together.
+            self._calls[-1].stops_early = False
             self._region_hooks.append(hooks)
             self.regions.setdefault(id(hooks[0]), set()).add(unit)
 
@@ -175,10 +197,10 @@ class _Recorder:
         self._attribute_flops()
         if self._stack and self._stack[-1] == unit:
             self._stack.pop()
-            tail = self._last_flops - max(self._flops_at_save, self._flops_at_enter.pop())
-            # What units inside of it do is theirs.
-            traced = self.units[unit]
-            traced.tail_flops = min(traced.tail_flops + tail, traced.flops)
+            call = self._calls.pop()
+            # Without anything computed before the last tensor that was saved here, a checkpoint inside of it has seen the others.
+            if call.stops_early and self._flops_at_save > call.flops:
+                self.units[unit].tail_flops += self._last_flops - self._flops_at_save
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if not outputs:
             return

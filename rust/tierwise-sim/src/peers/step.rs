@@ -147,7 +147,9 @@ impl Step<'_> {
         let hooks = match phase {
             _ if !of.recomputable => 0,
             Phase::Forward => self.traits.hook_ns[0],
-            Phase::Backward => self.traits.hook_ns[1],
+            // Measured with the recomputation, whose hooks are those of a forward.
+            Phase::Backward if self.recompute[unit] => self.traits.hook_ns[1],
+            Phase::Backward => self.traits.hook_ns[1].saturating_sub(self.traits.hook_ns[0]),
         };
         let ns = self.rank.costs.launch[unit].ns(phase, self.recompute[unit]) + hooks;
         carried.thread = Some(program.push(Lane::Thread, name("enqueue"), 0, ns as f64, Vec::new(), Cause::Launch));
