@@ -1,7 +1,9 @@
 //! Several GPUs, other systems, and the search.
 
-use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Offload, Recompute};
+mod common;
+
+use common::report;
+use tierwise_core::planner::Recompute;
 use tierwise_sim::collectives::Group;
 use tierwise_sim::hardware::{self, Hardware};
 use tierwise_sim::models;
@@ -9,37 +11,12 @@ use tierwise_sim::models::{Block, Kind};
 use tierwise_sim::parallel::Parallel;
 use tierwise_sim::peers::Policy;
 use tierwise_sim::pipeline::Schedule;
-use tierwise_sim::report::{Report, simulate};
+use tierwise_sim::report::simulate;
 use tierwise_sim::request::{Error, Request};
 use tierwise_sim::search::search;
 
 fn request(model: &str, machine: &str, gpus: u64, tokens_per_step: u64) -> Request {
-    let hardware = hardware::preset(machine).unwrap();
-    let parallel = Parallel::data_parallel(gpus);
-    Request {
-        model: models::preset(model).unwrap(),
-        device_budget: hardware.device_memory_bytes,
-        host_budget: hardware.per_gpu(parallel.gpus_on_node(&hardware)).host_memory_bytes,
-        nvme_budget: 0,
-        hardware,
-        parallel,
-        policy: None,
-        seq: 4096,
-        micro_batch: 1,
-        tokens_per_step,
-        memory: tierwise_sim::request::Memory::Reserve(2_000_000_000),
-        recompute: Recompute::Auto,
-        recompute_whole: false,
-        offload: Offload::None,
-        pageable: false,
-        cpu_share: 1.0,
-        clip_mode: ClipMode::Defer,
-        clips: true,
-    }
-}
-
-fn report(request: &Request) -> Report {
-    *simulate(request).unwrap().unwrap().0
+    common::request(models::preset(model).unwrap(), machine, gpus, tokens_per_step)
 }
 
 #[test]

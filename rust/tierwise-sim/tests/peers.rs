@@ -1,37 +1,22 @@
 //! Other systems' steps: what their code does to the clock and to memory.
 
-use tierwise_core::plan::ClipMode;
-use tierwise_core::planner::{Offload, Recompute};
+mod common;
+
+use tierwise_core::planner::Recompute;
 use tierwise_sim::hardware;
 use tierwise_sim::models::{Model, preset};
-use tierwise_sim::parallel::Parallel;
 use tierwise_sim::peers::Policy;
-use tierwise_sim::report::{Report, simulate};
+use tierwise_sim::report::Report;
 use tierwise_sim::request::{Memory, Request};
 
 fn report(model: Model, policy: Policy, micro_batch: u64) -> Report {
-    let hardware = hardware::preset("h100").unwrap();
-    let request = Request {
-        model,
-        device_budget: hardware.device_memory_bytes,
-        host_budget: hardware.host_memory_bytes,
-        nvme_budget: 0,
-        hardware,
-        parallel: Parallel::data_parallel(1),
+    common::report(&Request {
         policy: Some(policy),
-        seq: 4096,
         micro_batch,
-        tokens_per_step: 4096 * micro_batch,
         memory: Memory::Reserve(1_000_000_000),
         recompute: Recompute::Full,
-        recompute_whole: false,
-        offload: Offload::None,
-        pageable: false,
-        cpu_share: 1.0,
-        clip_mode: ClipMode::Defer,
-        clips: true,
-    };
-    *simulate(&request).unwrap().unwrap().0
+        ..common::request(model, "h100", 1, 4096 * micro_batch)
+    })
 }
 
 fn small() -> Model {
