@@ -16,6 +16,7 @@ use tierwise_kernels::{GradDtype, GradSpan, accumulate, norm};
 type Then = Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>;
 
 impl Shared {
+    /// Sends a chunk's gradient to where it lands, and on to its accumulator, the disk or its norm.
     pub(super) fn to_host(
         &self,
         state: &mut State,
