@@ -28,6 +28,8 @@ def executed(runtime: Any) -> dict[str, Any]:
         "stream_slab_bytes": plan["stream_slab_bytes"],
         "grad_in_flight_bytes": plan["grad_in_flight_bytes"],
         "undo_bytes": plan["undo_bytes"],
+        "late_moments": plan["late_moments"],
+        "landing_buffers": plan["landing_buffers"],
         "device": plan["device"],
         "host": plan["host"],
         "predicted_step_s": plan["predicted_step_s"],

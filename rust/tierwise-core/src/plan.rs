@@ -296,6 +296,10 @@ pub struct PlannedFetch {
     pub needed_at: OpId,
 }
 
+fn two() -> u32 {
+    2
+}
+
 /// The plan of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -317,6 +321,13 @@ pub struct Plan {
     pub clip_mode: ClipMode,
     /// Bytes of undo records that may be alive at once.
     pub undo_bytes: u64,
+    /// Whether host steps write parameters first and moments later, while backward runs: the next forward waits for a third less memory
+    /// traffic, and the moments cost as much again.
+    #[serde(default)]
+    pub late_moments: bool,
+    /// Buffers in which gradients land that are added to accumulators, or go on to the disk; `host.staging` is theirs.
+    #[serde(default = "two")]
+    pub landing_buffers: u32,
     /// Device memory at the peak, by purpose.
     pub device: DeviceBytes,
     /// Operation at which the device peak is.

@@ -8,6 +8,7 @@
 
 mod activations;
 mod dry_run;
+mod late;
 mod memory;
 mod placement;
 mod spill;
@@ -116,6 +117,9 @@ pub struct PlanRequest {
     /// Where host-stepped chunks add up the gradients of micro-batches, or the planner's choice.
     #[serde(default)]
     pub accumulate: Option<Tier>,
+    /// Whether host steps write moments after parameters, or the planner's choice. Only where steps are deferred and nothing is spilled.
+    #[serde(default)]
+    pub late_moments: Option<bool>,
     /// Whether the planner may let optimizer states visit the device where that is faster; a static placement says it itself.
     #[serde(default)]
     pub visiting: bool,
@@ -197,6 +201,8 @@ struct Candidate<'a> {
 struct Step {
     seconds: f64,
     bound_by: &'static str,
+    /// Landing buffers, if moments are late.
+    late: Option<u32>,
 }
 
 /// Finds the fastest plan within the budgets.
@@ -376,8 +382,29 @@ fn is_hopeless(
         || predict(memory, activations, fastest, group, slab, tight, request).seconds > bound * (1.0 + 1e-9)
 }
 
-/// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
+/// Seconds of a step, with late moments where they make it faster.
 fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
+    let possible = request.clip_mode == ClipMode::Defer && row.nvme.is_none() && row.cost.host_numel > 0;
+    let with = |late| predict_with(memory, activations, row, group, slab, tight, request, late);
+    match request.late_moments.filter(|_| possible) {
+        Some(late) => with(late),
+        None if possible => [with(false), with(true)].into_iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)).unwrap_or_else(|| with(false)),
+        None => with(false),
+    }
+}
+
+/// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
+#[allow(clippy::too_many_arguments, reason = "what the search has fixed at this point")]
+fn predict_with(
+    memory: &Memory,
+    activations: &Activations,
+    row: &Row,
+    group: &Group,
+    slab: u64,
+    tight: bool,
+    request: &PlanRequest,
+    late: bool,
+) -> Step {
     let speeds = &request.speeds;
     let accumulation = f64::from(request.accumulation);
     let micro_batch = activations.total_flops / speeds.flops;
@@ -388,8 +415,9 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     let added = if request.accumulation > 1 { memory.state_numel as f64 * add_bytes as f64 / speeds.device_memory_bytes } else { 0.0 };
     let compute = accumulation * (micro_batch + added) + optimizer;
     // Adding to accumulators in host memory runs beside compute and the fetches, and no micro-batch is over before its own is.
+    let host_memory = speeds.host_adam_params * HOST_ADAM_BYTES;
     let accumulate = if row.cost.grad_bytes > 0 && request.accumulation > 1 {
-        accumulation * (row.cost.accumulate_bytes + row.cost.stream_bytes) as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES)
+        accumulation * (row.cost.accumulate_bytes + row.cost.stream_bytes) as f64 / host_memory
     } else {
         0.0
     };
@@ -403,8 +431,26 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         let in_backward = (micro_batch - forward) / SPECULATION_COST;
         (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
-    let off_device = visiting::OffDevice::new(&row.cost, speeds, speculated, activations.host_bytes);
+    let part = if late { late::PASS_SHARE } else { 1.0 };
+    let off_device = visiting::OffDevice::new(&row.cost, speeds, part, speculated, activations.host_bytes);
     let adam = (off_device.seconds() - forward).max(0.0);
+    let moments = if late { late::PASS_SHARE * row.cost.host_numel as f64 / speeds.host_adam_params } else { 0.0 };
+    let lag = late.then(|| {
+        // The first micro-batch writes its sums without reading them.
+        let added = if request.accumulation > 1 { row.cost.accumulate_bytes / 2 + row.cost.grad_bytes } else { 0 };
+        let times = late::Times {
+            forward,
+            backward: micro_batch - forward,
+            params: off_device.seconds(),
+            moments,
+            added: added as f64 / host_memory,
+        };
+        let host = HostBytes { activations: activations.host_bytes, ..row.host };
+        let room = request.host_budget.saturating_sub(host.total());
+        late::Lag::new(row, &times, &host, room, row.cost.host_numel as f64 / memory.state_numel as f64)
+    });
+    let accumulate = if request.accumulation > 1 { accumulate + moments } else { accumulate };
+    let lagging = lag.map_or(0.0, |lag| lag.seconds.max(0.0));
     // Sums leave for the host during the last backward.
     let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
     let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
@@ -430,7 +476,7 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 || plan.grad_buffers > 0 => spill::seconds(plan, nvme),
         _ => 0.0,
     };
-    let serial = compute.max(accumulate) + adam.max(disk) + late_grads + stalled_h2d + stalled_d2h;
+    let serial = compute.max(accumulate) + adam.max(disk) + lagging + late_grads + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h).max(disk_busy);
     let bound_by = if seconds > serial {
         if seconds > h2d.max(d2h) {
@@ -443,7 +489,7 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     } else {
         [
             ("nvme", disk + late_grads),
-            (off_device.bound_by(), adam),
+            (off_device.bound_by(), adam + lagging),
             ("host_memory", accumulate),
             ("h2d", stalled_h2d),
             ("d2h", stalled_d2h),
@@ -453,7 +499,7 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .map_or("compute", |(name, _)| name)
     };
-    Step { seconds, bound_by }
+    Step { seconds, bound_by, late: lag.map(|lag| lag.buffers) }
 }
 
 fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
@@ -473,6 +519,8 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         if host_region_bytes(wanted) <= left { wanted } else { left / host_region_bytes(1) * host_region_bytes(1) }
     };
     host.undo = host_region_bytes(undo_bytes);
+    let landing_buffers = step.late.unwrap_or(2);
+    host.staging = host.staging / 2 * u64::from(landing_buffers);
     let mut plan = Plan {
         version: crate::plan::VERSION,
         chunks: row.chunks,
@@ -483,6 +531,8 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         accumulation: request.accumulation,
         clip_mode: request.clip_mode,
         undo_bytes,
+        late_moments: step.late.is_some(),
+        landing_buffers,
         device,
         device_peak_op,
         host,

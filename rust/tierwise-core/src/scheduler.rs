@@ -96,6 +96,7 @@ impl Scheduler {
                 touched: false,
                 grad: Grad::None,
                 work: Work::Idle,
+                owes_moments: false,
             })
             .collect();
         let num_params = layout.chunks.iter().map(|c| c.params.len()).sum();
@@ -157,6 +158,7 @@ impl Scheduler {
             Event::Commit { grad_scale, hyper_changed } => return self.commit(grad_scale, hyper_changed, actions),
             Event::DropGrads => return self.drop_grads(actions),
             Event::StepDone { chunk } => self.step_done(chunk, actions)?,
+            Event::MomentsDone { chunk } => self.moments_done(chunk)?,
             Event::SpeculateDone { chunk } => self.speculate_done(chunk, actions)?,
             Event::UndoDone { chunk } => self.undo_done(chunk, actions)?,
         }
@@ -263,7 +265,12 @@ impl Scheduler {
 
     /// Whether a committed step is undecided, or any optimizer work is unfinished.
     pub fn is_busy(&self) -> bool {
-        self.committed.is_some() || self.chunks.iter().any(|c| !matches!(c.work, Work::Idle | Work::Speculated))
+        self.committed.is_some() || self.chunks.iter().any(|c| c.owes_moments || !matches!(c.work, Work::Idle | Work::Speculated))
+    }
+
+    /// Whether a chunk's step left its moments for later, and they are not done yet.
+    pub fn owes_moments(&self, chunk: ChunkId) -> bool {
+        self.chunks[chunk.index()].owes_moments
     }
 
     /// Whether gradients are on their way or a speculation is unfinished.
@@ -296,7 +303,7 @@ impl Scheduler {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
         let streamed = placement.home == ParamHome::Streamed;
-        if state.work != Work::Idle || state.grad != Grad::None || (streamed && (!class.steps_on_device() || state.in_use())) {
+        if state.work != Work::Idle || state.owes_moments || state.grad != Grad::None || (streamed && (!class.steps_on_device() || state.in_use())) {
             return Err(ScheduleError::Gradient {
                 chunk: self.name(chunk),
                 reason: "its class changes only while it is idle, and only to one that is stepped on the device where its parameters are streamed",

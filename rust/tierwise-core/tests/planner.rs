@@ -200,7 +200,9 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
             largest_grad = largest_grad.max(layout.grad_bytes(chunk));
         }
     }
-    host.staging = 2 * up(largest_grad, 4096);
+    assert!(plan.landing_buffers == 2 || plan.landing_buffers > 2 && plan.late_moments && largest_grad > 0);
+    assert!(!plan.late_moments || request.clip_mode == ClipMode::Defer && plan.nvme.is_none());
+    host.staging = u64::from(plan.landing_buffers) * up(largest_grad, 4096);
     host.undo = plan.host.undo;
     let offloads = |unit: u32| plan.activations[unit as usize] == ActivationPlan::Offload;
     let offloaded = trace.ops.iter().filter(|op| op.phase == Phase::Forward && offloads(op.unit));
@@ -242,10 +244,10 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
     let nvme = prop::option::of((0_u64..8_000_000, speed(), speed()));
     let accumulate = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Device)), 1 => Just(Some(Tier::Host))];
     let accumulation = (1_u32..4, accumulate);
-    let numbers = (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000);
+    let numbers = (0_u64..400_000, 0_u64..1_000_000, 0_u64..10_000, prop_oneof![3 => Just(None), 1 => any::<bool>().prop_map(Some)]);
     (numbers, (recompute, offload), accumulation, clip, speeds, fractions, nvme).prop_map(
         |(
-            (device_budget, host_budget, reserve_bytes),
+            (device_budget, host_budget, reserve_bytes, late_moments),
             (recompute, offload),
             (accumulation, accumulate),
             clip_mode,
@@ -268,6 +270,7 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
                 offload,
                 accumulation,
                 accumulate,
+                late_moments,
                 visiting: true,
                 clip_mode,
                 speeds: Speeds {
@@ -404,8 +407,14 @@ fn llama_7b_on_an_h100() {
     let resident: Vec<_> = plan.chunks.iter().filter(|c| c.home == ParamHome::Resident).map(|c| c.class).collect();
     assert_eq!(resident.first(), Some(&OptimizerClass::Device));
     assert!(resident.windows(2).all(|pair| pair[0] == OptimizerClass::Device || pair[1] == OptimizerClass::Host), "{resident:?}");
-    // Its host step hides behind the first forward.
-    assert_eq!(plan.bound_by, "compute");
+    // Its host step hides behind the first forward; with the moments later, more of it does.
+    let whole = tierwise_core::planner::plan(&layout, &trace, &PlanRequest { late_moments: Some(false), ..request }).unwrap();
+    assert_eq!(whole.bound_by, "compute");
+    assert!(plan.late_moments && !whole.late_moments);
+    assert!(plan.predicted_step_s < 0.99 * whole.predicted_step_s, "{} {}", plan.predicted_step_s, whole.predicted_step_s);
+    let on_host = |plan: &Plan| plan.chunks.iter().filter(|c| c.class == OptimizerClass::Host).count();
+    assert!(on_host(&plan) > on_host(&whole));
+    assert!(count(&plan, ActivationPlan::Keep) > count(&whole, ActivationPlan::Keep));
     assert!(plan.activations.contains(&ActivationPlan::Recompute));
 }
 
@@ -660,6 +669,31 @@ fn undo_records_take_what_the_host_has_left() {
         assert_eq!(plan.undo_bytes, all.min(left / 4096 * 4096));
         check_memory(&layout, &trace, &request, &plan);
     }
+}
+
+/// While the moments of the last step are written, gradients of the first micro-batch wait for them where they landed.
+#[test]
+fn late_moments_take_buffers_for_gradients_that_land_meanwhile() {
+    let (layout, trace) = llama_7b(16_384);
+    let ample = PlanRequest { accumulation: 8, recompute: Recompute::Full, ..h100(80 * GIB, 128 * GIB) };
+    let planned = |request: &PlanRequest| {
+        let plan = plan(&layout, &trace, request).unwrap();
+        check_memory(&layout, &trace, request, &plan);
+        plan
+    };
+    // Of these placements each sends its gradients to the host for every micro-batch.
+    let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.8, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+    let on_host = PlanRequest { placement, accumulate: Some(Tier::Host), ..ample };
+    let late = planned(&on_host);
+    let whole = planned(&PlanRequest { late_moments: Some(false), ..on_host.clone() });
+    assert!(late.late_moments && late.landing_buffers > 2, "{}", late.landing_buffers);
+    assert!(late.predicted_step_s < whole.predicted_step_s);
+    // As many as host memory has room for.
+    let one_more = PlanRequest { host_budget: whole.host.total() + whole.host.staging / 2, ..on_host.clone() };
+    let tight = planned(&PlanRequest { late_moments: Some(true), ..one_more.clone() });
+    assert_eq!((tight.landing_buffers, tight.host.total()), (3, one_more.host_budget));
+    assert!(tight.predicted_step_s > late.predicted_step_s);
+    assert!(planned(&one_more).predicted_step_s <= whole.predicted_step_s);
 }
 
 fn all_on_host(stream_optim_frac: f64) -> Placement {

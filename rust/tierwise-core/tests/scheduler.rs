@@ -309,6 +309,8 @@ struct World {
     steps: Vec<u64>,
     undo: Vec<Option<(u64, u64, Value)>>,
     jobs: Vec<VecDeque<Job>>,
+    /// Chunks that owe their moments.
+    owing: BTreeSet<ChunkId>,
     grads: Vec<Option<Value>>,
     /// Chunks whose final gradient is on its way.
     landing: BTreeSet<ChunkId>,
@@ -343,6 +345,7 @@ impl World {
             steps: vec![0; chunks],
             undo: vec![None; chunks],
             jobs: vec![VecDeque::new(); chunks],
+            owing: BTreeSet::new(),
             grads: vec![None; chunks],
             landing: BTreeSet::new(),
             handed: BTreeSet::new(),
@@ -392,8 +395,9 @@ impl World {
             (work != "stepping", Event::StepDone { chunk }),
             (work.get("speculating").is_none(), Event::SpeculateDone { chunk }),
             (work.get("undoing").is_none(), Event::UndoDone { chunk }),
-            (grad != "in_flight", landed(param)),
-            (grad == "in_flight", landed(foreign)),
+            (state["owes_moments"] == false || work == "stepping", Event::MomentsDone { chunk }),
+            (grad != "in_flight" || state["owes_moments"] == true, landed(param)),
+            (grad == "in_flight" && state["owes_moments"] == false, landed(foreign)),
             (no_step || (idle && grad != "none" && grad != "partial"), Event::GradsHanded { chunk }),
             (!entered, Event::Leave { unit, phase }),
             (true, Event::Leave { unit: u32::MAX, phase }),
@@ -455,11 +459,14 @@ impl World {
     /// Finishes one piece of running work, if there is any.
     fn finish_something(&mut self) -> Result<bool, ScheduleError> {
         let working: Vec<ChunkId> = self.scheduler.layout().ids().filter(|c| !self.jobs[c.index()].is_empty()).collect();
-        let landing: Vec<ChunkId> = self.landing.iter().copied().collect();
-        if working.len() + landing.len() == 0 {
+        // What lands in a buffer is added to its sum after the moments that read that.
+        let landing: Vec<ChunkId> = self.landing.difference(&self.owing).copied().collect();
+        // Moments are behind the step in the same queue.
+        let owing: Vec<ChunkId> = self.owing.iter().copied().filter(|c| self.jobs[c.index()].is_empty()).collect();
+        if working.len() + landing.len() + owing.len() == 0 {
             return Ok(false);
         }
-        let chosen = self.choose(working.len() + landing.len());
+        let chosen = self.choose(working.len() + landing.len() + owing.len());
         if let Some(&chunk) = working.get(chosen) {
             let job = self.jobs[chunk.index()].pop_front().unwrap();
             let value = &mut self.host[chunk.index()];
@@ -478,8 +485,11 @@ impl World {
                 }
             };
             assert_eq!(self.apply(&event)?, Progress::Done);
+        } else if let Some(&chunk) = owing.get(chosen - working.len()) {
+            self.owing.remove(&chunk);
+            assert_eq!(self.apply(&Event::MomentsDone { chunk })?, Progress::Done);
         } else {
-            let chunk = landing[chosen - working.len()];
+            let chunk = landing[chosen - working.len() - owing.len()];
             self.landing.remove(&chunk);
             self.land(chunk)?;
         }
@@ -532,7 +542,14 @@ impl World {
                     let slot = self.slots[chunk.index()].expect("a released chunk has the slot that it was read from");
                     assert_eq!(slot.0, *offset);
                 }
+                Action::Moments { chunk } => {
+                    assert!(self.scheduler.plan().late_moments && self.plan(*chunk).class == OptimizerClass::Host);
+                    assert!(matches!(self.jobs[chunk.index()].back(), Some(Job::Step { .. })), "moments without a step");
+                    assert!(self.owing.insert(*chunk), "{chunk:?} owes its moments twice");
+                }
                 Action::Step { chunk, tier, grad_scale } => {
+                    let moments = |action: &Action| matches!(action, Action::Moments { .. });
+                    assert!(!actions.iter().take_while(|&other| !std::ptr::eq(other, action)).any(moments), "a step behind moments");
                     let decision: &Decision = decided.expect("a step outside of a decision");
                     assert!(!decision.skipped);
                     let grad = self.grads[chunk.index()].take().expect("a gradient to step with");
@@ -642,6 +659,7 @@ impl World {
                 assert!(self.scheduler.in_use(chunk));
                 assert!(residency.readable_at(Tier::Device), "{chunk:?} is in use and gone: {residency:?}");
             }
+            assert_eq!(self.scheduler.owes_moments(chunk), self.owing.contains(&chunk), "{chunk:?}");
             assert!(self.scheduler.generation(chunk) <= self.generations[chunk.index()], "{chunk:?} was rewritten before the decision");
         }
         ranges.sort_unstable();
@@ -725,6 +743,8 @@ impl World {
                 // An unused parameter has no gradient.
                 if !later.contains(&chunk) && self.plan(chunk).class != OptimizerClass::Frozen && self.choose(10) != 9 {
                     self.event(&Event::GradsHanded { chunk })?;
+                    let overwrites = self.scheduler.plan().accumulation == 1;
+                    assert!(!(overwrites && self.owing.contains(&chunk)), "{chunk:?}: a gradient over one that is still read");
                     let part = self.fresh();
                     self.grads[chunk.index()] = Some(mix(&[self.grads[chunk.index()].unwrap_or(0), part]));
                     self.handed.insert(chunk);
@@ -736,6 +756,9 @@ impl World {
         }
         self.event(&Event::BackwardEnd)?;
         for chunk in self.scheduler.stale_partials() {
+            while self.owing.contains(&chunk) {
+                assert!(self.finish_something()?);
+            }
             self.land(chunk)?;
         }
         Ok(())
@@ -866,8 +889,8 @@ struct Case {
 fn cases() -> impl Strategy<Value = Case> {
     let clip = prop_oneof![Just(ClipMode::Defer), Just(ClipMode::Speculate), Just(ClipMode::Auto)];
     let norm = prop_oneof![Just(None), Just(Some(1e9)), Just(Some(1.5))];
-    (models(), prop::collection::vec(0_u8..8, 8), 1_u32..4, clip, norm, 0_u64..4, 0.0..1.2_f64).prop_map(
-        |((layout, trace), kinds, accumulation, clip_mode, max_norm, slots, undo)| {
+    (models(), prop::collection::vec(0_u8..8, 8), 1_u32..4, (clip, any::<bool>()), norm, 0_u64..4, 0.0..1.2_f64).prop_map(
+        |((layout, trace), kinds, accumulation, (clip_mode, late_moments), max_norm, slots, undo)| {
             let chunks: Vec<ChunkPlan> = layout
                 .chunks
                 .iter()
@@ -902,6 +925,7 @@ fn cases() -> impl Strategy<Value = Case> {
             let slab = operation + operation * slots / 512 * 256;
             let mut plan = bare_plan(chunks, trace.units.len(), slab, accumulation);
             plan.clip_mode = clip_mode;
+            plan.late_moments = late_moments;
             plan.undo_bytes = (undo_all as f64 * undo) as u64;
             Case { layout, trace, plan, max_norm }
         },

@@ -5,11 +5,12 @@
 
 use std::time::Instant;
 
-use tierwise_kernels::adam::adam_segments;
+use tierwise_kernels::adam::{Pass, adam_pass};
 use tierwise_kernels::pool::GRAIN_NUMEL;
 use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, GradSpan, Pool, accumulate, dispatch};
 
 const ADAM_BYTES: usize = 26; // read and write bf16 + i16 + two f32, read bf16
+const PASS_BYTES: usize = 18; // read and write one half of that, read the other, or nothing of the parameters
 const STATE_BYTES: usize = 2 + 2 + 4 + 4 + 2;
 const REPEATS: usize = 9;
 
@@ -24,27 +25,32 @@ fn main() {
     let bytes = (numel * STATE_BYTES).next_multiple_of(64) + 5 * 64;
     let memory = map(bytes);
     println!("{numel} parameters, {:.1} GB, {:?}; best and median of {REPEATS}", bytes as f64 / 1e9, dispatch::level());
-    println!("| threads | c = a + b GB/s | a += b GB/s | Adam GB/s | Adam 1e9 parameters/s | Adam / (c = a + b) | Adam / (a += b) |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("| threads | c = a + b GB/s | a += b GB/s | Adam GB/s | Adam 1e9 parameters/s | Adam / (c = a + b) | Adam / (a += b) | parameters first, GB/s | moments later, GB/s |");
+    println!("|---|---|---|---|---|---|---|---|---|");
     for threads in threads {
         let pool = Pool::new(Some(threads));
         fill(&pool, memory, bytes);
-        let (mut adds, mut adds_in_place, mut adams) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut adds, mut adds_in_place, mut adams, mut params, mut moments) = (vec![], vec![], vec![], vec![], vec![]);
         // Interleaved, so that a neighbour's load hits all alike.
         for step in 0..=REPEATS {
             let add = add(&pool, memory, bytes);
             let add_in_place = add_in_place(&pool, memory, bytes);
             fill(&pool, memory, bytes);
-            let adam = adam(&pool, memory, numel, step as u64 + 1);
+            let adam = |pass, bytes| adam(&pool, memory, numel, step as u64 + 1, pass, bytes);
+            let whole = adam(Pass::Whole, ADAM_BYTES);
+            let two = [adam(Pass::Params, PASS_BYTES), adam(Pass::Moments, PASS_BYTES)];
             if step > 0 {
                 adds.push(add);
                 adds_in_place.push(add_in_place);
-                adams.push(adam);
+                adams.push(whole);
+                params.push(two[0]);
+                moments.push(two[1]);
             }
         }
         let ([add, add_median], [in_place, in_place_median], [adam, adam_median]) = (summary(adds), summary(adds_in_place), summary(adams));
+        let ([params, params_median], [moments, moments_median]) = (summary(params), summary(moments));
         println!(
-            "| {threads} | {add:.1} ({add_median:.1}) | {in_place:.1} ({in_place_median:.1}) | {adam:.1} ({adam_median:.1}) | {:.2} | {:.2} ({:.2}) | {:.2} ({:.2}) |",
+            "| {threads} | {add:.1} ({add_median:.1}) | {in_place:.1} ({in_place_median:.1}) | {adam:.1} ({adam_median:.1}) | {:.2} | {:.2} ({:.2}) | {:.2} ({:.2}) | {params:.1} ({params_median:.1}) | {moments:.1} ({moments_median:.1}) |",
             adam / ADAM_BYTES as f64,
             adam / add,
             adam_median / add_median,
@@ -100,7 +106,7 @@ fn rate(bytes: usize, work: impl FnOnce()) -> f64 {
     bytes as f64 / begin.elapsed().as_secs_f64() / 1e9
 }
 
-fn adam(pool: &Pool, memory: *mut u8, numel: usize, step: u64) -> f64 {
+fn adam(pool: &Pool, memory: *mut u8, numel: usize, step: u64, pass: Pass, bytes: usize) -> f64 {
     let hyper = AdamHyper { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
     let mut at = 0;
     let mut array = |element: usize| {
@@ -121,7 +127,7 @@ fn adam(pool: &Pool, memory: *mut u8, numel: usize, step: u64) -> f64 {
         constants: AdamConstants::new(&hyper, step, 1.0),
     };
     // SAFETY: five arrays of the mapping, which lives as long as the process, side by side.
-    rate(numel * ADAM_BYTES, || unsafe { adam_segments(pool, &[segment]) })
+    rate(numel * bytes, || unsafe { adam_pass(pool, pass, &[segment]) })
 }
 
 fn add(pool: &Pool, memory: *mut u8, bytes: usize) -> f64 {

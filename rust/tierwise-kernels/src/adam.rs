@@ -10,6 +10,9 @@
 //! w = w * decay
 //! w = w - step_size * (m / (sqrt(v) / bias_correction2_sqrt + eps))
 //! ```
+//!
+//! Or in two passes that give the same bits: [`Pass::Params`] writes parameter and master and only reads the moments, [`Pass::Moments`]
+//! writes those. Each moves 18 of the 26 bytes, so whoever waits for the parameters waits a third less.
 
 use half::{bf16, f16};
 
@@ -23,6 +26,47 @@ const BLOCK: usize = 64;
 
 /// How far ahead lines are asked for: far enough to cover the latency of loaded DRAM, 26 KiB.
 const PREFETCH_NUMEL: usize = 1024;
+
+/// What a pass over memory writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// Everything.
+    Whole,
+    /// Parameter and master; moments are read.
+    Params,
+    /// The moments, after [`Pass::Params`] with the same gradient and constants.
+    Moments,
+}
+
+impl Pass {
+    /// What it does to a parameter: where decay is added to the gradient, the moments depend on the old weight, so that everything is written
+    /// by the first pass, and nothing is left for the second.
+    fn of(self, constants: &AdamConstants) -> Option<Pass> {
+        match self {
+            Pass::Whole => Some(self),
+            Pass::Params | Pass::Moments if constants.l2 == 0.0 => Some(self),
+            Pass::Params => Some(Pass::Whole),
+            Pass::Moments => None,
+        }
+    }
+}
+
+/// A pass that writes parameters, as a type.
+trait Writes: 'static {
+    /// Whether it writes the moments too.
+    const MOMENTS: bool;
+}
+
+struct Whole;
+struct Params;
+
+impl Writes for Whole {
+    const MOMENTS: bool = true;
+}
+
+impl Writes for Params {
+    const MOMENTS: bool = false;
+}
 
 /// A storage format: what a weight is read from and written to.
 trait Store: 'static {
@@ -88,35 +132,52 @@ impl Store for Fp32 {
 /// anyone else; no two arrays overlap.
 pub unsafe fn adam_segments(pool: &Pool, segments: &[AdamSegment]) {
     // SAFETY: promised by the caller.
-    unsafe { adam_segments_at(pool, dispatch::level(), segments) }
+    unsafe { adam_pass(pool, Pass::Whole, segments) }
 }
 
-/// [`adam_segments`] at a given level, for tests and measurements.
+/// One pass over every segment; returns when all is written.
+///
+/// # Safety
+/// As for [`adam_segments`]; what a pass only reads may be read by others meanwhile.
+pub unsafe fn adam_pass(pool: &Pool, pass: Pass, segments: &[AdamSegment]) {
+    // SAFETY: promised by the caller.
+    unsafe { adam_segments_at(pool, dispatch::level(), pass, segments) }
+}
+
+/// [`adam_pass`] at a given level, for tests and measurements.
 ///
 /// # Panics
 /// If this machine lacks the level.
 ///
 /// # Safety
 /// As for [`adam_segments`].
-pub unsafe fn adam_segments_at(pool: &Pool, level: Level, segments: &[AdamSegment]) {
+pub unsafe fn adam_segments_at(pool: &Pool, level: Level, pass: Pass, segments: &[AdamSegment]) {
     let supported = Supported::new(level);
     let grains = Grains::new(segments.iter().map(|segment| segment.numel), GRAIN_NUMEL);
     pool.for_each_grain(grains.count(), |grain| {
         let (segment, start, numel) = grains.locate(grain);
+        let segment = &segments[segment];
         // SAFETY: the caller keeps the arrays alive and to us; grains do not overlap, and each is taken by one thread.
-        unsafe { step_grain(supported, &segments[segment], start, numel) }
+        unsafe {
+            match pass.of(&segment.constants) {
+                Some(Pass::Whole) => step_grain::<Whole>(supported, segment, start, numel),
+                Some(Pass::Params) => step_grain::<Params>(supported, segment, start, numel),
+                Some(Pass::Moments) => moments_of_grain(supported, segment, start, numel),
+                None => {}
+            }
+        }
     });
 }
 
 /// # Safety
 /// The elements `start..start + numel` of every array are valid and untouched by anyone else.
-unsafe fn step_grain(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+unsafe fn step_grain<W: Writes>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
     // SAFETY: promised by the caller, who keeps the arrays alive.
     unsafe {
         match segment.format {
-            Format::SplitBf16 => step_grain_as::<SplitBf16>(supported, segment, start, numel),
-            Format::Fp16Master => step_grain_as::<Fp16Master>(supported, segment, start, numel),
-            Format::Fp32 => step_grain_as::<Fp32>(supported, segment, start, numel),
+            Format::SplitBf16 => step_grain_as::<W, SplitBf16>(supported, segment, start, numel),
+            Format::Fp16Master => step_grain_as::<W, Fp16Master>(supported, segment, start, numel),
+            Format::Fp32 => step_grain_as::<W, Fp32>(supported, segment, start, numel),
         }
     }
 }
@@ -124,7 +185,7 @@ unsafe fn step_grain(supported: Supported, segment: &AdamSegment, start: usize, 
 /// # Safety
 /// As for [`step_grain`]; the segment's format is `S`.
 #[expect(clippy::cast_ptr_alignment, reason = "the caller promises natural alignment")]
-unsafe fn step_grain_as<S: Store>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+unsafe fn step_grain_as<W: Writes, S: Store>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
     let c = &segment.constants;
     // SAFETY: promised by the caller, who keeps the arrays alive; format and dtype say what the addresses point to.
     unsafe {
@@ -135,22 +196,72 @@ unsafe fn step_grain_as<S: Store>(supported: Supported, segment: &AdamSegment, s
         match segment.grad_dtype {
             GradDtype::Bf16 => {
                 let grad = Shared::from_const(segment.grad.cast::<bf16>()).slice(start, numel);
-                step::<S, bf16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, bf16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
             }
             GradDtype::Fp16 => {
                 let grad = Shared::from_const(segment.grad.cast::<f16>()).slice(start, numel);
-                step::<S, f16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, f16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
             }
             GradDtype::Fp32 => {
                 let grad = Shared::from_const(segment.grad.cast::<f32>()).slice(start, numel);
-                step::<S, f32>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, f32>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+            }
+        }
+    }
+}
+
+/// The second pass over a grain. What it does not write it does not look at: the new parameters may be on their way to the device.
+///
+/// # Safety
+/// As for [`step_grain`], for moments and gradient.
+#[expect(clippy::cast_ptr_alignment, reason = "the caller promises natural alignment")]
+unsafe fn moments_of_grain(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+    let c = &segment.constants;
+    // SAFETY: promised by the caller, who keeps the arrays alive; the dtype says what the address points to.
+    unsafe {
+        let exp_avg = Shared(segment.exp_avg).slice_mut(start, numel);
+        let exp_avg_sq = Shared(segment.exp_avg_sq).slice_mut(start, numel);
+        match segment.grad_dtype {
+            GradDtype::Bf16 => {
+                moments(supported, exp_avg, exp_avg_sq, Shared::from_const(segment.grad.cast::<bf16>()).slice(start, numel), c);
+            }
+            GradDtype::Fp16 => {
+                moments(supported, exp_avg, exp_avg_sq, Shared::from_const(segment.grad.cast::<f16>()).slice(start, numel), c);
+            }
+            GradDtype::Fp32 => {
+                moments(supported, exp_avg, exp_avg_sq, Shared::from_const(segment.grad.cast::<f32>()).slice(start, numel), c);
             }
         }
     }
 }
 
 at_every_level! {
-    fn step<S: Store, G: Element>(
+    fn moments<G: Element>(exp_avg: &mut [f32], exp_avg_sq: &mut [f32], grad: &[G], c: &AdamConstants) {
+        let numel = grad.len();
+        let (exp_avg, exp_avg_sq) = (&mut exp_avg[..numel], &mut exp_avg_sq[..numel]);
+        let mut start = 0;
+        while numel - start >= BLOCK {
+            let ahead = start + PREFETCH_NUMEL;
+            if ahead < numel {
+                prefetch_block(&raw const exp_avg[ahead], prefetch_write);
+                prefetch_block(&raw const exp_avg_sq[ahead], prefetch_write);
+                prefetch_block(&raw const grad[ahead], prefetch_read);
+            }
+            let end = start + BLOCK;
+            let (exp_avg, exp_avg_sq, grad) = (&mut exp_avg[start..end], &mut exp_avg_sq[start..end], &grad[start..end]);
+            for i in 0..BLOCK {
+                (exp_avg[i], exp_avg_sq[i]) = moments_of(exp_avg[i], exp_avg_sq[i], grad[i].widen() * c.grad_scale, c);
+            }
+            start = end;
+        }
+        for i in start..numel {
+            (exp_avg[i], exp_avg_sq[i]) = moments_of(exp_avg[i], exp_avg_sq[i], grad[i].widen() * c.grad_scale, c);
+        }
+    }
+}
+
+at_every_level! {
+    fn step<W: Writes, S: Store, G: Element>(
         param: &mut [S::Param],
         master: &mut [S::Master],
         exp_avg: &mut [f32],
@@ -167,20 +278,21 @@ at_every_level! {
             if ahead < numel {
                 prefetch_block(&raw const param[ahead], prefetch_write);
                 prefetch_block(&raw const master[ahead], prefetch_write);
-                prefetch_block(&raw const exp_avg[ahead], prefetch_write);
-                prefetch_block(&raw const exp_avg_sq[ahead], prefetch_write);
+                let prefetch = if W::MOMENTS { prefetch_write } else { prefetch_read };
+                prefetch_block(&raw const exp_avg[ahead], prefetch);
+                prefetch_block(&raw const exp_avg_sq[ahead], prefetch);
                 prefetch_block(&raw const grad[ahead], prefetch_read);
             }
             let end = start + BLOCK;
             let (param, master) = (&mut param[start..end], &mut master[start..end]);
             let (exp_avg, exp_avg_sq, grad) = (&mut exp_avg[start..end], &mut exp_avg_sq[start..end], &grad[start..end]);
             for i in 0..BLOCK {
-                step_element::<S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
+                step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
             }
             start = end;
         }
         for i in start..numel {
-            step_element::<S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
+            step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
         }
     }
 }
@@ -197,7 +309,7 @@ fn prefetch_block<T>(first: *const T, prefetch: impl Fn(*const u8)) {
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must be compiled with the features of its caller")]
 #[expect(clippy::many_single_char_names, reason = "the names of the definition above")]
-fn step_element<S: Store, G: Element>(
+fn step_element<W: Writes, S: Store, G: Element>(
     param: &mut S::Param,
     master: &mut S::Master,
     exp_avg: &mut f32,
@@ -205,19 +317,25 @@ fn step_element<S: Store, G: Element>(
     grad: G,
     c: &AdamConstants,
 ) {
-    let mut w = S::load(*param, *master);
+    let w = S::load(*param, *master);
     let mut g = grad.widen() * c.grad_scale;
-    if c.l2 != 0.0 {
+    if W::MOMENTS && c.l2 != 0.0 {
         g += c.l2 * w;
     }
-    let m = flush(c.beta1 * *exp_avg + c.one_minus_beta1 * g);
-    let v = flush(c.beta2 * *exp_avg_sq + (c.one_minus_beta2 * g) * g);
+    let (m, v) = moments_of(*exp_avg, *exp_avg_sq, g, c);
     let denom = v.sqrt() / c.bias_correction2_sqrt + c.eps;
-    w *= c.decay;
-    w -= c.step_size * (m / denom);
-    *exp_avg = m;
-    *exp_avg_sq = v;
+    let w = w * c.decay - c.step_size * (m / denom);
+    if W::MOMENTS {
+        (*exp_avg, *exp_avg_sq) = (m, v);
+    }
     (*param, *master) = S::store(w);
+}
+
+/// The moments after a step.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must be compiled with the features of its caller")]
+fn moments_of(exp_avg: f32, exp_avg_sq: f32, g: f32, c: &AdamConstants) -> (f32, f32) {
+    (flush(c.beta1 * exp_avg + c.one_minus_beta1 * g), flush(c.beta2 * exp_avg_sq + (c.one_minus_beta2 * g) * g))
 }
 
 /// Denormal to +0, by comparison: a moment would stick at 6e-45 and slow every later step.

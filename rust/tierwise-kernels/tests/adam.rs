@@ -5,7 +5,7 @@ mod common;
 use common::{GRAD_DTYPES, Grad, Random, any_f32, same};
 use half::f16;
 use proptest::prelude::*;
-use tierwise_kernels::adam::{adam_segments, adam_segments_at};
+use tierwise_kernels::adam::{Pass, adam_segments, adam_segments_at};
 use tierwise_kernels::convert::{join_master, split_master};
 use tierwise_kernels::dispatch::Level;
 use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, Pool};
@@ -126,7 +126,17 @@ impl Param {
 
 fn step(pool: &Pool, level: Level, segments: &[AdamSegment]) {
     // SAFETY: the segments point into vectors that the calling test owns and does not touch meanwhile.
-    unsafe { adam_segments_at(pool, level, segments) }
+    unsafe { adam_segments_at(pool, level, Pass::Whole, segments) }
+}
+
+/// Parameters first, moments later; gives what is there between the two.
+fn step_in_two(pool: &Pool, level: Level, param: &mut Param, grad: &Grad, constants: AdamConstants) -> Param {
+    // SAFETY: as in `step`.
+    unsafe { adam_segments_at(pool, level, Pass::Params, &[param.segment(grad, constants)]) };
+    let between = param.clone();
+    // SAFETY: as in `step`.
+    unsafe { adam_segments_at(pool, level, Pass::Moments, &[param.segment(grad, constants)]) };
+    between
 }
 
 fn hyper() -> impl Strategy<Value = AdamHyper> {
@@ -159,6 +169,13 @@ proptest! {
                     let mut param = before.clone();
                     step(&pool, level, &[param.segment(&grad, constants)]);
                     param.assert_same(&expected, &format!("{level:?} {dtype:?}"));
+                    let mut param = before.clone();
+                    let between = step_in_two(&pool, level, &mut param, &grad, constants);
+                    param.assert_same(&expected, &format!("two passes, {level:?} {dtype:?}"));
+                    // The new weights are there after the first pass; moments that do not need the old ones are still to come.
+                    let moments = if constants.l2 == 0.0 { &before } else { &expected };
+                    let (exp_avg, exp_avg_sq) = (moments.exp_avg.clone(), moments.exp_avg_sq.clone());
+                    between.assert_same(&Param { exp_avg, exp_avg_sq, ..expected.clone() }, "between two passes");
                 }
             }
         }

@@ -89,6 +89,8 @@ fn accumulating(placement: ChunkPlan, buffers: u32, accumulation: u32) -> Plan {
         accumulation,
         clip_mode: ClipMode::Defer,
         undo_bytes: 0,
+        late_moments: false,
+        landing_buffers: 2,
         device: DeviceBytes::default(),
         device_peak_op: OpId(0),
         host: HostBytes { staging: if spills_grads || accumulation > 1 { landing } else { 0 }, ..HostBytes::default() },

@@ -83,6 +83,7 @@ mod tests {
             offload: Offload::None,
             accumulation: 1,
             accumulate: None,
+            late_moments: None,
             visiting: true,
             clip_mode: ClipMode::Defer,
             speeds: Speeds { flops: 6e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },

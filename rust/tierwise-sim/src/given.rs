@@ -39,6 +39,16 @@ pub struct GivenPlan {
     pub grad_in_flight_bytes: u64,
     /// Bytes of undo records that may be alive at once.
     pub undo_bytes: u64,
+    /// Whether host steps wrote moments after parameters.
+    #[serde(default)]
+    pub late_moments: bool,
+    /// Buffers in which gradients landed that were added to sums in host memory.
+    #[serde(default = "two")]
+    pub landing_buffers: u32,
+}
+
+fn two() -> u32 {
+    2
 }
 
 /// The part of a recorded plan's host memory that the model's figures do not give.
@@ -99,6 +109,8 @@ impl GivenPlan {
             accumulation,
             clip_mode,
             undo_bytes: self.undo_bytes,
+            late_moments: self.late_moments,
+            landing_buffers: self.landing_buffers,
             device: DeviceBytes { stream_slab: self.stream_slab_bytes, ..DeviceBytes::default() },
             device_peak_op: OpId(0),
             host: HostBytes { undo: host_region_bytes(self.undo_bytes), activations: self.host.activations, ..HostBytes::default() },
@@ -128,7 +140,7 @@ impl GivenPlan {
             }
         }
         if accumulation > 1 {
-            plan.host.staging = 2 * host_region_bytes(largest);
+            plan.host.staging = u64::from(self.landing_buffers) * host_region_bytes(largest);
         }
         Ok(plan)
     }

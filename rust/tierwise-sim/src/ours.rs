@@ -155,6 +155,7 @@ fn prepare(request: &Request, number: u64) -> Result<(Rank, Option<Sharding>, Pl
         offload: request.offload,
         accumulation,
         accumulate: None,
+        late_moments: None,
         visiting: true,
         clip_mode: request.clip_mode,
         speeds: rank.costs.speeds(&rank.built, &rank.hardware),

@@ -25,6 +25,7 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
         offload: Offload::None,
         accumulation: 1,
         accumulate: None,
+        late_moments: None,
         visiting: true,
         clip_mode: ClipMode::Defer,
         speeds: Costs::new(&built, hardware).speeds(&built, hardware),

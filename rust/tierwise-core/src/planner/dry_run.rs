@@ -14,9 +14,9 @@ pub(super) fn fetches(layout: &Layout, trace: &Trace, plan: &Plan) -> Result<Vec
     if plan.stream_slab_bytes == 0 {
         return Ok(Vec::new());
     }
-    // Between two micro-batches of a step nothing is rewritten; a plan without accumulation rewrites after each.
+    // Between two micro-batches of a step nothing is rewritten; a plan without accumulation rewrites after each. Moments move nothing.
     let accumulation = if plan.accumulation > 1 { u32::MAX } else { 1 };
-    let steady = Plan { accumulation, clip_mode: ClipMode::Defer, ..plan.clone() };
+    let steady = Plan { accumulation, clip_mode: ClipMode::Defer, late_moments: false, ..plan.clone() };
     let mut run = DryRun {
         scheduler: Scheduler::new(layout.clone(), trace.clone(), steady, None),
         layout,

@@ -43,6 +43,8 @@ pub(super) struct Row {
     pub cost: Cost,
     /// Undo records of all host-class chunks.
     pub undo_bytes: u64,
+    /// Chunks whose gradients land in buffers, to be added to sums in host memory.
+    pub landing_chunks: u64,
     /// Limit of gradients on their way: ample, tight.
     pub in_flight_bytes: [u64; 2],
     /// Slot bytes of all streamed chunks.
@@ -259,7 +261,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
     let mut base = DeviceBytes { staging, ..DeviceBytes::default() };
     let mut host = HostBytes::default();
     let mut cost = Cost::default();
-    let mut undo_bytes = 0;
+    let (mut undo_bytes, mut landing_chunks) = (0, 0);
     let nvme = spill::spill(memory, &mut chunks);
     for chunk in layout.ids() {
         let placement = chunks[chunk.index()];
@@ -290,6 +292,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
                 } else {
                     cost.grad_bytes += layout.grad_bytes(chunk);
                     // The accumulator is read and written, the landed gradient too.
+                    landing_chunks += u64::from(memory.accumulation > 1 && placement.class == OptimizerClass::Host);
                     cost.accumulate_bytes += 2 * (layout.grad_acc_bytes(chunk) + layout.grad_bytes(chunk));
                 }
                 if placement.home.is_resident() {
@@ -303,7 +306,7 @@ fn row(memory: &Memory, mut chunks: Vec<ChunkPlan>, streamed_bytes: u64, slab_st
     host.nvme_staging = nvme.map_or(0, |n| n.staging_bytes());
     let ample = memory.in_flight_bytes(&chunks);
     let gradients = memory.gradients(&chunks, [ample, 0]);
-    Row { chunks, host, nvme, cost, undo_bytes, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
+    Row { chunks, host, nvme, cost, undo_bytes, landing_chunks, in_flight_bytes: [ample, 0], streamed_bytes, slab_step, base, gradients }
 }
 
 /// The placement that fractions ask for: whole chunks, at least as many elements as asked for, the latest-used first.

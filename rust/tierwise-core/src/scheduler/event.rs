@@ -63,6 +63,11 @@ pub enum Event {
         /// The chunk.
         chunk: ChunkId,
     },
+    /// A host step whose moments were late is whole now.
+    MomentsDone {
+        /// The chunk.
+        chunk: ChunkId,
+    },
     /// A speculated host step finished.
     SpeculateDone {
         /// The chunk.
@@ -83,6 +88,7 @@ impl Event {
             | Event::GradsHanded { chunk }
             | Event::GradLanded { chunk, .. }
             | Event::StepDone { chunk }
+            | Event::MomentsDone { chunk }
             | Event::SpeculateDone { chunk }
             | Event::UndoDone { chunk } => Some(chunk),
             Event::Enter { .. }
@@ -123,7 +129,7 @@ pub enum Action {
         /// First byte of the slot that it was read from; a later action of the same batch may already give it to another chunk.
         offset: u64,
     },
-    /// Run the optimizer step of a chunk.
+    /// Run the optimizer step of a chunk; only of its parameters if it is to owe its moments.
     Step {
         /// The chunk.
         chunk: ChunkId,
@@ -131,6 +137,11 @@ pub enum Action {
         tier: Tier,
         /// Multiplies every gradient.
         grad_scale: f32,
+    },
+    /// Run what the chunk's step left: its moments. After every step of this batch, in the order in which gradients come next.
+    Moments {
+        /// The chunk.
+        chunk: ChunkId,
     },
     /// Save an undo record and run the step with this scale, ahead of the decision.
     Speculate {

@@ -48,6 +48,8 @@ pub(super) struct Chunk {
     pub(super) touched: bool,
     pub(super) grad: Grad,
     pub(super) work: Work,
+    /// Its parameters were stepped, its moments not yet: its gradient is still read.
+    pub(super) owes_moments: bool,
 }
 
 impl Chunk {

@@ -16,7 +16,7 @@ impl Scheduler {
         }
         let state = &self.chunks[chunk.index()];
         // Gradients of the next batch must not join an undecided step.
-        if state.work != Work::Idle || self.committed.is_some() {
+        if state.work != Work::Idle || self.committed.is_some() || self.must_keep_grad(chunk) {
             return Ok(Progress::Blocked { on: chunk });
         }
         match state.grad {
@@ -25,6 +25,13 @@ impl Scheduler {
         }
         self.chunks[chunk.index()].grad = if last { Grad::InFlight } else { Grad::PartialNow };
         Ok(Progress::Done)
+    }
+
+    /// Whether the gradient that a chunk's late moments read must not be overwritten yet. One that lands in a buffer is added to its sum when
+    /// they are done.
+    fn must_keep_grad(&self, chunk: ChunkId) -> bool {
+        let lands = self.plan.accumulation > 1 && !self.plan.sums_on_device(chunk);
+        self.chunks[chunk.index()].owes_moments && !lands
     }
 
     /// After the last backward pass: chunks whose gradients came in earlier micro-batches only. Their final gradient is already there; it
@@ -41,6 +48,9 @@ impl Scheduler {
     pub(super) fn grad_landed(&mut self, chunk: ChunkId, sums: &[(u32, f64)], actions: &mut Vec<Action>) -> Result<(), ScheduleError> {
         if self.chunks[chunk.index()].grad != Grad::InFlight {
             return Err(self.not_running(chunk, "gradient transfer"));
+        }
+        if self.chunks[chunk.index()].owes_moments {
+            return Err(self.not_running(chunk, "gradient before the moments of the last step"));
         }
         let params = &self.layout.chunks[chunk.index()].params;
         // Indices run through a chunk's parameters without a gap.
@@ -169,11 +179,15 @@ impl Scheduler {
         let mut order: Vec<ChunkId> = self.layout.ids().filter(|c| self.chunks[c.index()].grad == Grad::Landed).collect();
         // By next forward deadline, not by arrival.
         order.sort_by_key(|c| (self.uses[c.index()].first().copied().unwrap_or(i64::MAX), c.0));
+        let mut late = Vec::new();
         for chunk in order {
             self.chunks[chunk.index()].grad = Grad::None;
             match self.chunks[chunk.index()].work {
                 Work::Idle if skipped => actions.push(Action::Forget { chunk }),
-                Work::Idle => self.begin_step(chunk, grad_scale, actions)?,
+                Work::Idle => {
+                    self.begin_step(chunk, grad_scale, actions)?;
+                    late.extend(self.owes_moments(chunk).then_some(chunk));
+                }
                 Work::Speculating { .. } if accepted => {
                     self.chunks[chunk.index()].work = Work::Speculating { then: Verdict::Accept };
                 }
@@ -191,7 +205,15 @@ impl Scheduler {
                 }
             }
         }
+        // Moments that these steps left, in the order in which gradients come next.
+        late.sort_by_key(|c| (self.completes_at(*c), c.0));
+        actions.extend(late.into_iter().map(|chunk| Action::Moments { chunk }));
         self.prefetch(actions)
+    }
+
+    /// Position of a chunk's last use, at which its gradient is complete.
+    fn completes_at(&self, chunk: ChunkId) -> i64 {
+        self.uses[chunk.index()].last().copied().unwrap_or(i64::MAX)
     }
 
     pub(super) fn push_undo(&mut self, chunk: ChunkId, then_step: Option<f32>, actions: &mut Vec<Action>) {
@@ -227,7 +249,9 @@ impl Scheduler {
             state.param.advance(chunk, "param", Transition::FinishWrite)?;
             state.generation += 1;
         } else {
-            self.chunks[chunk.index()].work = Work::Stepping;
+            let late = self.plan.late_moments && class == OptimizerClass::Host;
+            let state = &mut self.chunks[chunk.index()];
+            (state.work, state.owes_moments) = (Work::Stepping, late);
         }
         let tier = match class {
             OptimizerClass::Device | OptimizerClass::Streamed => Tier::Device,
@@ -283,6 +307,15 @@ impl Scheduler {
         self.chunks[chunk.index()].param.advance(chunk, "param", Transition::FinishWrite)?;
         self.written(chunk, actions)?;
         self.prefetch(actions)
+    }
+
+    pub(super) fn moments_done(&mut self, chunk: ChunkId) -> Result<(), ScheduleError> {
+        let state = &mut self.chunks[chunk.index()];
+        if !state.owes_moments || state.work == Work::Stepping {
+            return Err(self.not_running(chunk, "moments"));
+        }
+        state.owes_moments = false;
+        Ok(())
     }
 
     pub(super) fn speculate_done(&mut self, chunk: ChunkId, actions: &mut Vec<Action>) -> Result<(), ScheduleError> {

@@ -1,0 +1,57 @@
+//! Moments that the host writes after the parameters: the first forward waits for less, and the first backward must leave time for the rest.
+
+use super::HOST_ADAM_BYTES;
+use super::placement::Row;
+use crate::plan::HostBytes;
+
+/// Host memory traffic of either pass over parameters and moments, as a part of a whole step's: both read the gradient, the first reads the
+/// moments and rewrites the parameters, the second rewrites the moments.
+pub(super) const PASS_SHARE: f64 = 18.0 / HOST_ADAM_BYTES;
+
+/// Fewest buffers in which gradients land.
+const LANDING_BUFFERS: u64 = 2;
+
+/// Seconds of one micro-batch, and of what the host does beside it.
+pub(super) struct Times {
+    pub forward: f64,
+    pub backward: f64,
+    /// From the decision until the last parameters are written.
+    pub params: f64,
+    /// Of the moments.
+    pub moments: f64,
+    /// Of adding the first micro-batch's gradients to their sums.
+    pub added: f64,
+}
+
+/// What late moments cost.
+#[derive(Clone, Copy)]
+pub(super) struct Lag {
+    /// Seconds in which the first backward waits for them.
+    pub seconds: f64,
+    /// Buffers in which gradients land meanwhile.
+    pub buffers: u32,
+}
+
+impl Lag {
+    /// `host` is what the plan takes of host memory, `room` what it leaves; `share` of the model's states are stepped by the host: those that
+    /// are used last, whose backward comes first.
+    pub fn new(row: &Row, times: &Times, host: &HostBytes, room: u64, share: f64) -> Self {
+        // When the last of their gradients is handed over.
+        let handed = times.forward.max(times.params) + share * times.backward;
+        // Without a landing buffer a gradient is handed over when the moments before it are done.
+        let direct = (times.params + times.moments - handed).max(0.0);
+        let chunks = row.landing_chunks;
+        if chunks == 0 || host.staging == 0 {
+            return Lag { seconds: direct, buffers: LANDING_BUFFERS as u32 };
+        }
+        let each = (times.moments + times.added) / chunks as f64;
+        let behind = chunks as f64 - ((handed - times.params) / each).max(0.0);
+        let wanted = (behind.ceil().max(0.0) as u64 + LANDING_BUFFERS).min(chunks.max(LANDING_BUFFERS));
+        let buffers = wanted.min(LANDING_BUFFERS + room / (host.staging / LANDING_BUFFERS));
+        let in_buffers = times.params + (chunks as f64 - buffers as f64) * each - handed;
+        // What landed is added before the next micro-batch's gradients come.
+        let all = times.params + times.moments + times.added - (times.forward.max(times.params) + times.backward + times.forward);
+        let sums_on_device = if row.cost.sum_bytes > 0 { direct } else { 0.0 };
+        Lag { seconds: in_buffers.max(all).max(sums_on_device), buffers: buffers as u32 }
+    }
+}
