@@ -388,7 +388,9 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
     let with = |late| predict_with(memory, activations, row, group, slab, tight, request, late);
     match request.late_moments.filter(|_| possible) {
         Some(late) => with(late),
-        None if possible => [with(false), with(true)].into_iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)).unwrap_or_else(|| with(false)),
+        None if possible => {
+            [with(false), with(true)].into_iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)).unwrap_or_else(|| with(false))
+        }
         None => with(false),
     }
 }

@@ -303,7 +303,11 @@ impl Scheduler {
             return Err(ScheduleError::Gradient { chunk: self.name(chunk), reason: "no optimizer steps it" });
         }
         let streamed = placement.home == ParamHome::Streamed;
-        if state.work != Work::Idle || state.owes_moments || state.grad != Grad::None || (streamed && (!class.steps_on_device() || state.in_use())) {
+        if state.work != Work::Idle
+            || state.owes_moments
+            || state.grad != Grad::None
+            || (streamed && (!class.steps_on_device() || state.in_use()))
+        {
             return Err(ScheduleError::Gradient {
                 chunk: self.name(chunk),
                 reason: "its class changes only while it is idle, and only to one that is stepped on the device where its parameters are streamed",

@@ -25,7 +25,9 @@ fn main() {
     let bytes = (numel * STATE_BYTES).next_multiple_of(64) + 5 * 64;
     let memory = map(bytes);
     println!("{numel} parameters, {:.1} GB, {:?}; best and median of {REPEATS}", bytes as f64 / 1e9, dispatch::level());
-    println!("| threads | c = a + b GB/s | a += b GB/s | Adam GB/s | Adam 1e9 parameters/s | Adam / (c = a + b) | Adam / (a += b) | parameters first, GB/s | moments later, GB/s |");
+    println!(
+        "| threads | c = a + b GB/s | a += b GB/s | Adam GB/s | Adam 1e9 parameters/s | Adam / (c = a + b) | Adam / (a += b) | parameters first, GB/s | moments later, GB/s |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
     for threads in threads {
         let pool = Pool::new(Some(threads));

@@ -18,6 +18,7 @@ use crate::device::{Device, EventRef, WorkerId};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
+use crate::late::Late;
 use crate::memory::{DevicePlaces, Regions, host_sizes};
 use crate::record::Recorder;
 use crate::spill::{self, Spill};
@@ -112,7 +113,8 @@ impl Engine {
         let pool = Pool::try_new(config.threads).map_err(Error::Usage)?;
         let num_params: usize = layout.chunks.iter().map(|c| c.params.len()).sum();
         let norm_bytes = host_region_bytes(num_params as u64 * 8);
-        let staging_bytes = host_region_bytes(plan.host.staging / 2);
+        let landing_buffers = u64::from(plan.landing_buffers.max(2));
+        let staging_bytes = host_region_bytes(plan.host.staging / landing_buffers);
         let chunk_bytes: u64 = layout
             .ids()
             .map(|c| host_sizes(&layout, &plan, c, plan.chunks[c.index()]).iter().map(|&b| host_region_bytes(b)).sum::<u64>())
@@ -121,7 +123,7 @@ impl Engine {
         let spilled_bytes = plan.nvme.map_or(0, |nvme| nvme.staging_bytes());
         let total = spilled_bytes
             + chunk_bytes
-            + 2 * staging_bytes
+            + landing_buffers * staging_bytes
             + host_region_bytes(plan.undo_bytes)
             + activation_bytes
             + host_region_bytes(config.host_spare_bytes)
@@ -134,7 +136,7 @@ impl Engine {
         // First, at the slab's own alignment: the disk may ask for more than a region has.
         let spill_base = regions.take(spilled_bytes)?;
         // Right behind it: gradients may go on to the disk from where they land.
-        let staging = [regions.take(staging_bytes)?, regions.take(staging_bytes)?];
+        let staging = (0..landing_buffers).map(|_| regions.take(staging_bytes)).collect::<Result<Vec<u64>>>()?;
         let norms = regions.take(norm_bytes)?;
         let undo_base = regions.take(plan.undo_bytes)?;
         let activation_base = regions.take(activation_bytes)?;
@@ -149,14 +151,14 @@ impl Engine {
             None => None,
             Some(nvme) => {
                 nvme_budget.reserve(nvme.file_bytes, "the spill file")?;
-                let landing_bytes = if plan.chunks.iter().any(ChunkPlan::spills_grads) { 2 * staging_bytes } else { 0 };
+                let landing_bytes = if plan.chunks.iter().any(ChunkPlan::spills_grads) { landing_buffers * staging_bytes } else { 0 };
                 // SAFETY: the store is dropped before the slab: by the engine, at the latest with `Shared`, whose state comes first.
                 let staging = unsafe { Slab::new((host + spill_base) as *mut u8, (spilled_bytes + landing_bytes) as usize) };
                 let store = open(&nvme, staging)?;
                 Some(Spill::new(&layout, &trace, &plan, nvme, store, host + spill_base, nvme_budget)?)
             }
         };
-        let gradients = Gradients::new(&layout, host + norms, staging.map(|s| host + s));
+        let gradients = Gradients::new(&layout, host + norms, staging.into_iter().map(|s| host + s).collect());
         let streaming = Streaming::new(layout.chunks.len(), plan.device.staging);
         let state = State {
             streaming,
@@ -167,6 +169,7 @@ impl Engine {
             regions,
             undo_base: host + undo_base,
             undo_records: std::collections::BTreeMap::new(),
+            late: Late::default(),
             slab_address: 0,
             guards: Guards::default(),
             commit_event: None,

@@ -10,6 +10,7 @@ use tierwise_core::layout::Precision;
 use tierwise_core::plan::{OptimizerClass, ParamHome};
 use tierwise_core::scheduler::{Action, Event};
 use tierwise_core::{ChunkId, Tier};
+use tierwise_kernels::adam::Pass;
 use tierwise_kernels::{AdamConstants, AdamSegment, adam, convert};
 
 impl Shared {
@@ -34,6 +35,7 @@ impl Shared {
                 }
                 Action::Step { chunk, tier: Tier::Nvme, grad_scale } => self.step_spilled(state, chunk, grad_scale)?,
                 Action::Step { chunk, grad_scale, .. } => self.step_on_host(state, chunk, grad_scale)?,
+                Action::Moments { chunk } => self.step_moments(state, chunk)?,
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
                 Action::Undo { chunk } => self.undo(state, chunk)?,
                 Action::Accept { chunk } => {
@@ -132,9 +134,14 @@ impl Shared {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let reader = state.written[chunk.index()].clone();
         let _ = state.gradients.clear(chunk);
+        let pass = if state.scheduler.owes_moments(chunk) {
+            state.late.owe(chunk, segments.clone(), name.clone());
+            Pass::Params
+        } else {
+            Pass::Whole
+        };
         self.adam_jobs.send(Job::new(reader, move |shared| {
-            shared.host_work(|| step_bytes(shared, &segments));
-            run_adam(shared, &segments, &format!("step {name}"));
+            run_adam(shared, pass, &segments, 0, &format!("step {name}"));
             shared.post(&Event::StepDone { chunk })
         }))
     }
@@ -146,13 +153,12 @@ impl Shared {
         state.undo_records.insert(chunk, record);
         let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(reader, move |shared| {
-            // Everything that the step overwrites is read and written once more.
-            shared.host_work(|| step_bytes(shared, &segments) + copied_bytes(&saved));
             for &(home, record, bytes) in &saved {
                 // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
                 unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
             }
-            run_adam(shared, &segments, &format!("speculate {name}"));
+            // Everything that the step overwrites was read and written once more.
+            run_adam(shared, Pass::Whole, &segments, copied_bytes(&saved), &format!("speculate {name}"));
             shared.post(&Event::SpeculateDone { chunk })
         }))
     }
@@ -253,11 +259,21 @@ pub(crate) fn traffic(precision: Precision) -> u64 {
     precision.grad_bytes() + 2 * (precision.param_bytes() + precision.state_bytes())
 }
 
-/// Bytes of host memory that steps read and write.
-fn step_bytes(shared: &Shared, segments: &[AdamSegment]) -> u64 {
+/// Bytes of host memory that a pass over segments reads and writes.
+fn step_bytes(shared: &Shared, pass: Pass, segments: &[AdamSegment]) -> u64 {
     let precision = shared.lock().scheduler.layout().precision;
-    let states = 2 * (precision.param_bytes() + precision.state_bytes());
+    let states = pass_bytes(pass, precision);
     segments.iter().map(|s| s.numel as u64 * (s.grad_dtype.bytes() as u64 + states)).sum()
+}
+
+/// Bytes of parameter and states that a pass reads and writes per element.
+fn pass_bytes(pass: Pass, precision: Precision) -> u64 {
+    let (params, moments) = (precision.param_bytes() + precision.master_bytes(), 8);
+    match pass {
+        Pass::Whole => 2 * (params + moments),
+        Pass::Params => 2 * params + moments,
+        Pass::Moments => 2 * moments,
+    }
 }
 
 /// Bytes of host memory that copies of undo records read and write.
@@ -265,13 +281,13 @@ fn copied_bytes(pieces: &[(u64, u64, usize)]) -> u64 {
     pieces.iter().map(|&(_, _, bytes)| 2 * bytes as u64).sum()
 }
 
-fn run_adam(shared: &Arc<Shared>, segments: &[AdamSegment], name: &str) {
+/// `more_bytes` of host memory were moved for it before.
+pub(crate) fn run_adam(shared: &Arc<Shared>, pass: Pass, segments: &[AdamSegment], more_bytes: u64, name: &str) {
+    shared.host_work(|| more_bytes + step_bytes(shared, pass, segments));
     let start = shared.device.now_ns();
-    // SAFETY: the segments are in the slab that `shared` keeps alive; the scheduler lets nobody else touch a chunk that is being stepped.
-    unsafe { adam::adam_segments(&shared.pool, segments) };
+    // SAFETY: the segments are in the slab that `shared` keeps alive; the scheduler lets nobody else touch what is being written of a chunk.
+    unsafe { adam::adam_pass(&shared.pool, pass, segments) };
     let end = shared.device.now_ns();
-    let mut state = shared.lock();
-    let precision = state.scheduler.layout().precision;
-    let bytes = segments.iter().map(|s| s.numel as u64 * traffic(precision)).sum();
-    state.recorder.span("host optimizer", name.to_owned(), bytes, start, end);
+    let bytes = step_bytes(shared, pass, segments);
+    shared.lock().recorder.span("host optimizer", name.to_owned(), bytes, start, end);
 }

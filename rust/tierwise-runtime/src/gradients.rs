@@ -2,7 +2,7 @@
 
 mod landing;
 
-pub(crate) use landing::added_bytes;
+pub(crate) use landing::{Then, added_bytes};
 
 use crate::device::{Addition, ComputeStream, EventRef, Queue, Transfer};
 use crate::engine::{Hyper, KeepWaiting, Shared, State};
@@ -21,8 +21,8 @@ pub struct Gradients {
     /// Address of one f64 per parameter in page-locked memory: sums of squares taken on the device.
     norms: u64,
     /// Landing buffers of gradients that are added to accumulators on the host, or go on to the disk.
-    staging: [u64; 2],
-    staging_free: [bool; 2],
+    staging: Vec<u64>,
+    staging_free: Vec<bool>,
     /// Per chunk and position: got a gradient in this step.
     touched: Vec<Vec<bool>>,
     /// Per chunk and position: address of the gradient that a device step will read (without accumulation).
@@ -41,11 +41,11 @@ pub struct Gradients {
 
 impl Gradients {
     /// Nothing handed over.
-    pub fn new(layout: &Layout, norms: u64, staging: [u64; 2]) -> Self {
+    pub fn new(layout: &Layout, norms: u64, staging: Vec<u64>) -> Self {
         Gradients {
             norms,
+            staging_free: vec![true; staging.len()],
             staging,
-            staging_free: [true; 2],
             touched: layout.chunks.iter().map(|c| vec![false; c.params.len()]).collect(),
             addresses: layout.chunks.iter().map(|c| vec![0; c.params.len()]).collect(),
             held: vec![Vec::new(); layout.chunks.len()],

@@ -9,6 +9,7 @@ pub mod error;
 mod execute;
 mod gradients;
 pub mod host_memory;
+mod late;
 mod memory;
 mod record;
 pub mod spill;

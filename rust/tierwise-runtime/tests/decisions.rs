@@ -405,6 +405,27 @@ fn steps_on_the_host() {
     case(&SIZES, &request(fixed(0.5, 0.0), 1, ClipMode::Defer, PLENTY), slow([1.0; 4]), true).check();
 }
 
+/// Moments after parameters, with gradients that come before the moments are done: they wait, or land in as many buffers as there are.
+#[test]
+fn moments_are_late() {
+    for accumulation in [1, 2, 3] {
+        for param in [0.0, 0.5, 1.0] {
+            // The CPU as fast as the device, and so slow that several micro-batches pass meanwhile.
+            for cpu in [4.0, 1.0, 0.2, 0.04] {
+                for buffers in [2, 3, 6] {
+                    let wanted =
+                        PlanRequest { late_moments: Some(true), ..request(fixed(1.0, param), accumulation, ClipMode::Defer, PLENTY) };
+                    let mut case = case(&SIZES, &wanted, slow([1.0, 1.0, cpu, 1.0]), true);
+                    let largest = case.plan.host.staging / u64::from(case.plan.landing_buffers);
+                    (case.plan.landing_buffers, case.plan.host.staging) = (buffers, u64::from(buffers) * largest);
+                    let turns = case.check();
+                    assert_eq!(count(&turns, |a| matches!(a, Action::Moments { .. })), 18);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn states_visit_the_device() {
     for (accumulation, clip_mode) in [(1, ClipMode::Defer), (3, ClipMode::Defer), (1, ClipMode::Speculate), (2, ClipMode::Auto)] {

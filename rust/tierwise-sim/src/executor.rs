@@ -6,6 +6,7 @@
 mod actions;
 pub mod calls;
 mod collectives;
+mod late;
 pub mod machine;
 pub mod offload;
 mod offloading;
@@ -116,6 +117,12 @@ enum Effect {
     Landed {
         bytes: u64,
     },
+    /// A gradient is in its buffer, to be added to its sum.
+    Arrived(ChunkId, late::Arrived),
+    /// Late moments were written.
+    Moments(ChunkId),
+    /// What landed while moments were written is added, one after the other.
+    AddWaiting(ChunkId),
     FreeStaging,
     /// The disk has read into a staging buffer.
     Read(u32),
@@ -151,6 +158,7 @@ struct Run<'a> {
     commit: Option<Token>,
     in_flight_bytes: u64,
     staging_free: u32,
+    waiting: late::Waiting,
     streaming: Streaming,
     /// Gradient bytes of each chunk that is stepped on the device that its step will read.
     held: Vec<u64>,
@@ -245,7 +253,8 @@ impl<'a> Run<'a> {
             release: None,
             commit: None,
             in_flight_bytes: 0,
-            staging_free: 2,
+            staging_free: plan.landing_buffers,
+            waiting: late::Waiting::new(),
             streaming: Streaming::new(chunks),
             held: vec![0; chunks],
             leaving_bytes: 0,
@@ -331,6 +340,9 @@ impl<'a> Run<'a> {
                     self.in_flight_bytes -= bytes;
                     self.free_gradients(bytes);
                 }
+                Effect::Arrived(chunk, arrived) => self.arrived(chunk, arrived),
+                Effect::Moments(chunk) => self.moments_ended(chunk)?,
+                Effect::AddWaiting(chunk) => self.add_waiting(chunk),
                 Effect::FreeStaging => self.staging_free += 1,
                 Effect::Read(buffer) => self.was_read(buffer)?,
                 Effect::Written(buffer) => self.was_written(buffer)?,

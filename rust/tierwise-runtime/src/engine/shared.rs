@@ -6,6 +6,7 @@ use crate::device::{Clock, Device, EventRef};
 use crate::error::{Error, Result};
 use crate::gradients::Gradients;
 use crate::host_memory::HostSlab;
+use crate::late::Late;
 use crate::memory::{DevicePlaces, HostPlaces, Regions};
 use crate::record::Recorder;
 use crate::spill::Spill;
@@ -50,6 +51,8 @@ pub struct State {
     pub(crate) undo_base: u64,
     /// Address of the undo record of every chunk that has one.
     pub(crate) undo_records: std::collections::BTreeMap<ChunkId, u64>,
+    /// Moments that host steps left, and what waits for them.
+    pub(crate) late: Late,
     pub(crate) slab_address: u64,
     pub(crate) streaming: Streaming,
     /// Latest event after which a chunk's device parameters are the current generation.

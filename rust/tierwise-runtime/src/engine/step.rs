@@ -270,7 +270,11 @@ impl Engine {
         self.shared.or_stop(&mut state, outcome)?;
         let settled = |state: &mut State| {
             let spilling = state.spill.as_ref().is_some_and(Spill::is_busy);
-            !(state.scheduler.is_busy() || state.gradients.has_readers() || state.streaming.away() > 0 || spilling)
+            !(state.scheduler.is_busy()
+                || state.gradients.has_readers()
+                || state.streaming.away() > 0
+                || spilling
+                || !state.late.is_empty())
         };
         let state = self.shared.wait_until(state, keep_waiting, settled)?;
         let events = Queue::ALL.map(|queue| self.shared.device.record(queue));

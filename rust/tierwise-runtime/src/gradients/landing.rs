@@ -13,7 +13,7 @@ use tierwise_core::scheduler::Event;
 use tierwise_kernels::{GradDtype, GradSpan, accumulate, norm};
 
 /// What the landing worker does with a gradient that has landed.
-type Then = Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>;
+pub(crate) type Then = Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>;
 
 impl Shared {
     /// Sends a chunk's gradient to where it lands, and on to its accumulator, the disk or its norm.
@@ -74,7 +74,7 @@ impl Shared {
                 state.gradients.finish([ticket]);
             }
             shared.notify();
-            then(shared)
+            shared.after_moments(chunk, then)
         }))
     }
 
@@ -124,7 +124,8 @@ impl Shared {
             }));
         }
         let spans = host_spans(state, self.host, chunk)?;
-        self.landing_jobs.send(Job::new(None, move |shared| reduce_on_host(shared, chunk, &spans)))
+        let then: Then = Box::new(move |shared| reduce_on_host(shared, chunk, &spans));
+        self.landing_jobs.send(Job::new(None, move |shared| shared.after_moments(chunk, then)))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Carrying out the scheduler's actions, and the way of gradients: the counterpart of the runtime's `execute.rs` and `gradients.rs`.
 
+use super::late::Arrived;
 use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
@@ -31,11 +32,18 @@ impl Run<'_> {
                     _ => self.step_on_device(chunk),
                 },
                 Action::Step { chunk, tier: Tier::Nvme, .. } => self.step_spilled(chunk),
-                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
+                Action::Step { chunk, .. } if self.scheduler.owes_moments(chunk) => {
+                    self.owe_moments(chunk);
+                    // The moments are read only.
+                    let bytes = self.step_bytes(chunk) - self.moment_bytes(chunk);
+                    self.step_on_host(chunk, "step", bytes, 0, Event::StepDone { chunk });
+                }
+                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", self.step_bytes(chunk), 0, Event::StepDone { chunk }),
+                Action::Moments { chunk } => self.step_moments(chunk),
                 Action::Speculate { chunk, .. } => {
                     // Everything that the step overwrites is read and written once more.
-                    let undo = 2.0 * self.setup.layout.undo_bytes(chunk) as f64;
-                    self.step_on_host(chunk, "speculate", undo, Event::SpeculateDone { chunk });
+                    let undo = 2 * self.setup.layout.undo_bytes(chunk);
+                    self.step_on_host(chunk, "speculate", self.step_bytes(chunk), undo, Event::SpeculateDone { chunk });
                 }
                 Action::Undo { chunk } => {
                     let bytes = 2 * self.setup.layout.undo_bytes(chunk);
@@ -95,7 +103,12 @@ impl Run<'_> {
         self.final_grad_bytes(chunk) + 2 * state.state_numel * (layout.precision.param_bytes() + layout.precision.state_bytes())
     }
 
-    fn final_grad_bytes(&self, chunk: ChunkId) -> u64 {
+    /// Bytes of a chunk's moments.
+    pub(super) fn moment_bytes(&self, chunk: ChunkId) -> u64 {
+        8 * self.setup.layout.chunks[chunk.index()].state_numel
+    }
+
+    pub(super) fn final_grad_bytes(&self, chunk: ChunkId) -> u64 {
         self.setup.layout.final_grad_bytes(chunk, self.setup.plan.accumulation)
     }
 
@@ -109,12 +122,10 @@ impl Run<'_> {
         self.written[chunk.index()] = Some(self.gather_after_step(chunk, token).unwrap_or((token, Cause::Optimizer)));
     }
 
-    fn step_on_host(&mut self, chunk: ChunkId, what: &str, extra_bytes: f64, done: Event) {
-        let bytes = self.step_bytes(chunk);
+    fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_bytes: u64, done: Event) {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let waits = self.written[chunk.index()].map(|(token, _)| token).into_iter().collect();
-        let work = bytes as f64 + extra_bytes;
-        self.enqueue(Lane::HostAdam, what, chunk, bytes, work, waits, Vec::new(), vec![Effect::Post(done)]);
+        self.enqueue(Lane::HostAdam, what, chunk, bytes, (bytes + more_bytes) as f64, waits, Vec::new(), vec![Effect::Post(done)]);
     }
 
     /// Takes over the gradients of a chunk; gives what the training thread waits for if it cannot yet.
@@ -140,7 +151,7 @@ impl Run<'_> {
         let last = self.scheduler.is_last_backward();
         let produced: Vec<Token> = self.machine.record(Lane::Compute).into_iter().collect();
         let produced = self.reduce(chunk, produced, last);
-        let landed = last.then(|| Effect::Post(self.grad_landed(chunk)));
+        let landed = last.then(|| self.grad_landed(chunk));
         // The first micro-batch overwrites its accumulator, later ones read it.
         let sum = self.setup.layout.grad_acc_bytes(chunk);
         let added = bytes + if self.is_first_micro_batch() { sum } else { 2 * sum };
@@ -149,17 +160,22 @@ impl Run<'_> {
             self.staging_free -= u32::from(lands);
             let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
             if spilled {
-                self.land_on_disk(chunk, copied, landed);
+                self.land_on_disk(chunk, copied, landed.map(Effect::Post));
                 return Ok(None);
             }
             let mut on_start = vec![Effect::Landed { bytes }];
+            if accumulates && plan.late_moments {
+                let arrived = Effect::Arrived(chunk, Arrived { added, landed });
+                self.enqueue(Lane::Landing, "landed", chunk, 0, 0.0, vec![copied], on_start, vec![arrived]);
+                return Ok(None);
+            }
             if accumulates {
                 let freed = vec![Effect::FreeStaging];
                 self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
-                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![landed]);
+                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![Effect::Post(landed)]);
             }
         } else {
             if accumulates {
@@ -171,7 +187,8 @@ impl Run<'_> {
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
-                let (of_device, of_sums) = if on_host { (Vec::new(), vec![landed]) } else { (vec![landed], Vec::new()) };
+                let landed = vec![Effect::Post(landed)];
+                let (of_device, of_sums) = if on_host { (Vec::new(), landed) } else { (landed, Vec::new()) };
                 let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), of_device);
                 if on_host {
                     // Sums that were taken on the device leave once; their norm was taken there too.

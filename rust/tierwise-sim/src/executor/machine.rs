@@ -183,6 +183,15 @@ impl<'a, E> Machine<'a, E> {
         token
     }
 
+    /// Enqueues a task ahead of all that wait.
+    pub fn push_next(&mut self, lane: Lane, task: Task<E>) {
+        let token = Token(self.ended_ns.len());
+        self.ended_ns.push(None);
+        let state = &mut self.lanes[lane as usize];
+        state.last = state.last.or(Some(token));
+        state.queue.push_front(Queued { token, enqueued_ns: self.now_ns, task });
+    }
+
     /// Where a lane is: the latest task enqueued on it.
     pub fn record(&self, lane: Lane) -> Option<Token> {
         self.lanes[lane as usize].last
