@@ -53,6 +53,8 @@ def setups(draw: st.DrawFn) -> Setup:
         accumulation=draw(st.integers(1, 3)),
         clip_mode=draw(st.sampled_from(["defer", "speculate", "speculate", "auto"])),
         undo_bytes=draw(st.sampled_from([0, 4096, 1 << 18])),
+        late_moments=draw(st.booleans()),
+        landing_buffers=draw(st.integers(2, 4)),
         grad_in_flight_bytes=draw(st.sampled_from([1, 2048, 1 << 20])),
         max_norm=draw(MAX_NORMS),
         threads=draw(st.integers(1, 2)),
@@ -242,6 +244,7 @@ MODEL = Setup(
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     placement=st.sampled_from(["device", "resident", "streamed", "visiting"]),
+    late_moments=st.booleans(),
     clip_mode=st.sampled_from(["defer", "speculate", "auto"]),
     accumulation=st.integers(1, 2),
     h2d=st.sampled_from([None, 1e8, 3e6]),
@@ -253,6 +256,7 @@ MODEL = Setup(
 )
 def test_timing_changes_no_bit(
     placement: str,
+    late_moments: bool,
     clip_mode: str,
     accumulation: int,
     h2d: float | None,
@@ -267,6 +271,7 @@ def test_timing_changes_no_bit(
         MODEL,
         placement,
         precision=precision,
+        late_moments=late_moments,
         clip_mode=clip_mode,
         accumulation=accumulation,
         h2d_bytes_per_second=h2d,

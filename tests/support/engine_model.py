@@ -101,6 +101,8 @@ class Setup:
     accumulation: int = 1
     clip_mode: str = "defer"
     undo_bytes: int = 1 << 20
+    late_moments: bool = False
+    landing_buffers: int = 2
     grad_in_flight_bytes: int = 1 << 20
     max_norm: float | None = None
     threads: int = 1
@@ -151,7 +153,7 @@ class Setup:
         staging = max(layout.grad_bytes(c) for c in range(len(self.chunks))) if self.accumulation > 1 else 0
         device = dict.fromkeys(("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve"), 0)
         device["staging"] = self.staging_bytes()
-        host = {"params": 0, "states": 0, "gradients": 0, "staging": 2 * staging, "undo": 0}
+        host = {"params": 0, "states": 0, "gradients": 0, "staging": self.landing_buffers * staging, "undo": 0}
         return json.dumps(
             {
                 "version": 1,
@@ -166,6 +168,8 @@ class Setup:
                 "accumulation": self.accumulation,
                 "clip_mode": self.clip_mode,
                 "undo_bytes": 0 if self.clip_mode == "defer" else self.undo_bytes,
+                "late_moments": self.late_moments,
+                "landing_buffers": self.landing_buffers,
                 "device": device,
                 "device_peak_op": 0,
                 "host": host,
