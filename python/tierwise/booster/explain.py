@@ -55,6 +55,8 @@ def explain(runtime: Runtime) -> str:
         numel = sum(layout.numel(chunk) for chunk in chunks)
         where = f"{_HOMES[home]}, {gradients}" if gradients else _HOMES[home]
         lines.append(f"  {len(chunks)} {_STEPS[cls]}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
+    if plan["late_moments"]:
+        lines.append("the CPU's steps write parameters first, and their moments while the next backward runs")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}
         used = sum(parts.values())
