@@ -49,16 +49,20 @@ def format_bytes(value: float) -> str:
 
 
 def available_memory_bytes() -> int:
-    """Host memory that can still be taken: MemAvailable, or what the control group leaves if that is less."""
+    """Host memory that can still be taken: MemAvailable, or what the control group leaves if that is less (files that were only read or
+    written are given up when memory is asked for, so their pages do not count)."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        for line in Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines():
+            if line.startswith("inactive_file "):
+                used -= int(line.split()[1])
         if limit != "max":
-            available = min(available, max(int(limit) - int(used), 0))
+            available = min(available, max(int(limit) - used, 0))
     except OSError:
         pass
     return available

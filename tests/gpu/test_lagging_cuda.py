@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -71,6 +73,13 @@ def run(slow: bool, steps: int = 4, accumulation: int = 1, **options: Any) -> tu
         torch.use_deterministic_algorithms(False)
 
 
+@functools.cache
+def in_time(accumulation: int = 1) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a device that is not late."""
+    losses, weights, _ = run(slow=False, accumulation=accumulation, placement_policy="static")
+    return losses, weights
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     "options",
@@ -100,7 +109,7 @@ def run(slow: bool, steps: int = 4, accumulation: int = 1, **options: Any) -> tu
     ],
 )
 def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accumulation: int) -> None:
-    losses, weights, _ = run(slow=False, accumulation=accumulation, placement_policy="static")
+    losses, weights = in_time(accumulation)
     got, theirs, stats = run(slow=True, accumulation=accumulation, **options)
     assert got == losses
     for name, value in weights.items():
@@ -115,7 +124,7 @@ def test_a_late_device_reads_what_was_meant_for_it(options: dict[str, Any], accu
 
 def test_a_late_device_and_other_streams() -> None:
     # The engine waits for the stream that is current when a unit runs, whichever that is.
-    losses, weights, _ = run(slow=False, placement_policy="static")
+    losses, weights = in_time()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -157,11 +166,29 @@ print("stepped", flush=True)
 """
 
 
-@pytest.mark.parametrize("options", ["STREAMED", "VISITING"])
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1)])
-def test_the_process_ends_while_the_device_is_late(options: str, end: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(options=options, end=end)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout == "stepped\n", done.stderr
-    assert done.returncode == code, done.stderr
+ENDS = [(options, *end) for options in ("STREAMED", "VISITING") for end in (("", 0), ("sys.exit(3)", 3), ("raise RuntimeError", 1))]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
+    """All at once: most of their time is imports."""
+    started = {
+        (options, end): subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(options=options, end=end)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for options, end, _ in ENDS
+    }
+    yield started
+    for process in started.values():
+        with process:
+            process.kill()
+
+
+@pytest.mark.parametrize(("options", "end", "code"), ENDS)
+def test_the_process_ends_while_the_device_is_late(
+    processes: dict[tuple[str, str], subprocess.Popen[str]], options: str, end: str, code: int
+) -> None:
+    process = processes[options, end]
+    out, errors = process.communicate(timeout=300)
+    assert out == "stepped\n", errors
+    assert process.returncode == code, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from tierwise import BudgetError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-STEPS = 20
+STEPS = {1: 8, 4: 3}
+"""Optimizer steps by micro-batches per step: a wrong bit shows in the next loss."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def train(precision: str, accumulation: int, max_norm: float | None, **options: 
         small_llama(), precision=precision, max_norm=max_norm, gradient_accumulation_steps=accumulation, **options
     )
     losses = []
-    for step in range(STEPS):
+    for step in range(STEPS[accumulation]):
         for micro in range(accumulation):
             ids = ids_of(step * accumulation + micro)
             loss = model(input_ids=ids, labels=ids).loss
@@ -46,6 +48,13 @@ def train(precision: str, accumulation: int, max_norm: float | None, **options: 
             losses.append(loss.detach())
     weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     return [float(loss) for loss in losses], weights, booster.stats()
+
+
+@functools.cache
+def everything_on_the_device(precision: str, accumulation: int, max_norm: float | None) -> tuple[list[float], dict[str, Any]]:
+    """Losses and weights that every other placement has to give."""
+    losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
+    return losses, weights
 
 
 STATIC = {"placement_policy": "static", "offload_optim_frac": 1.0}
@@ -67,14 +76,34 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "speculate": {**STATIC, "clip_mode": "speculate"},
     "auto clip": {**STATIC, "clip_mode": "auto"},
 }
+EVERY_MECHANISM = (
+    "host optimizer",
+    "half and half",
+    "streamed, recomputed",
+    "activations offloaded, streamed",
+    "states visiting beside the CPU",
+    "speculate",
+)
+ANY_CLIPPING = ("host optimizer", "states visiting, speculate", "speculate", "auto clip")
+"""Where nothing is clipped, what differs is whether that was known before."""
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, None), (4, 0.5), (1, 100.0)])
-def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: float | None) -> None:
-    losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
-    for name, options in PLACEMENTS.items():
-        got, theirs, stats = train(precision, accumulation, max_norm, **options)
+@pytest.mark.parametrize(
+    ("precision", "accumulation", "max_norm", "names"),
+    [
+        ("bf16", 1, 0.5, tuple(PLACEMENTS)),
+        ("fp32", 1, 0.5, tuple(PLACEMENTS)),
+        ("bf16", 4, 0.5, tuple(PLACEMENTS)),
+        ("fp32", 4, 0.5, EVERY_MECHANISM),
+        *((precision, accumulation, None, EVERY_MECHANISM) for precision in ("bf16", "fp32") for accumulation in (1, 4)),
+        *((precision, 1, 100.0, ANY_CLIPPING) for precision in ("bf16", "fp32")),
+    ],
+    ids=lambda value: f"{len(value)} placements" if isinstance(value, tuple) else None,
+)
+def test_placement_changes_nothing(precision: str, accumulation: int, max_norm: float | None, names: tuple[str, ...]) -> None:
+    losses, weights = everything_on_the_device(precision, accumulation, max_norm)
+    for name in names:
+        got, theirs, stats = train(precision, accumulation, max_norm, **PLACEMENTS[name])
         assert got == losses, name
         for key, value in weights.items():
             assert torch.equal(value, theirs[key]), (name, key)
@@ -95,7 +124,7 @@ def test_sums_in_bf16_are_the_same_everywhere(where: str) -> None:
     assert got == losses
     for key, value in weights.items():
         assert torch.equal(value, theirs[key]), key
-    others, _, _ = train("bf16", 4, 0.5, placement_policy="static")
+    others, _ = everything_on_the_device("bf16", 4, 0.5)
     assert others != losses
 
 
@@ -103,8 +132,9 @@ def test_sums_in_bf16_are_the_same_everywhere(where: str) -> None:
 @pytest.mark.parametrize(("accumulation", "max_norm"), [(1, None), (1, 0.5), (4, 0.5)])
 def test_the_disk_changes_nothing(precision: str, accumulation: int, max_norm: float | None, tmp_path: Path) -> None:
     """Moments and low halves, and parameters too, in a spill file. Skipped where pytest's directory is in memory."""
-    losses, weights, _ = train(precision, accumulation, max_norm, placement_policy="static")
-    spilling = {**STATIC, "nvme_path": tmp_path}
+    losses, weights = everything_on_the_device(precision, accumulation, max_norm)
+    # Measuring the disk takes longer than training.
+    spilling = {**STATIC, "nvme_path": tmp_path, "nvme_read_bytes_per_second": 2.5e9, "nvme_write_bytes_per_second": 2e9}
     try:
         with pytest.raises(BudgetError) as caught:
             train(precision, accumulation, max_norm, **spilling, host_budget=1000)
@@ -125,13 +155,13 @@ def test_the_disk_changes_nothing(precision: str, accumulation: int, max_norm: f
             assert torch.equal(value, theirs[key]), (name, key)
         assert stats["nvme_written_bytes"] > 0, name
         assert stats["host_peak_bytes"] <= stats["host_budget_bytes"], name
-        assert stats["nvme_payload_bytes"] * 15 <= stats["nvme_written_bytes"], (name, home)
+        assert stats["nvme_payload_bytes"] * (STEPS[accumulation] * 3 // 4) <= stats["nvme_written_bytes"], (name, home)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_budget_is_kept(precision: str) -> None:
     # The tightest budget that the planner names, with room for what cuBLAS takes in deterministic mode.
-    losses, weights, _ = train(precision, 1, 0.5, placement_policy="static")
+    losses, weights = everything_on_the_device(precision, 1, 0.5)
     with pytest.raises(BudgetError) as caught:
         boosted(small_llama(), precision=precision, max_norm=0.5, device_budget=1, reserve="96MB")
     gc.collect()
@@ -146,6 +176,15 @@ def test_the_budget_is_kept(precision: str) -> None:
     gc.collect()
     # The limit goes with the model.
     torch.empty(2 * budget, dtype=torch.uint8, device="cuda")
+
+
+def test_segments_of_the_allocator_grow() -> None:
+    # Plans keep less free where they do.
+    booster, _model, _optimizer = boosted(small_llama(), placement_policy="static")
+    torch.cuda.empty_cache()
+    large = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    segments = [s for s in torch.cuda.memory_snapshot() if s["address"] <= large.data_ptr() < s["address"] + s["total_size"]]
+    assert [s["is_expandable"] for s in segments] == [booster._runtime.target.expandable]
 
 
 def test_offloaded_activations_leave_the_device() -> None:

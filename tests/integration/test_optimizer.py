@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import tierwise
 from tierwise import _core
 from tierwise.booster import Booster
+from tierwise.gemini.correction import measured_activation_bytes
 
 STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "offload_param_frac": 1.0}
 
@@ -265,3 +267,51 @@ def test_the_measured_peak_corrects_the_plan(kit: Any, monkeypatch: pytest.Monke
         moved += classes.count("device") - planned.count("device")
         corrected.same_as(reference)
     assert moved > 0
+
+
+def test_a_correction_takes_only_room_at_the_peak_of_the_plan(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inputs of 24 recomputed layers are alive when backward begins, and most gradients when it ends: that is the peak of these plans.
+    from tierwise.gemini import tracing
+
+    real = tracing._run
+
+    def exaggerated(*args: Any, **kwargs: Any) -> Any:
+        trace = real(*args, **kwargs)
+        for unit in trace.units:
+            unit.saved_bytes *= 3
+            unit.input_bytes *= 3
+        return trace
+
+    options = {"steps": 2, "seq": 48, "precision": "bf16", "max_norm": 0.5, "recompute": "full", "reserve": 0}
+    reference = kit.train(kit.llama(24), **options)
+    peak = reference.booster.stats()["device_peak_bytes"]
+    monkeypatch.setattr(tracing, "_run", exaggerated)
+    moved = 0
+    for share in (0.648, 0.718, 0.789, 0.86):
+        budget = int(peak * share)
+        corrected = kit.train(kit.llama(24), device_budget=budget, **options)
+        runtime = corrected.booster._runtime
+        before = json.loads(runtime.planned.plan_json)
+        assert [chunk["class"] for chunk in before["chunks"]].count("host") > 0
+        count = [chunk["class"] for chunk in runtime.memory.plan["chunks"]].count("device")
+        moved += count - [chunk["class"] for chunk in before["chunks"]].count("device")
+        # A part of the room for activations is now in other hands, and the report says so (parameters are aligned in it).
+        after = runtime.planned.plan["device"]
+        assert sum(after.values()) == sum(before["device"].values())
+        fixed = ("resident_params", "states", "stream_slab")
+        assert sum(after[name] for name in fixed) == pytest.approx(corrected.booster.stats()["device_static_bytes"], abs=1024)
+        corrected.same_as(reference)
+    assert moved > 0
+
+
+def test_on_cuda_a_peak_as_planned_leaves_no_room() -> None:
+    # A plan for 52.15 GiB whose activations alone peak at 6.95 GiB, earlier in backward.
+    device = {"states": 32600, "gradients": 6650, "resident_params": 6520, "activations": 2970, "reserve": 2350, "stream_slab": 772}
+    for peak, temporary, room in ((51212, 1700, 0), (50212, 1700, 1000), (51862, 4000, 0)):
+        search = SimpleNamespace(temporary_bytes=lambda _, size=temporary: size)
+        target = SimpleNamespace(emulated=False, torch_device="cuda")
+        planned = SimpleNamespace(plan={"device": device})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "max_memory_allocated", lambda _, peak=peak: peak)
+            runtime: Any = SimpleNamespace(target=target, planned=planned, search=search, trace=None)
+            assert measured_activation_bytes(runtime) == device["activations"] - room

@@ -6,12 +6,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tierwise._core import kernel_threads
-from tierwise.config import default_speeds, format_bytes, parse_bytes
+from tierwise.config import available_memory_bytes, default_speeds, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,17 @@ def test_the_reserve_is_proportional_on_small_budgets(plugin: Any) -> None:
     assert plugin().reserve_bytes(80 * 10**6) == 10 * 10**6
     assert plugin(reserve="1MB").reserve_bytes(80 * 10**9) == 10**6
     assert plugin(reserve=0).reserve_bytes(80 * 10**9) == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 900 * 2**20), (str(800 * 2**20), (800 - 500 + 300) * 2**20), (str(100 * 2**20), 0)]
+)
+def test_a_control_group_leaves_what_its_files_would_give_up(monkeypatch: pytest.MonkeyPatch, limit: str, expected: int) -> None:
+    texts = {
+        "/proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {900 * 2**10} kB\n",
+        "/sys/fs/cgroup/memory.max": limit + "\n",
+        "/sys/fs/cgroup/memory.current": f"{500 * 2**20}\n",
+        "/sys/fs/cgroup/memory.stat": f"file {400 * 2**20}\ninactive_file {300 * 2**20}\nactive_file 1\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: texts[str(self)])
+    assert available_memory_bytes() == expected

@@ -1,4 +1,4 @@
-"""After the first step the measured activation peak corrects the plan, once."""
+"""After the first step the measured device peak corrects the plan, once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ _TOLERANCE = 0.02
 
 
 def measured_activation_bytes(runtime: Runtime) -> int:
-    """Peak of saved activations in the first step: counted on the emulated device, torch's peak minus what is held on CUDA."""
-    if runtime.target.emulated:
-        assert runtime.counter is not None
-        return runtime.counter.peak_bytes
+    """What the first step's device peak leaves for activations: the peak minus what else the plan holds at its own.
+
+    Most activations are alive when backward begins, most gradients when it ends. So a peak of activations alone, or of another moment than
+    the plan's, says nothing about the room that is left at the plan's.
+    """
     planned = runtime.planned.plan["device"]
-    held = planned["resident_params"] + planned["states"] + planned["stream_slab"] + planned["accumulators"] + planned["gradients"]
-    held += planned["staging"]
-    measured: int = torch.cuda.max_memory_allocated(runtime.target.torch_device) - held - runtime.search.temporary_bytes(runtime.trace)
-    return max(measured, 0)
+    if runtime.target.emulated:
+        peak = int(runtime.engine.stats()["device_peak_bytes"])
+    else:
+        # Temporaries are part of the peak; what they take beyond the reserve is no room.
+        temporaries = min(runtime.search.temporary_bytes(runtime.trace), planned["reserve"])
+        peak = int(torch.cuda.max_memory_allocated(runtime.target.torch_device)) - temporaries
+    held = sum(planned.values()) - planned["reserve"] - planned["activations"]
+    return max(peak - int(held), 0)
 
 
 def correct(runtime: Runtime) -> None:
@@ -37,7 +42,8 @@ def correct(runtime: Runtime) -> None:
         # How much of the window was in use depends on the link's speed in that one step.
         return
     units = [how == "recompute" for how in kept]
-    planned = runtime.trace.activation_peak_bytes(kept)
+    device = runtime.planned.plan["device"]
+    planned = device["activations"]
     measured = measured_activation_bytes(runtime)
     if runtime.plugin.placement_policy != "auto" or not planned or not measured or measured > planned * (1 - _TOLERANCE):
         return
@@ -48,39 +54,47 @@ def correct(runtime: Runtime) -> None:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
     except (BudgetError, ValueError):
         return
-    now = runtime.memory.plan["chunks"]
-    moves = [
-        chunk
-        for chunk, (new, old) in enumerate(zip(corrected.plan["chunks"], now, strict=True))
-        if new["class"] == "device" and old["class"] in ("host", "streamed")
-    ]
+    # Only what the corrected plan frees may be taken: other classes and homes stay as they are.
+    room = planned - measured
+    moves: dict[int, dict[str, int]] = {}
+    for chunk, new in enumerate(corrected.plan["chunks"]):
+        if new["class"] == "device" and runtime.memory.plan["chunks"][chunk]["class"] in ("host", "streamed"):
+            need = _taken(runtime, chunk)
+            if sum(need.values()) <= room:
+                moves[chunk] = need
+                room -= sum(need.values())
     if not moves:
         return
     runtime.flush()
-    # Only what the corrected plan frees may be taken: other classes and homes stay as they are.
-    room = planned - measured
     moved = 0
-    for chunk in moves:
-        need = runtime.layout.state_bytes(chunk)
-        if chunk not in runtime.memory.resident:
-            need += runtime.layout.param_bytes(chunk)
-        if runtime.memory.plan["accumulation"] > 1:
-            need += 0 if chunk in runtime.memory.accumulators else runtime.layout.grad_acc_bytes(chunk)
-        elif now[chunk]["class"] == "host":
-            # Others keep their gradients on the device as it is.
-            need += runtime.layout.grad_bytes(chunk)
-        if need > room:
-            continue
+    for chunk, need in moves.items():
         try:
             runtime.move_to_device(chunk)
         except TierwiseError as error:
             _log.warning("the plan was not corrected further: %s", error)
             break
-        room -= need
         moved += 1
+        # Reports and errors say what the plan holds now.
+        for purpose, size in need.items():
+            device[purpose] += size
+            device["activations"] -= size
     _log.info(
         "measured activations are %s (planned %s): %d chunks moved to the device class",
         format_bytes(measured),
         format_bytes(planned),
         moved,
     )
+
+
+def _taken(runtime: Runtime, chunk: int) -> dict[str, int]:
+    """Device bytes, by purpose, that a chunk with states in host memory takes in the device class beside what it has there."""
+    layout, memory = runtime.layout, runtime.memory
+    need = {"states": layout.state_bytes(chunk)}
+    if chunk not in memory.resident:
+        need["resident_params"] = layout.param_bytes(chunk)
+    if memory.plan["accumulation"] > 1:
+        need["accumulators"] = 0 if chunk in memory.accumulators else layout.grad_acc_bytes(chunk)
+    elif memory.plan["chunks"][chunk]["class"] == "host":
+        # Others keep their gradients on the device as it is.
+        need["gradients"] = layout.grad_bytes(chunk)
+    return need

@@ -50,7 +50,8 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     device_budget: int | str | None = None
     """Hard limit of device bytes. None: what the GPU has free minus 2 %; on the emulated device 80 % of the free RAM."""
     host_budget: int | str | None = None
-    """Hard limit of pinned host bytes. None: 80 % of the free RAM."""
+    """Hard limit of pinned host bytes. None: 80 % of the free RAM. What is pinned cannot be swapped or given up: the rest is for everything
+    else on the machine, such as Python, data loading, and files that are read or written."""
     nvme_path: str | os.PathLike[str] | None = None
     """Directory on an NVMe disk for what host memory cannot hold: states, then parameters, then gradients. None: nothing is
     spilled. The spill file has no name and is gone when the process ends, however it ends."""
