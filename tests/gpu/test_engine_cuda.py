@@ -30,10 +30,11 @@ def make_trace() -> str:
     return json.dumps({"units": units, "ops": ops, "outer_saved_bytes": 0})
 
 
-def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation: int, clip_mode: str, sums: str) -> str:
+def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation: int, clip_mode: str, sums: str, late: bool) -> str:
     streamed = [layout.param_bytes(i) for i, (_, home) in enumerate(classes) if home == "streamed"]
     slab = -(-max(streamed, default=0) // 256) * 256 * (2 if streamed else 0)
-    staging = 2 * max(layout.grad_bytes(i) for i in range(3)) if accumulation > 1 else 0
+    buffers = 3 if late else 2
+    staging = buffers * max(layout.grad_bytes(i) for i in range(3)) if accumulation > 1 else 0
     # Less than a chunk's states: they visit the device in several pieces.
     visiting = 3 * 20_032 * PIECE_BYTES[layout.precision] if any(cls == "streamed" for cls, _ in classes) else 0
     zeros = ("resident_params", "states", "stream_slab", "accumulators", "gradients", "activations", "reserve")
@@ -47,6 +48,8 @@ def make_plan(layout: _core.Layout, classes: list[tuple[str, str]], accumulation
             "grad_in_flight_bytes": 1_000_000,
             "accumulation": accumulation,
             "clip_mode": clip_mode,
+            "late_moments": late,
+            "landing_buffers": buffers,
             "undo_bytes": 20_000_000 if clip_mode != "defer" else 0,
             "device": {**dict.fromkeys(zeros, 0), "staging": visiting},
             "device_peak_op": 0,
@@ -66,6 +69,7 @@ def train(
     clip_mode: str,
     max_norm: float | None,
     sums: str = "host",
+    late: bool = False,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Trains synthetic gradients that depend on the weights read; gives the final weights and the norms."""
     dtype, layout = DTYPES[precision], _core.Layout(precision, [(n, s) for n, s in zip("abc", SIZES, strict=True)])
@@ -73,7 +77,7 @@ def train(
     engine = _core.Engine(
         layout,
         make_trace(),
-        make_plan(layout, classes, accumulation, clip_mode, sums),
+        make_plan(layout, classes, accumulation, clip_mode, sums, late),
         _core.Device.cuda(0) if device == "cuda" else _core.Device.emulated(),
         device_budget=10**9,
         host_budget=10**9,
@@ -197,7 +201,8 @@ def test_cuda_equals_emulated_bit_for_bit(precision: str, accumulation: int, max
     ]
     for sums in ["host", "device"] if accumulation > 1 else ["host"]:
         for classes, clip_mode in placements:
-            weights, got = train("cuda", precision, classes, accumulation, clip_mode, max_norm, sums)
-            assert got == norms, (classes, clip_mode, sums)
-            for a, b in zip(weights, expected, strict=True):
-                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (classes, clip_mode, sums)
+            for late in [False, True] if ("host", "streamed") in classes else [False]:
+                weights, got = train("cuda", precision, classes, accumulation, clip_mode, max_norm, sums, late)
+                assert got == norms, (classes, clip_mode, sums, late)
+                for a, b in zip(weights, expected, strict=True):
+                    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (classes, clip_mode, sums, late)
