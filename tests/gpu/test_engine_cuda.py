@@ -119,7 +119,7 @@ def train(
             accumulator = torch.empty(states, device=where)
             alive.append(accumulator)
             engine.bind(c, accumulator=accumulator.data_ptr())
-    plan = json.loads(make_plan(layout, classes, accumulation, clip_mode, sums))
+    plan = json.loads(make_plan(layout, classes, accumulation, clip_mode, sums, late))
     slab_bytes, staging_bytes = plan["stream_slab_bytes"], plan["device"]["staging"]
     slab = torch.zeros(max(slab_bytes, 1), dtype=torch.uint8, device=where)
     if slab_bytes:
