@@ -33,14 +33,14 @@ impl Run<'_> {
                 Action::Step { chunk, tier: Tier::Nvme, .. } => self.step_spilled(chunk),
                 Action::Step { chunk, .. } => self.step_on_host(chunk, "step", 0.0, Event::StepDone { chunk }),
                 Action::Speculate { chunk, .. } => {
-                    // Everything that the step overwrites is read and written once more.
-                    let undo = 2.0 * self.setup.layout.undo_bytes(chunk) as f64;
+                    let undo = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
                     self.step_on_host(chunk, "speculate", undo, Event::SpeculateDone { chunk });
                 }
                 Action::Undo { chunk } => {
                     let bytes = 2 * self.setup.layout.undo_bytes(chunk);
+                    let work = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
                     let event = Effect::Post(Event::UndoDone { chunk });
-                    self.enqueue(Lane::HostAdam, "undo", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), vec![event]);
+                    self.enqueue(Lane::HostAdam, "undo", chunk, bytes, work, Vec::new(), Vec::new(), vec![event]);
                 }
                 Action::Forget { chunk } => {
                     let held = std::mem::take(&mut self.held[chunk.index()]);
@@ -155,7 +155,8 @@ impl Run<'_> {
             let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates {
                 let freed = vec![Effect::FreeStaging];
-                self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
+                let work = self.setup.hardware.addition_work(added);
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, work, vec![copied], std::mem::take(&mut on_start), freed);
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
