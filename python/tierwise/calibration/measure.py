@@ -80,6 +80,8 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         on_device, on_host = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device), log) or (None, None)
     measured |= {"device_adam_params_per_s": on_device, "host_adam_params_per_s": on_host}
     log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
+    if not cuda:
+        measured["workspace_bytes"] = 0
     with sections("disk"):
         measured["disk"] = _disk(options.disk)
     log(sections.summary())

@@ -225,7 +225,8 @@ impl<'a> Run<'a> {
             device.reserve(bytes, what)?;
         }
         if setup.transient_bytes.is_some() {
-            device.reserve(WORKSPACE_BYTES, "workspaces of matrix products")?;
+            let measured = hardware.measured.as_ref().and_then(|measured| measured.workspace_bytes);
+            device.reserve(measured.unwrap_or(WORKSPACE_BYTES), "workspaces of matrix products")?;
         }
         let mut host = Budget::new(Tier::Host, setup.host_budget);
         host.reserve(plan.host.total(), "the host slab")?;
