@@ -45,6 +45,9 @@ class _Event:
     def elapsed_time(self, other: _Event) -> float:
         return (other.at - self.at) * 1e3
 
+    def query(self) -> bool:
+        return self.at <= self.machine.now
+
 
 class _Cuda:
     type = "cuda"
@@ -67,3 +70,14 @@ def test_launching_is_not_measured(monkeypatch: pytest.MonkeyPatch, python_s: fl
     assert timing.Timer(device, 0.01).seconds_of(work, kernels) == pytest.approx(kernel_s, rel=1e-6)
     # The queue holds what is enqueued while the device sleeps.
     assert calls * kernels <= 1000
+
+
+@pytest.mark.parametrize(("python_s", "kernel_s", "seen"), [(1e-3, 4e-3, True), (4e-3, 3.5e-3, False), (4e-3, 1e-3, False)])
+def test_work_that_python_holds_up_is_not_sustained(monkeypatch: pytest.MonkeyPatch, python_s: float, kernel_s: float, seen: bool) -> None:
+    machine = _Machine()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    for name, value in {"Event": machine.event, "synchronize": machine.synchronize, "_sleep": machine.sleep}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    device: Any = _Cuda()
+    found = timing.Timer(device, 0.01).sustained(lambda: machine.launch(python_s, kernel_s), 0.6)
+    assert found == (pytest.approx(kernel_s, rel=1e-6) if seen else None)

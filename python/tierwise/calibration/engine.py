@@ -11,30 +11,34 @@ import torch
 from torch import nn
 
 _STEPS = 8
+_FEW, _MANY = 8, 24
+_ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
+"""(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
+_STEPPED_ON_CUDA = (2048, 5504, 16)
+"""The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 
 
 def launches(device: torch.device) -> dict[str, int]:
     """Nanoseconds in which the training thread enqueues a unit's forward and backward, with and without recomputation, and what a step
     takes beside its units: from a model so small that the device waits for Python. Raises ImportError without transformers."""
-    few = {again: _step_ns(device, 8, again) for again in ("none", "full")}
-    many = {again: _step_ns(device, 24, again) for again in ("none", "full")}
+    plain, again = _step_ns(device, "none"), _step_ns(device, "full")
 
-    def line(again: str, what: str) -> tuple[int, int]:
+    def line(times: dict[int, dict[str, float]], what: str) -> tuple[int, int]:
         """Per layer, and beside all layers."""
-        slope = (many[again][what] - few[again][what]) / (24 - 8)
+        few, many = times[_FEW][what], times[_MANY][what]
         # Noise must not make what is outside the layers negative.
-        slope = min(slope, many[again][what] / 24)
-        return _positive(slope), _positive(many[again][what] - 24 * slope)
+        slope = min((many - few) / (_MANY - _FEW), many / _MANY)
+        return _positive(slope), _positive(many - _MANY * slope)
 
-    (forward, outside_forward), (backward, outside_backward) = line("none", "forward"), line("none", "backward")
+    (forward, outside_forward), (backward, outside_backward) = line(plain, "forward"), line(plain, "backward")
     return {
         "forward_ns": forward,
         "backward_ns": backward,
-        "checkpointed_forward_ns": line("full", "forward")[0],
-        "checkpointed_backward_ns": line("full", "backward")[0],
+        "checkpointed_forward_ns": line(again, "forward")[0],
+        "checkpointed_backward_ns": line(again, "backward")[0],
         "outside_forward_ns": outside_forward,
         "outside_backward_ns": outside_backward,
-        "step_ns": _positive(many["none"]["step"]),
+        "step_ns": _positive(plain[_MANY]["step"]),
     }
 
 
@@ -42,24 +46,29 @@ def _positive(ns: float) -> int:
     return max(round(ns), 1)
 
 
-def _boosted(device: torch.device, layers: int, hidden: int, recompute: str, on_host: bool = False) -> tuple[Any, Any, Any]:
+def _boosted(
+    device: torch.device, layers: int, size: tuple[int, int, int], recompute: str, offload_optim_frac: float = 0.0
+) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tierwise.booster import Booster
     from tierwise.booster.plugin import GeminiPlugin
 
+    hidden, inner, heads = size
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64, vocab_size=256, use_cache=False,
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        vocab_size=256, use_cache=False,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    model: nn.Module = LlamaForCausalLM(config)
-    model.to(device)
+    # Random numbers of so many weights take the CPU longer than all that is measured here.
+    with device:
+        model: nn.Module = LlamaForCausalLM(config)
+    cuda = device.type == "cuda"
     plugin = GeminiPlugin(
-        placement_policy="static", offload_optim_frac=float(on_host), offload_activations="none", micro_batch_size=1, seq_len=32,
+        placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none", micro_batch_size=1, seq_len=32,
         recompute=recompute,  # type: ignore[arg-type]
-        device="cuda" if device.type == "cuda" else "emulated", device_budget="8GB" if device.type == "cuda" else "1GB",
-        host_budget="16GB" if on_host and device.type == "cuda" else "256MB", enable_all_optimization=True, max_norm=1.0,
+        device="cuda" if cuda else "emulated", device_budget="8GB" if cuda else "1GB",
+        host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True, max_norm=1.0,
     )  # fmt: skip
     booster = Booster(plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -68,46 +77,38 @@ def _boosted(device: torch.device, layers: int, hidden: int, recompute: str, on_
     return booster, model, optimizer
 
 
-def _step_ns(device: torch.device, layers: int, recompute: str) -> dict[str, float]:
-    booster, model, optimizer = _boosted(device, layers, 512 if device.type == "cuda" else 64, recompute)
+def _step_ns(device: torch.device, recompute: str) -> dict[int, dict[str, float]]:
+    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both."""
+    size = _ON_CUDA if device.type == "cuda" else _ON_CPU
+    boosted = {layers: _boosted(device, layers, size, recompute) for layers in (_FEW, _MANY)}
     ids = torch.zeros(1, 32, dtype=torch.long, device=device)
-    times: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
+    times: dict[int, dict[str, list[float]]] = {layers: {"forward": [], "backward": [], "step": []} for layers in boosted}
     for _ in range(_STEPS):
-        marks = [time.perf_counter()]
-        loss = model(input_ids=ids, labels=ids).loss
-        marks.append(time.perf_counter())
-        booster.backward(loss, optimizer)
-        marks.append(time.perf_counter())
-        optimizer.step()
-        optimizer.zero_grad()
-        marks.append(time.perf_counter())
-        # A step that waits for the one before is not launching.
-        booster.flush()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        for name, start, end in zip(times, marks, marks[1:], strict=False):
-            times[name].append(1e9 * (end - start))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+        for layers, (booster, model, optimizer) in boosted.items():
+            marks = [time.perf_counter()]
+            loss = model(input_ids=ids, labels=ids).loss
+            marks.append(time.perf_counter())
+            booster.backward(loss, optimizer)
+            marks.append(time.perf_counter())
+            optimizer.step()
+            optimizer.zero_grad()
+            marks.append(time.perf_counter())
+            # A step that waits for the one before is not launching.
+            booster.flush()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
+                times[layers][name].append(1e9 * (end - start))
+    return {layers: {name: statistics.median(values[2:]) for name, values in of.items()} for layers, of in times.items()}
 
 
-def device_adam_params_per_s(device: torch.device) -> float | None:
-    """Parameters per second of the device's optimizer step, from the engine's timeline; None if it recorded none."""
-    rates = _adam_rates(device, 2048 if device.type == "cuda" else 64, on_host=False)
-    return statistics.median(rates) if rates else None
-
-
-def host_adam_params_per_s(device: torch.device) -> float | None:
-    """Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it: the fastest chunk of a step; the
-    others share the memory with copies of what was stepped before it. None if it recorded none."""
-    rates = _adam_rates(device, 4096 if device.type == "cuda" else 64, on_host=True)
-    return max(rates) if rates else None
-
-
-def _adam_rates(device: torch.device, hidden: int, on_host: bool) -> list[float]:
-    """Of every step of a layer's chunk: parameters per second."""
-    booster, model, optimizer = _boosted(device, 3, hidden, "none", on_host)
+def adam_params_per_s(device: torch.device) -> tuple[float | None, float | None]:
+    """Parameters per second of the optimizer step as the engine runs it, from its timeline: on the device the median of its chunks; on the
+    host, with nothing beside it, the fastest, because others share the memory with copies of what was stepped before them. None where the
+    timeline has none."""
+    booster, model, optimizer = _boosted(device, 4, _STEPPED_ON_CUDA if device.type == "cuda" else _ON_CPU, "none", offload_optim_frac=0.5)
     ids = torch.zeros(1, 32, dtype=torch.long, device=device)
-    for step in range(4):
+    for step in range(6):
         if step == 1:
             booster.record_timeline()
         loss = model(input_ids=ids, labels=ids).loss
@@ -117,6 +118,11 @@ def _adam_rates(device: torch.device, hidden: int, on_host: bool) -> list[float]
         booster.flush()
     events = json.loads(booster._boosted().engine.timeline())["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    track = "host optimizer" if on_host else "device optimizer"
-    spans = [e for e in events if e["ph"] == "X" and tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
-    return [event["args"]["bytes"] / 26 / (event["dur"] / 1e6) for event in spans]
+
+    def rates(track: str) -> list[float]:
+        """Of every step of a layer's chunk."""
+        spans = [e for e in events if e["ph"] == "X" and tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
+        return [event["args"]["bytes"] / 26 / (event["dur"] / 1e6) for event in spans]
+
+    on_device, on_host = rates("device optimizer"), rates("host optimizer")
+    return statistics.median(on_device) if on_device else None, max(on_host) if on_host else None

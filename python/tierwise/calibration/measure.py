@@ -30,7 +30,7 @@ class Options:
     """"emulated" measures the CPU as the device; "auto" takes CUDA where there is one."""
     disk: str | None = None
     """Directory to measure as the NVMe tier."""
-    host_numel: int = 200_000_000
+    host_numel: int = 100_000_000
     """Parameters on which the host's kernels are measured, 14 bytes each."""
     seconds: float = 45.0
     """All measurements together, about; those of single kernels are shortened for it."""
@@ -65,23 +65,23 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     scale = options.seconds / 45.0
     with sections("host"):
         bench = HostBench(options.host_numel)
-        measured["host"] = host.by_threads(bench, 3.5 * scale, log)
+        measured["host"] = host.by_threads(bench, 2.5 * scale, log)
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, bench, 0.3 * scale, log)
+        measured["sharing"] = beside(device, bench, 0.2 * scale, log)
         del bench
     measured |= _kernels(device, scale, log, sections)
     with sections("launches"):
         from tierwise.calibration import engine
 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
-    with sections("device Adam"):
-        measured["device_adam_params_per_s"] = _if_possible("device Adam", lambda: engine.device_adam_params_per_s(device), log)
-    with sections("host Adam"):
-        measured["host_adam_params_per_s"] = _if_possible("host Adam in the engine", lambda: engine.host_adam_params_per_s(device), log)
-    on_device, on_host = measured["device_adam_params_per_s"], measured["host_adam_params_per_s"]
+    with sections("Adam"):
+        on_device, on_host = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device), log) or (None, None)
+    measured |= {"device_adam_params_per_s": on_device, "host_adam_params_per_s": on_host}
     log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
+    if not cuda:
+        measured["workspace_bytes"] = 0
     with sections("disk"):
         measured["disk"] = _disk(options.disk)
     log(sections.summary())

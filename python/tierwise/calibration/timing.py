@@ -13,6 +13,8 @@ _QUEUED_KERNELS = 700
 """So many fit the device's queue; more, and Python would wait for the device after all."""
 _SLEEP_CYCLES_PER_S = 2e9
 """At least as fast as any of these devices' clocks."""
+_CAUGHT_UP = 0.02
+"""Of the calls of sustained work, at which the device may have caught up with Python."""
 _AMPLE = 1.5
 """Times what Python took to enqueue a call before: the device sleeps so long for each."""
 
@@ -61,17 +63,24 @@ class Timer:
         return float(start_event.elapsed_time(end_event)) / 1e3 / times
 
     def sustained(self, work: Callable[[], Any], seconds: float) -> float | None:
-        """Seconds of one call of `work` after the device has run it for a while: long work meets the power limit. None on a CPU."""
+        """Seconds of one call of `work` after the device has run it for a while: long work meets the power limit. None on a CPU, and where
+        Python does not keep the device busy."""
         if self.device.type != "cuda":
             return None
         once = max(self._run(work, 3, self._enqueue_s(work)), 1e-6)
         torch.cuda.synchronize(self.device)
-        marks = []
-        for _ in range(max(int(seconds / once), 8)):
+        marks: list[torch.cuda.Event] = []
+        count = max(int(seconds / once), 8)
+        half = count // 2
+        caught_up = 0
+        for index in range(count):
             work()
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             marks.append(event)
+            # What was enqueued two calls before is done: the device is about to wait for Python.
+            caught_up += index >= half and marks[index - 2].query()
         torch.cuda.synchronize(self.device)
-        half = len(marks) // 2
+        if caught_up > _CAUGHT_UP * (count - half):
+            return None
         return float(marks[half].elapsed_time(marks[-1])) / 1e3 / (len(marks) - 1 - half)

@@ -368,7 +368,7 @@ fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, cl
     let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
     let recompute_ns = forward_ns.iter().map(|ns| ns - 150).collect();
     let launch = forward_ns.iter().map(|ns| Launch { forward_ns: [hardware.launch_ns, ns % 450], backward_ns: [ns % 770, 900] }).collect();
-    let costs = Costs { forward_ns, backward_ns, recompute_ns, launch, commit_ns: hardware.launch_ns / 3 };
+    let costs = Costs { forward_ns, backward_ns, recompute_ns, launch, commit_ns: hardware.launch_ns / 3, sustained: 1.0 };
     Case { layout, trace, plan, costs, hardware, clips }
 }
 

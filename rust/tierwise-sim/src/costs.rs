@@ -13,7 +13,7 @@ use tierwise_core::trace::Phase;
 pub const ADAM_BYTES_PER_PARAM: f64 = 26.0;
 
 /// Nanoseconds per unit of one micro-batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Costs {
     /// Forward.
     pub forward_ns: Vec<u64>,
@@ -25,6 +25,8 @@ pub struct Costs {
     pub launch: Vec<Launch>,
     /// What the training thread takes for `optimizer.step()`.
     pub commit_ns: u64,
+    /// How many times longer all of it takes on a device that has been busy for a while and is at its power limit.
+    pub sustained: f64,
 }
 
 /// Nanoseconds in which the training thread enqueues a unit's work.
@@ -63,6 +65,7 @@ impl Costs {
             recompute_ns: again.map(|seconds| ns(seconds.max(0.0))).collect(),
             launch,
             commit_ns,
+            sustained: sustained(built, tables.as_ref()),
         }
     }
 
@@ -93,7 +96,7 @@ impl Costs {
         // Each stepped parameter is also copied to the device, through the same memory.
         let through_memory = hardware.host_memory_bytes_per_s / (ADAM_BYTES_PER_PARAM + 2.0);
         Speeds {
-            flops: flops / ns.max(1) as f64 * 1e9,
+            flops: flops / (ns.max(1) as f64 * self.sustained) * 1e9,
             h2d_bytes: hardware.h2d_duplex_bytes_per_s,
             d2h_bytes: hardware.d2h_duplex_bytes_per_s,
             host_adam_params: hardware.host_adam_params_per_s.min(through_memory),
@@ -158,7 +161,7 @@ fn kernels(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> Pair {
         let fallback = Pair { forward_s: plain, backward_s: 2.0 * plain };
         add(tables.element_wise(work.tokens, work.hidden, work.memory_bytes).unwrap_or(fallback));
     }
-    sum.scaled(tables.sustained(work.tokens, work.hidden))
+    sum
 }
 
 /// Seconds of what a recomputation leaves out.
@@ -170,7 +173,13 @@ fn tail_s(work: &Work, hardware: &Hardware, tables: Option<&Tables>) -> f64 {
     }
     let Some(tables) = tables else { return work.tail.flops / hardware.matmul_forward_flops + plain };
     let sum = tables.element_wise(work.tokens, work.hidden, work.tail.memory_bytes).map_or(plain, |pair| pair.forward_s);
-    (tables.product(work.tokens, inputs, outputs).forward_s * work.share + sum) * tables.sustained(work.tokens, work.hidden)
+    tables.product(work.tokens, inputs, outputs).forward_s * work.share + sum
+}
+
+/// The power limit's factor of the layers, which are most of a step.
+fn sustained(built: &Built, tables: Option<&Tables>) -> f64 {
+    let layer = built.work.iter().find(|work| work.kind == Kind::Layer);
+    tables.zip(layer).map_or(1.0, |(tables, work)| tables.sustained(work.tokens, work.hidden))
 }
 
 /// What the training thread takes per unit, and for a step.

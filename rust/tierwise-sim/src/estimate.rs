@@ -23,6 +23,7 @@ pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanReque
         recompute_ns: trace.units.iter().map(|unit| ns(unit.recompute_flops())).collect(),
         launch: vec![Launch::equal(hardware.launch_ns); trace.units.len()],
         commit_ns: 0,
+        sustained: 1.0,
     };
     simulate(&Setup {
         layout,

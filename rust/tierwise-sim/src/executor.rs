@@ -27,7 +27,7 @@ use calls::{Call, calls};
 use machine::{Began, Ended, Lane, Machine, Token};
 use offload::Offload;
 use stalls::{Blocks, Cause};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
@@ -42,6 +42,10 @@ use window::Window;
 
 /// Steps before the one that is measured: the first has no pending optimizer work, the second is the first of the cycle.
 pub const WARM_UP_STEPS: u64 = 2;
+
+/// Device bytes of cuBLAS workspaces, which torch takes once per thread that multiplies: the training thread and autograd's. 32 MiB each is
+/// what Hopper gets (aten/src/ATen/cuda/CublasHandlePool.cpp), others less.
+const WORKSPACE_BYTES: u64 = 2 * (32 << 20);
 
 /// What to execute.
 #[derive(Debug, Clone, Copy)]
@@ -178,6 +182,9 @@ struct Run<'a> {
     offloaded_live: u64,
     /// Per unit: the latest copy of its activations back, until its backward waits for it.
     activations_back: Vec<Option<Token>>,
+    /// Compute tasks that were enqueued and had not ended when it was last looked, with their kernels; and the kernels of all of them.
+    queue: VecDeque<(Token, u64)>,
+    queued_kernels: u64,
 }
 
 /// Executes a plan until its steps repeat, and measures one.
@@ -225,6 +232,10 @@ impl<'a> Run<'a> {
         ] {
             device.reserve(bytes, what)?;
         }
+        if setup.transient_bytes.is_some() {
+            let measured = hardware.measured.as_ref().and_then(|measured| measured.workspace_bytes);
+            device.reserve(measured.unwrap_or(WORKSPACE_BYTES), "workspaces of matrix products")?;
+        }
         let mut host = Budget::new(Tier::Host, setup.host_budget);
         host.reserve(plan.host.total(), "the host slab")?;
         let spilled = spill::Spilled::new(&setup)?;
@@ -239,7 +250,7 @@ impl<'a> Run<'a> {
         Ok(Run {
             calls: calls(trace, plan, &backward),
             scheduler: Scheduler::new(layout.clone(), trace.clone(), plan.clone(), Some(1.0)),
-            machine: Machine::new(hardware),
+            machine: Machine::new(hardware).sustaining(costs.sustained),
             thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None },
             blocks: Blocks::default(),
             fixed: device.used(),
@@ -267,6 +278,8 @@ impl<'a> Run<'a> {
             offload: Offload::new(trace, plan),
             offloaded_live: 0,
             activations_back: vec![None; units],
+            queue: VecDeque::new(),
+            queued_kernels: 0,
             setup,
         })
     }

@@ -51,9 +51,18 @@ fn two() -> u32 {
     2
 }
 
-/// The part of a recorded plan's host memory that the model's figures do not give.
+/// The host memory that a recorded run had allocated: a chunk that moved to the device after the first step leaves its regions behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GivenHost {
+    /// Parameters, in bytes.
+    #[serde(default)]
+    pub params: u64,
+    /// Optimizer states, in bytes.
+    #[serde(default)]
+    pub states: u64,
+    /// Gradients, in bytes.
+    #[serde(default)]
+    pub gradients: u64,
     /// The region of offloaded activations, in bytes.
     #[serde(default)]
     pub activations: u64,
@@ -142,6 +151,9 @@ impl GivenPlan {
         if accumulation > 1 {
             plan.host.staging = u64::from(self.landing_buffers) * host_region_bytes(largest);
         }
+        plan.host.params = plan.host.params.max(self.host.params);
+        plan.host.states = plan.host.states.max(self.host.states);
+        plan.host.gradients = plan.host.gradients.max(self.host.gradients);
         Ok(plan)
     }
 }

@@ -7,6 +7,7 @@ mod measured;
 
 pub use measured::{AttentionRow, Disk, HostRow, Launch, LayerRow, LossRow, Measured, Product, Sharing};
 
+use crate::costs::ADAM_BYTES_PER_PARAM;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -153,12 +154,37 @@ pub fn networks() -> Vec<Network> {
     serde_json::from_str::<File>(NETWORKS).expect("the presets are part of the program").networks
 }
 
+/// Bytes that are read and written when an element in 16 bit is added to its sum in fp32.
+const ADDED_BYTES: f64 = 10.0;
+
 impl Hardware {
     /// Reads a machine from JSON with the fields of this struct.
     pub fn from_json(text: &str) -> Result<Self, String> {
         let hardware: Hardware = serde_json::from_str(text).map_err(|e| e.to_string())?;
         hardware.check()?;
         Ok(hardware)
+    }
+
+    /// What a copy within host memory takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
+    /// calibrated machine says how fast that is.
+    pub fn copy_work(&self, bytes: u64) -> f64 {
+        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host.last()?.copy_bytes_per_s)));
+        let times = measured.map_or(2.0, |(own, copy)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM / copy);
+        times * bytes as f64
+    }
+
+    /// What adding gradients to their sums takes on the landing worker's lane, whose rate is that of norms, in bytes of its traffic.
+    pub fn addition_work(&self, bytes: u64) -> f64 {
+        let measured = self.measured.as_ref().and_then(|m| m.host.last());
+        bytes as f64 * measured.map_or(1.0, |row| self.host_stream_bytes_per_s / (row.accumulate_numel_per_s * ADDED_BYTES))
+    }
+
+    /// The same on the lane of the host's Adam, in bytes of that one's traffic.
+    pub fn addition_work_of_adam(&self, bytes: u64) -> f64 {
+        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host.last()?.accumulate_numel_per_s)));
+        let times =
+            measured.map_or(1.0, |(own, added)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM / (added * ADDED_BYTES));
+        times * bytes as f64
     }
 
     fn check(&self) -> Result<(), String> {

@@ -266,12 +266,13 @@ fn again(stage: &Stage) -> f64 {
 
 fn stage_cost(stage: &Stage) -> StageCost {
     let costs = &stage.rank.costs;
+    let sustained = |ns: u64| (ns as f64 * costs.sustained).round() as u64;
     let backward: u64 = costs.backward_ns.iter().sum();
     StageCost {
-        forward_ns: costs.forward_ns.iter().sum(),
-        backward_ns: backward + recomputed(stage).map(|unit| costs.recompute_ns[unit]).sum::<u64>(),
+        forward_ns: sustained(costs.forward_ns.iter().sum()),
+        backward_ns: sustained(backward + recomputed(stage).map(|unit| costs.recompute_ns[unit]).sum::<u64>()),
         // Gradients of weights are half of a backward's matrix products.
-        weights_ns: backward / 2,
+        weights_ns: sustained(backward / 2),
     }
 }
 

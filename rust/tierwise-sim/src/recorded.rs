@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tierwise_core::plan::ClipMode;
 use tierwise_core::planner::{Offload, Placement, Recompute};
+use tierwise_core::timeline::Timeline;
 
 /// A file of recorded runs.
 #[derive(Debug, Deserialize)]
@@ -223,9 +224,9 @@ impl File {
     }
 
     /// What is predicted for a run; none if it would not fit. Hardware files are looked for in `folder`.
-    pub fn predict(&self, run: &Run, folder: &Path) -> Result<Option<Box<Report>>, Error> {
+    pub fn predict(&self, run: &Run, folder: &Path) -> Result<Option<(Box<Report>, Timeline)>, Error> {
         let request = self.request(run, folder).map_err(Error::Usage)?;
-        Ok(simulate(&request)?.ok().map(|(report, _)| report))
+        Ok(simulate(&request)?.ok())
     }
 
     fn request(&self, run: &Run, folder: &Path) -> Result<Request, String> {

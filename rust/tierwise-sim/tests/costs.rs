@@ -1,7 +1,7 @@
 //! What units cost, against sums by hand.
 
 use tierwise_sim::costs::Costs;
-use tierwise_sim::hardware::{self, Hardware};
+use tierwise_sim::hardware::{self, Hardware, HostRow, Measured};
 use tierwise_sim::models::{Model, preset};
 
 const SEQ: u64 = 4096;
@@ -74,4 +74,18 @@ fn kernels_that_are_not_fused_move_more_bytes_and_save_more() {
     assert!(fused_head.saved_once_bytes > 0 && eager_head.saved_once_bytes == 0);
     assert_eq!(eager.clone().eager(), eager, "it is eager already");
     assert_eq!(preset("gpt2-xl").unwrap().eager().architecture.blocks[1], preset("gpt2-xl").unwrap().architecture.blocks[1]);
+}
+
+#[test]
+fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
+    let preset = hardware::preset("h100").unwrap();
+    assert!((preset.copy_work(1000) - 2000.0).abs() < 1e-9);
+    assert!((preset.addition_work(1000) - 1000.0).abs() < 1e-9);
+    let row = HostRow { threads: 16, adam_params_per_s: 4e9, accumulate_numel_per_s: 1e10, norm_numel_per_s: 2e10, copy_bytes_per_s: 52e9 };
+    let measured = Measured { host: vec![row], host_adam_params_per_s: Some(5e9), ..Measured::default() };
+    let machine = Hardware { host_stream_bytes_per_s: 4e10, measured: Some(measured), ..preset };
+    // In the time of a copy of 52 GB Adam moves 5e9 parameters of 26 bytes.
+    assert!((machine.copy_work(52) - 130.0).abs() < 1e-9);
+    // Additions move 100 GB/s where norms read 40.
+    assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
 }

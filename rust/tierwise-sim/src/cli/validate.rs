@@ -54,7 +54,7 @@ pub fn validate(path: &Path, format: Format, out: &mut dyn Write) -> Result<u8, 
     for run in &file.runs {
         let report = file.predict(run, folder).map_err(Failure::from);
         let report = report.map_err(|failure| Failure { message: format!("{}: {}", run.name, failure.message), ..failure })?;
-        rows.push(compare(run, report.as_deref()));
+        rows.push(compare(run, report.as_ref().map(|(report, _)| &**report)));
     }
     let summary = summarise(&rows);
     let mut failures: Vec<String> =

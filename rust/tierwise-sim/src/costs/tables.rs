@@ -91,11 +91,15 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
+        // A layer that takes less than twice what Python takes to enqueue it was held up by Python if anything, and a device that waits for
+        // Python is not at its power limit.
+        let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured
             .layers
             .iter()
             .filter_map(|row| {
-                let factor = row.sustained_s? / (row.forward_s + row.backward_s);
+                let short_s = row.forward_s + row.backward_s;
+                let factor = if short_s < 2.0 * launch_s { 1.0 } else { row.sustained_s? / short_s };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
@@ -192,7 +196,7 @@ fn weighted(points: &[Point], at: &[f64]) -> Option<Pair> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hardware::{AttentionRow, LayerRow, Product};
+    use crate::hardware::{AttentionRow, Launch, LayerRow, Product};
 
     fn measured() -> Measured {
         let product = |tokens, inputs, outputs, rate: f64| {
@@ -234,6 +238,24 @@ mod tests {
         let rest = tables.element_wise(4096, 1024, layer_bytes(1024, 4096) * 4096.0).unwrap().forward_s;
         assert!((products + attention + rest - row.forward_s).abs() < 1e-9);
         assert!((tables.sustained(4096, 1024) - 9.0 / 8.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_layer_that_python_may_have_held_up_says_nothing_about_the_power_limit() {
+        let launch = |ns| Launch {
+            forward_ns: ns,
+            backward_ns: ns,
+            checkpointed_forward_ns: ns,
+            checkpointed_backward_ns: ns,
+            outside_forward_ns: ns,
+            outside_backward_ns: ns,
+            step_ns: ns,
+        };
+        // The layer takes 8 ms.
+        for (ns, factor) in [(1_900_000, 9.0 / 8.0), (2_100_000, 1.0)] {
+            let tables = Tables::new(&Measured { launch: Some(launch(ns)), ..measured() }).unwrap();
+            assert!((tables.sustained(4096, 1024) - factor).abs() < 1e-9);
+        }
     }
 
     #[test]

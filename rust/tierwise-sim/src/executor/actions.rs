@@ -36,19 +36,19 @@ impl Run<'_> {
                     self.owe_moments(chunk);
                     // The moments are read only.
                     let bytes = self.step_bytes(chunk) - self.moment_bytes(chunk);
-                    self.step_on_host(chunk, "step", bytes, 0, Event::StepDone { chunk });
+                    self.step_on_host(chunk, "step", bytes, 0.0, Event::StepDone { chunk });
                 }
-                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", self.step_bytes(chunk), 0, Event::StepDone { chunk }),
+                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", self.step_bytes(chunk), 0.0, Event::StepDone { chunk }),
                 Action::Moments { chunk } => self.step_moments(chunk),
                 Action::Speculate { chunk, .. } => {
-                    // Everything that the step overwrites is read and written once more.
-                    let undo = 2 * self.setup.layout.undo_bytes(chunk);
+                    let undo = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
                     self.step_on_host(chunk, "speculate", self.step_bytes(chunk), undo, Event::SpeculateDone { chunk });
                 }
                 Action::Undo { chunk } => {
                     let bytes = 2 * self.setup.layout.undo_bytes(chunk);
+                    let work = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
                     let event = Effect::Post(Event::UndoDone { chunk });
-                    self.enqueue(Lane::HostAdam, "undo", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), vec![event]);
+                    self.enqueue(Lane::HostAdam, "undo", chunk, bytes, work, Vec::new(), Vec::new(), vec![event]);
                 }
                 Action::Forget { chunk } => {
                     let held = std::mem::take(&mut self.held[chunk.index()]);
@@ -122,10 +122,10 @@ impl Run<'_> {
         self.written[chunk.index()] = Some(self.gather_after_step(chunk, token).unwrap_or((token, Cause::Optimizer)));
     }
 
-    fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_bytes: u64, done: Event) {
+    fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_work: f64, done: Event) {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let waits = self.written[chunk.index()].map(|(token, _)| token).into_iter().collect();
-        self.enqueue(Lane::HostAdam, what, chunk, bytes, (bytes + more_bytes) as f64, waits, Vec::new(), vec![Effect::Post(done)]);
+        self.enqueue(Lane::HostAdam, what, chunk, bytes, bytes as f64 + more_work, waits, Vec::new(), vec![Effect::Post(done)]);
     }
 
     /// Takes over the gradients of a chunk; gives what the training thread waits for if it cannot yet.
@@ -171,7 +171,8 @@ impl Run<'_> {
             }
             if accumulates {
                 let freed = vec![Effect::FreeStaging];
-                self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, vec![copied], std::mem::take(&mut on_start), freed);
+                let work = self.setup.hardware.addition_work(added);
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, work, vec![copied], std::mem::take(&mut on_start), freed);
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);

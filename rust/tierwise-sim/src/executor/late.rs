@@ -59,20 +59,23 @@ impl Run<'_> {
     fn add_arrived(&mut self, chunk: ChunkId, arrived: Arrived, lane: Lane, then: Option<Effect>) {
         let Arrived { added, landed } = arrived;
         let name = |what: &str| format!("{what} {}", self.setup.layout.chunks[chunk.index()].name);
-        let task = |name: String, bytes: u64, on_end: Vec<Effect>| {
+        let task = |name: String, bytes: u64, work: f64, on_end: Vec<Effect>| {
             let (waits, on_start) = (Vec::new(), Vec::new());
-            Task { name, bytes, work: bytes as f64, waits, on_start, on_end }
+            Task { name, bytes, work, waits, on_start, on_end }
         };
+        let hardware = self.setup.hardware;
         let mut freed = vec![Effect::FreeStaging];
         match landed {
             Some(landed) => {
                 let on_end = std::iter::once(Effect::Post(landed)).chain(then).collect();
-                let norm = task(name("norm"), self.final_grad_bytes(chunk), on_end);
+                let read = self.final_grad_bytes(chunk);
+                let norm = task(name("norm"), read, read as f64, on_end);
                 self.machine.push_next(lane, norm);
             }
             None => freed.extend(then),
         }
-        let accumulate = task(name("accumulate"), added, freed);
+        let work = if lane == Lane::Landing { hardware.addition_work(added) } else { hardware.addition_work_of_adam(added) };
+        let accumulate = task(name("accumulate"), added, work, freed);
         self.machine.push_next(lane, accumulate);
     }
 }

@@ -159,13 +159,47 @@ pub struct Machine<'a, E> {
     lanes: [State<E>; LANES.len()],
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
+    power: Power,
+}
+
+/// The power limit: a device that computes without a pause slows down, one that often waits does not.
+#[derive(Debug, Clone, Copy)]
+struct Power {
+    /// How many times longer work takes on a device that is always busy.
+    sustained: f64,
+    /// How busy compute was of late, 0 to 1: the average that the device's regulation sees.
+    busy: f64,
+}
+
+/// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).
+const POWER_NS: f64 = 50e6;
+const POWER_BUSY: f64 = 0.7;
+
+impl Power {
+    fn pass(&mut self, computes: bool, ns: f64) {
+        let goal = f64::from(u8::from(computes));
+        self.busy = goal + (self.busy - goal) * (-ns / POWER_NS).exp();
+    }
+
+    /// How many times longer compute takes now.
+    fn slowdown(&self) -> f64 {
+        1.0 + (self.sustained - 1.0) * ((self.busy - POWER_BUSY) / (1.0 - POWER_BUSY)).max(0.0)
+    }
 }
 
 impl<'a, E> Machine<'a, E> {
     /// Idle at time 0.
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, last: None, idle_since_ns: 0 });
-        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new() }
+        let power = Power { sustained: 1.0, busy: 0.0 };
+        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new(), power }
+    }
+
+    /// With compute that takes so many times longer at the power limit.
+    #[must_use]
+    pub fn sustaining(mut self, sustained: f64) -> Self {
+        self.power.sustained = sustained;
+        self
     }
 
     /// Nanoseconds since the start.
@@ -200,6 +234,11 @@ impl<'a, E> Machine<'a, E> {
     /// When a task ended.
     pub fn ended_ns(&self, token: Token) -> Option<u64> {
         self.ended_ns[token.0]
+    }
+
+    /// Whether a lane has something to do now.
+    pub fn is_busy(&self, lane: Lane) -> bool {
+        self.lanes[lane as usize].running.is_some()
     }
 
     /// Begins the next task that can begin now.
@@ -248,6 +287,7 @@ impl<'a, E> Machine<'a, E> {
                 running.remaining = (running.remaining - elapsed * rate).max(0.0);
             }
         }
+        self.power.pass(self.lanes[Lane::Compute as usize].running.is_some(), elapsed);
         self.now_ns = to_ns;
     }
 
@@ -263,6 +303,40 @@ impl<'a, E> Machine<'a, E> {
 
     /// Work per nanosecond of every lane, given who is busy.
     fn rates(&self) -> Rates {
-        self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some())
+        let mut rates = self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some());
+        rates[Lane::Compute as usize] /= self.power.slowdown();
+        rates
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hardware::preset;
+
+    /// Nanoseconds of `count` tasks of 10 ms, each of which `pause` other ms come before.
+    fn takes(sustained: f64, count: usize, pause: f64) -> f64 {
+        let hardware = preset("h100").unwrap();
+        let mut machine: Machine<()> = Machine::new(&hardware).sustaining(sustained);
+        let task = |ns: f64, waits| Task { name: String::new(), bytes: 0, work: ns, waits, on_start: Vec::new(), on_end: Vec::new() };
+        for _ in 0..count {
+            let waited = machine.push(Lane::Thread, task(1e6 * pause, Vec::new()));
+            machine.push(Lane::Compute, task(1e7, vec![waited]));
+            while machine.begin_one().is_some() || machine.next_end().is_some() {
+                if let Some((at, lane)) = machine.next_end() {
+                    machine.advance(at);
+                    machine.end(lane);
+                }
+            }
+        }
+        machine.now_ns() as f64 / count as f64 - 1e6 * pause
+    }
+
+    #[test]
+    fn compute_without_a_pause_slows_down_and_compute_that_often_waits_does_not() {
+        assert!((takes(1.2, 2000, 0.0) / 1e7 - 1.2).abs() < 0.01);
+        assert!((takes(1.2, 3, 0.0) / 1e7 - 1.0).abs() < 1e-6, "the first 30 ms");
+        assert!((takes(1.2, 200, 10.0) / 1e7 - 1.0).abs() < 1e-6);
+        assert!((takes(1.0, 200, 0.0) / 1e7 - 1.0).abs() < 1e-6);
     }
 }

@@ -10,6 +10,14 @@ use tierwise_core::plan::ActivationPlan;
 use tierwise_core::scheduler::{Event, Progress};
 use tierwise_core::trace::Phase;
 
+/// What a CUDA queue holds before launching blocks, and the kernels of a layer's forward; `calibrate` takes the same figures.
+const QUEUED_KERNELS: u64 = 700;
+const FORWARD_KERNELS: u64 = 25;
+
+/// How many times longer the training thread takes where the threads of the host's kernels, one per core, compete with it; fitted
+/// (docs/simulator.md).
+const CROWDED: f64 = 1.7;
+
 /// Where the training thread is.
 pub struct Thread {
     pub step: u64,
@@ -61,10 +69,8 @@ impl Run<'_> {
                 self.release = self.machine.record(Lane::Compute);
                 self.apply(&Event::Leave { unit, phase })?;
                 if phase == Phase::Backward {
-                    let trace_unit = &self.setup.trace.units[unit as usize];
-                    let recomputed = self.setup.plan.activations[unit as usize] == ActivationPlan::Recompute;
                     // What a recomputation saved is freed with the input that it started from.
-                    let bytes = trace_unit.saved_bytes - self.offloaded_bytes(unit) + if recomputed { trace_unit.input_bytes } else { 0 };
+                    let bytes = self.setup.trace.units[unit as usize].saved_bytes - self.offloaded_bytes(unit);
                     self.activations -= bytes;
                     self.device.release(bytes);
                     self.sample_device();
@@ -108,7 +114,9 @@ impl Run<'_> {
         let recomputed = self.setup.plan.activations[index] == ActivationPlan::Recompute;
         let saved = match (phase, recomputed) {
             (Phase::Forward, true) => trace.units[index].input_bytes,
-            (Phase::Forward, false) | (Phase::Backward, true) => trace.units[index].saved_bytes - self.offloaded_bytes(unit),
+            (Phase::Forward, false) => trace.units[index].saved_bytes - self.offloaded_bytes(unit),
+            // What a recomputation saves again begins with the input that stayed.
+            (Phase::Backward, true) => trace.units[index].saved_bytes - trace.units[index].input_bytes,
             (Phase::Backward, false) => 0,
         };
         let born = trace.units[index]
@@ -127,6 +135,9 @@ impl Run<'_> {
         if self.waits_for_memory(saved + born + leaves) {
             return Ok(Some(Cause::Memory));
         }
+        if !self.fits_queue(op) {
+            return Ok(Some(Cause::Launch));
+        }
         self.release = self.machine.record(Lane::Compute);
         if self.apply(&Event::Enter { unit, phase })? != Progress::Done {
             return Ok(Some(if self.scheduler.is_undecided() { Cause::Gradients } else { Cause::Optimizer }));
@@ -135,6 +146,33 @@ impl Run<'_> {
             self.work(op, Vec::new())?;
         }
         Ok(None)
+    }
+
+    /// Whether the device's queue has room for an operation's kernels: the training thread runs only so far ahead.
+    fn fits_queue(&mut self, op: OpId) -> bool {
+        if self.setup.hardware.measured.is_none() {
+            return true;
+        }
+        while let Some((token, kernels)) = self.queue.front()
+            && self.machine.ended_ns(*token).is_some()
+        {
+            self.queued_kernels -= kernels;
+            self.queue.pop_front();
+        }
+        self.queue.is_empty() || self.queued_kernels + self.kernels(op) <= QUEUED_KERNELS
+    }
+
+    /// What the training thread takes while the host's kernels have every core.
+    fn launch_ns(&self, ns: u64) -> u64 {
+        let busy =
+            self.setup.hardware.measured.is_some() && [Lane::HostAdam, Lane::Landing].into_iter().any(|lane| self.machine.is_busy(lane));
+        if busy { (ns as f64 * CROWDED).round() as u64 } else { ns }
+    }
+
+    fn kernels(&self, op: OpId) -> u64 {
+        let (unit, phase) = self.op(op);
+        let recomputed = self.setup.plan.activations[unit as usize] == ActivationPlan::Recompute;
+        FORWARD_KERNELS * if phase == Phase::Forward { 1 } else { 2 + u64::from(recomputed) }
     }
 
     /// Enqueues an operation's work, which waits for its parameters, and for `waits` too.
@@ -159,12 +197,14 @@ impl Run<'_> {
             Phase::Forward => costs.forward_ns[index],
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.recompute_ns[index] } else { 0 },
         };
-        self.compute(op, ns, waits);
-        self.thread.ready_ns = self.machine.now_ns() + costs.launch[index].ns(phase, recomputed);
+        let token = self.compute(op, ns, waits);
+        self.queued_kernels += self.kernels(op);
+        self.queue.push_back((token, self.kernels(op)));
+        self.thread.ready_ns = self.machine.now_ns() + self.launch_ns(costs.launch[index].ns(phase, recomputed));
         Ok(())
     }
 
-    pub(super) fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) {
+    pub(super) fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) -> Token {
         let (unit, phase) = self.op(op);
         let direction = if phase == Phase::Forward { "forward" } else { "backward" };
         let task = Task {
@@ -180,6 +220,7 @@ impl Run<'_> {
         }
         let token = self.machine.push(Lane::Compute, task);
         self.latest_compute = [self.latest_compute[1], Some(token)];
+        token
     }
 
     /// Whether so many device bytes are missing now and will not be.

@@ -32,6 +32,9 @@ pub struct Measured {
     /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it.
     #[serde(default)]
     pub host_adam_params_per_s: Option<f64>,
+    /// Device bytes of the workspaces of matrix products; what Hopper's are if it was not measured.
+    #[serde(default)]
+    pub workspace_bytes: Option<u64>,
     /// The NVMe tier.
     #[serde(default)]
     pub disk: Option<Disk>,

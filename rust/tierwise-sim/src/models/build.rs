@@ -136,7 +136,11 @@ impl Model {
                 tail_flops: of_unit.tail.flops,
             });
             cheap_bytes.push(block.cheap_bytes.map(kept));
-            transient_bytes.push([block.forward_transient, block.backward_transient].map(|bytes| bytes.of(tokens).div_ceil(share.tensor)));
+            let [forward, backward] = [block.forward_transient, block.backward_transient].map(|b| b.of(tokens).div_ceil(share.tensor));
+            // At the peak of its backward a layer has the gradient of its last product's matrix only.
+            let late =
+                if block.ends_in_product { 2 * (block.split_numel(share.tensor) - last_matrix(block).div_ceil(share.tensor)) } else { 0 };
+            transient_bytes.push([forward, backward.saturating_sub(late)]);
             work.push(of_unit);
         }
         let count = units.len() as u32;
@@ -150,6 +154,11 @@ impl Model {
             transient_bytes,
         }
     }
+}
+
+/// Elements of the matrix of a block's last product.
+fn last_matrix(block: &Block) -> u64 {
+    block.products.last().map_or(0, |(inputs, outputs)| inputs * outputs)
 }
 
 fn block_work(block: &Block, model: &Architecture, seq: u64, tokens: u64, share: &Share) -> Work {

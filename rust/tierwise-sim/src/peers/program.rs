@@ -26,8 +26,8 @@ pub struct Record {
 }
 
 impl<'a> Program<'a> {
-    pub fn new(hardware: &'a Hardware) -> Self {
-        Program { machine: Machine::new(hardware), causes: BTreeMap::new() }
+    pub fn new(hardware: &'a Hardware, sustained: f64) -> Self {
+        Program { machine: Machine::new(hardware).sustaining(sustained), causes: BTreeMap::new() }
     }
 
     /// Enqueues a task; `cause` is what whoever waits for it waits for.

@@ -88,7 +88,7 @@ impl Step<'_> {
             return Err(Shortfall::host(host, host - self.request.host_budget));
         }
         let base = self.base_bytes();
-        let mut program = Program::new(&self.rank.hardware);
+        let mut program = Program::new(&self.rank.hardware, self.rank.costs.sustained);
         let mut carried = Carried::default();
         let first = self.step(&mut program, &mut carried);
         let _ = self.step(&mut program, &mut carried);

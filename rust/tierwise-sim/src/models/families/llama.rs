@@ -53,9 +53,9 @@ impl GatedLayer {
             cheap_bytes: [4 * h + 2 * i, 8 * h + 6 * i],
             saved_once_bytes: 0,
             forward_transient: Bytes::default(),
-            // The gradients of the output and of the residual sum, and of the gated product, whose own gradients take the place of gate
-            // and up.
-            backward_transient: Bytes::per_token(4 * h + 2 * i),
+            // The gradients of the output, which is the residual sum's too, and of the gated product, whose own gradients take the place of
+            // gate and up.
+            backward_transient: Bytes::per_token(2 * h + 2 * i),
             input_bytes: 2 * h,
             reductions: 2,
             // Two norms; rotary embeddings as two products, half a negation, a concatenation and a sum (20 each instead of 4); SwiGLU as two
