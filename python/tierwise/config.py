@@ -70,13 +70,15 @@ def available_memory_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Sustained speeds that the planner weighs against each other: FLOP/s, bytes/s, bytes/s, parameters/s, bytes/s."""
+    """Sustained speeds that the planner weighs against each other: FLOP/s, bytes/s, bytes/s, parameters/s, bytes/s, parameters/s."""
 
     flops: float
     h2d_bytes: float
     d2h_bytes: float
     host_adam_params: float
     device_memory_bytes: float
+    host_params_first: float | None = None
+    """Of the first pass, where a step writes moments later; None: by its share of the memory traffic."""
 
 
 _DEVICES = (

@@ -32,11 +32,13 @@ _LIMITS: dict[torch.device, int] = {}
 
 
 @functools.cache
-def _host_adam_params(threads: int) -> float:
-    """Parameters per second that the CPU steps beside copies: measured, because the same machine is half as fast in a busy hour."""
+def _host_adam_params(threads: int) -> dict[str, float]:
+    """Parameters per second that the CPU steps beside copies, whole and in the first of two passes: measured, because the same machine is
+    half as fast in a busy hour, and few threads gain less by moving less."""
     bench = HostBench(_BENCH_NUMEL)
     bench.rate("adam", 0.05, threads)
-    return bench.rate("adam", 0.15, threads) * _BESIDE_COPIES
+    kernels = {"host_adam_params": "adam", "host_params_first": "params_first"}
+    return {speed: bench.rate(kernel, 0.15, threads) * _BESIDE_COPIES for speed, kernel in kernels.items()}
 
 
 def expand_segments() -> bool:
@@ -148,7 +150,7 @@ class Target:
         threads = kernel_threads(plugin.num_threads)
         speeds = default_speeds(name, threads)
         if not self.emulated and self.host_budget(plugin) > _BENCH_NUMEL * 14:
-            speeds = dataclasses.replace(speeds, host_adam_params=_host_adam_params(threads))
+            speeds = dataclasses.replace(speeds, **_host_adam_params(threads))
         return dataclasses.replace(
             speeds,
             flops=speeds.flops if self.emulated else speeds.flops * tokens / (tokens + _HALF_SPEED_TOKENS),

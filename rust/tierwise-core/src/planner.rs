@@ -34,6 +34,9 @@ pub struct Speeds {
     pub d2h_bytes: f64,
     /// Parameters per second that the host steps.
     pub host_adam_params: f64,
+    /// Parameters per second of the first pass where moments are written later; by its share of the memory traffic if it was not measured.
+    #[serde(default)]
+    pub host_params_first: Option<f64>,
     /// Bytes per second of the device's own memory.
     pub device_memory_bytes: f64,
 }
@@ -433,8 +436,9 @@ fn predict_with(
         let in_backward = (micro_batch - forward) / SPECULATION_COST;
         (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
-    let part = if late { late::PASS_SHARE } else { 1.0 };
-    let off_device = visiting::OffDevice::new(&row.cost, speeds, part, speculated, activations.host_bytes);
+    let rate = if late { late::params_first(speeds) } else { speeds.host_adam_params };
+    let own = row.cost.host_numel as f64 / rate;
+    let off_device = visiting::OffDevice::new(&row.cost, speeds, own, speculated, activations.host_bytes);
     let adam = (off_device.seconds() - forward).max(0.0);
     let moments = if late { late::PASS_SHARE * row.cost.host_numel as f64 / speeds.host_adam_params } else { 0.0 };
     let lag = late.then(|| {

@@ -278,6 +278,7 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
                     h2d_bytes: 1e4 * speeds.1,
                     d2h_bytes: 1e4 * speeds.2,
                     host_adam_params: 1e4 * speeds.3,
+                    host_params_first: None,
                     device_memory_bytes: 1e6 * speeds.4,
                 },
             }
@@ -412,6 +413,10 @@ fn llama_7b_on_an_h100() {
     assert_eq!(whole.bound_by, "compute");
     assert!(plan.late_moments && !whole.late_moments);
     assert!(plan.predicted_step_s < 0.99 * whole.predicted_step_s, "{} {}", plan.predicted_step_s, whole.predicted_step_s);
+    // Few threads are no faster for moving less.
+    let speeds = Speeds { host_params_first: Some(5.5e9), ..h100(0, 0).speeds };
+    let bound = tierwise_core::planner::plan(&layout, &trace, &PlanRequest { speeds, ..h100(80 * GIB, 128 * GIB) }).unwrap();
+    assert_eq!((bound.late_moments, bound.predicted_step_s.to_bits()), (false, whole.predicted_step_s.to_bits()));
     let on_host = |plan: &Plan| plan.chunks.iter().filter(|c| c.class == OptimizerClass::Host).count();
     assert!(on_host(&plan) > on_host(&whole));
     assert!(count(&plan, ActivationPlan::Keep) > count(&whole, ActivationPlan::Keep));
@@ -532,7 +537,7 @@ fn sums_are_taken_on_the_device_where_that_is_faster() {
     let placement = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
     // A host memory that cannot keep up with a micro-batch.
     let base = h100(0, 400 * GIB);
-    let speeds = Speeds { host_adam_params: 2e9, ..base.speeds };
+    let speeds = Speeds { host_adam_params: 2e9, host_params_first: None, ..base.speeds };
     let request = PlanRequest { accumulation: 16, placement, recompute: Recompute::Full, speeds, ..base };
     let minimum = minimum_device_bytes(&layout, &trace, &request);
     let planned = |more: u64| plan(&layout, &trace, &PlanRequest { device_budget: minimum + more, ..request.clone() }).unwrap();

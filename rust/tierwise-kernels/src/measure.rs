@@ -17,6 +17,8 @@ const ALIGNMENT: usize = 2 << 20;
 pub enum HostKernel {
     /// Split-master `AdamW`: elements are parameters, 26 bytes of memory traffic each.
     Adam,
+    /// The first pass of the same in two: 18 bytes each.
+    ParamsFirst,
     /// A bf16 gradient added into an fp32 accumulator: 10 bytes each.
     Accumulate,
     /// The sum of squares of bf16 gradients: 2 bytes each.
@@ -91,7 +93,8 @@ impl HostBench {
         // SAFETY: the offset is inside the allocation.
         let at = |offset: usize| unsafe { self.base.as_ptr().add(offset) };
         match kernel {
-            HostKernel::Adam => {
+            HostKernel::Adam | HostKernel::ParamsFirst => {
+                let pass = if kernel == HostKernel::Adam { adam::Pass::Whole } else { adam::Pass::Params };
                 self.step += 1;
                 let hyper = AdamHyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
                 let segment = AdamSegment {
@@ -106,7 +109,7 @@ impl HostBench {
                     constants: AdamConstants::new(&hyper, self.step, 1.0),
                 };
                 // SAFETY: five arrays side by side in memory that this borrows alone.
-                unsafe { adam::adam_segments(pool, &[segment]) };
+                unsafe { adam::adam_pass(pool, pass, &[segment]) };
                 n
             }
             HostKernel::Accumulate => {

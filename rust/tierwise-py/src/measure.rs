@@ -35,11 +35,13 @@ impl HostBench {
     fn rate(&self, py: Python<'_>, kernel: &str, seconds: f64, threads: Option<usize>) -> PyResult<f64> {
         let kernel = match kernel {
             "adam" => HostKernel::Adam,
+            "params_first" => HostKernel::ParamsFirst,
             "accumulate" => HostKernel::Accumulate,
             "norm" => HostKernel::Norm,
             "copy" => HostKernel::Copy,
             other => {
-                return Err(PyValueError::new_err(format!("kernel must be \"adam\", \"accumulate\", \"norm\" or \"copy\", not {other:?}")));
+                let known = "\"adam\", \"params_first\", \"accumulate\", \"norm\" or \"copy\"";
+                return Err(PyValueError::new_err(format!("kernel must be {known}, not {other:?}")));
             }
         };
         let time = Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(format!("seconds={seconds}: {error}")))?;

@@ -356,7 +356,14 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
         late_moments: None,
         visiting: true,
         clip_mode,
-        speeds: Speeds { flops: 1e12, h2d_bytes: 2e9, d2h_bytes: 2e9, host_adam_params: 2e8, device_memory_bytes: 4e10 },
+        speeds: Speeds {
+            flops: 1e12,
+            h2d_bytes: 2e9,
+            d2h_bytes: 2e9,
+            host_adam_params: 2e8,
+            host_params_first: None,
+            device_memory_bytes: 4e10,
+        },
         nvme: None,
     }
 }

@@ -49,7 +49,14 @@ mod tests {
             late_moments: None,
             visiting: false,
             clip_mode,
-            speeds: Speeds { flops: 4.5e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
+            speeds: Speeds {
+                flops: 4.5e14,
+                h2d_bytes: 42e9,
+                d2h_bytes: 50e9,
+                host_adam_params: 3.8e9,
+                host_params_first: None,
+                device_memory_bytes: 2.6e12,
+            },
             nvme: None,
         }
     }

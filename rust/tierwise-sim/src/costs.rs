@@ -100,6 +100,7 @@ impl Costs {
             h2d_bytes: hardware.h2d_duplex_bytes_per_s,
             d2h_bytes: hardware.d2h_duplex_bytes_per_s,
             host_adam_params: hardware.host_adam_params_per_s.min(through_memory),
+            host_params_first: hardware.host_params_first_per_s,
             device_memory_bytes: hardware.device_memory_bytes_per_s,
         }
     }

@@ -54,6 +54,7 @@ fn machine(speeds: &Speeds) -> Hardware {
         host_memory_bytes_per_s: speeds.h2d_bytes + speeds.d2h_bytes + adam_bytes,
         host_stream_bytes_per_s: adam_bytes,
         host_adam_params_per_s: speeds.host_adam_params,
+        host_params_first_per_s: speeds.host_params_first,
         d2h_compute_tax: 0.0,
         host_adam_compute_tax: 0.0,
         measured: None,
@@ -87,7 +88,14 @@ mod tests {
             late_moments: None,
             visiting: true,
             clip_mode: ClipMode::Defer,
-            speeds: Speeds { flops: 6e14, h2d_bytes: 42e9, d2h_bytes: 50e9, host_adam_params: 3.8e9, device_memory_bytes: 2.6e12 },
+            speeds: Speeds {
+                flops: 6e14,
+                h2d_bytes: 42e9,
+                d2h_bytes: 50e9,
+                host_adam_params: 3.8e9,
+                host_params_first: None,
+                device_memory_bytes: 2.6e12,
+            },
             nvme: None,
         };
         let step = |fraction| {

@@ -69,6 +69,9 @@ pub struct Hardware {
     pub host_stream_bytes_per_s: f64,
     /// bf16 parameters per second that the host's Adam steps while nothing else uses its memory.
     pub host_adam_params_per_s: f64,
+    /// The same of the first pass, where moments are written later; by its share of the memory traffic if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_params_first_per_s: Option<f64>,
     /// Usable pinned host memory, in bytes.
     pub host_memory_bytes: u64,
     /// Share of compute lost while a device-to-host copy runs.
@@ -157,6 +160,9 @@ pub fn networks() -> Vec<Network> {
 /// Bytes that are read and written when an element in 16 bit is added to its sum in fp32.
 const ADDED_BYTES: f64 = 10.0;
 
+/// Host memory traffic of one parameter's first pass, bf16 gradient.
+const FIRST_PASS_BYTES: f64 = 18.0;
+
 impl Hardware {
     /// Reads a machine from JSON with the fields of this struct.
     pub fn from_json(text: &str) -> Result<Self, String> {
@@ -171,6 +177,12 @@ impl Hardware {
         let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host.last()?.copy_bytes_per_s)));
         let times = measured.map_or(2.0, |(own, copy)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM / copy);
         times * bytes as f64
+    }
+
+    /// What a first pass that moves so many bytes takes on the lane of the host's Adam, in bytes of that one's traffic.
+    pub fn params_first_work(&self, bytes: u64) -> f64 {
+        let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
+        bytes as f64 * self.host_params_first_per_s.map_or(1.0, |rate| whole / (rate * FIRST_PASS_BYTES))
     }
 
     /// What adding gradients to their sums takes on the landing worker's lane, whose rate is that of norms, in bytes of its traffic.
@@ -208,6 +220,7 @@ impl Hardware {
             ("host_stream_bytes_per_s", self.host_stream_bytes_per_s),
             ("host_adam_params_per_s", self.host_adam_params_per_s),
         ];
+        rates.extend(self.host_params_first_per_s.map(|rate| ("host_params_first_per_s", rate)));
         rates.extend(self.nvme.map(|disk| ("nvme.read_bytes_per_s", disk.read_bytes_per_s)));
         rates.extend(self.nvme.map(|disk| ("nvme.write_bytes_per_s", disk.write_bytes_per_s)));
         rates.extend(self.intra_node.map(|link| ("intra_node.bytes_per_s", link.bytes_per_s)));
@@ -256,6 +269,7 @@ impl Hardware {
             host_memory_bytes_per_s: self.host_memory_bytes_per_s / of_host,
             host_stream_bytes_per_s: self.host_stream_bytes_per_s / of_host,
             host_adam_params_per_s: self.host_adam_params_per_s / of_host,
+            host_params_first_per_s: self.host_params_first_per_s.map(|rate| rate / of_host),
             host_memory_bytes: self.host_memory_bytes / u64::from(gpus),
             nvme: self.nvme.map(|disk| Disk {
                 read_bytes_per_s: disk.read_bytes_per_s / of_host,

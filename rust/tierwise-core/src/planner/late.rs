@@ -1,12 +1,17 @@
 //! Moments that the host writes after the parameters: the first forward waits for less, and the first backward must leave time for the rest.
 
-use super::HOST_ADAM_BYTES;
 use super::placement::Row;
+use super::{HOST_ADAM_BYTES, Speeds};
 use crate::plan::HostBytes;
 
 /// Host memory traffic of either pass over parameters and moments, as a part of a whole step's: both read the gradient, the first reads the
 /// moments and rewrites the parameters, the second rewrites the moments.
 pub(super) const PASS_SHARE: f64 = 18.0 / HOST_ADAM_BYTES;
+
+/// Parameters per second of the first pass.
+pub(super) fn params_first(speeds: &Speeds) -> f64 {
+    speeds.host_params_first.unwrap_or(speeds.host_adam_params / PASS_SHARE)
+}
 
 /// Fewest buffers in which gradients land.
 const LANDING_BUFFERS: u64 = 2;

@@ -49,6 +49,7 @@ impl<'a> Memory<'a> {
             ("h2d_bytes", speeds.h2d_bytes),
             ("d2h_bytes", speeds.d2h_bytes),
             ("host_adam_params", speeds.host_adam_params),
+            ("host_params_first", speeds.host_params_first.unwrap_or(1.0)),
             ("device_memory_bytes", speeds.device_memory_bytes),
         ] {
             if speed.is_nan() || speed <= 0.0 {

@@ -64,12 +64,12 @@ pub(super) struct OffDevice {
 }
 
 impl OffDevice {
-    /// Of the CPU's own steps `part` is done before what comes next: all, or their first pass. What was `speculated` is done before the
-    /// decision; activations that the forward sends to the host share the way out.
-    pub fn new(cost: &Cost, speeds: &Speeds, part: f64, speculated: f64, activation_bytes: u64) -> Self {
+    /// The CPU's `own` steps take so long, or the pass of them that the forward waits for. What was `speculated` is done before the decision;
+    /// activations that the forward sends to the host share the way out.
+    pub fn new(cost: &Cost, speeds: &Speeds, own: f64, speculated: f64, activation_bytes: u64) -> Self {
         // The states are read once and written once.
         let visiting = 2.0 * cost.visiting_bytes as f64 / (speeds.host_adam_params * HOST_ADAM_BYTES);
-        let memory = part * cost.host_numel as f64 / speeds.host_adam_params - speculated + visiting;
+        let memory = own - speculated + visiting;
         if cost.visiting_numel == 0 {
             return OffDevice { memory, link: 0.0 };
         }

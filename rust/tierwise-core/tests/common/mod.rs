@@ -74,7 +74,14 @@ pub fn h100(device_budget: u64, host_budget: u64) -> PlanRequest {
         late_moments: None,
         visiting: true,
         clip_mode: ClipMode::Defer,
-        speeds: Speeds { flops: 650e12, h2d_bytes: 45e9, d2h_bytes: 45e9, host_adam_params: 5.5e9, device_memory_bytes: 2.6e12 },
+        speeds: Speeds {
+            flops: 650e12,
+            h2d_bytes: 45e9,
+            d2h_bytes: 45e9,
+            host_adam_params: 5.5e9,
+            host_params_first: None,
+            device_memory_bytes: 2.6e12,
+        },
         nvme: None,
     }
 }

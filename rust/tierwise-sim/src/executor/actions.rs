@@ -36,7 +36,8 @@ impl Run<'_> {
                     self.owe_moments(chunk);
                     // The moments are read only.
                     let bytes = self.step_bytes(chunk) - self.moment_bytes(chunk);
-                    self.step_on_host(chunk, "step", bytes, 0.0, Event::StepDone { chunk });
+                    let more = self.setup.hardware.params_first_work(bytes) - bytes as f64;
+                    self.step_on_host(chunk, "step", bytes, more, Event::StepDone { chunk });
                 }
                 Action::Step { chunk, .. } => self.step_on_host(chunk, "step", self.step_bytes(chunk), 0.0, Event::StepDone { chunk }),
                 Action::Moments { chunk } => self.step_moments(chunk),
