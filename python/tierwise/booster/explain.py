@@ -55,7 +55,7 @@ def explain(runtime: Runtime) -> str:
         numel = sum(layout.numel(chunk) for chunk in chunks)
         where = f"{_HOMES[home]}, {gradients}" if gradients else _HOMES[home]
         lines.append(f"  {len(chunks)} {_STEPS[cls]}, parameters {where}: {numel / 1e6:.1f}M parameters ({_some(runtime, chunks)})")
-    if plan["late_moments"]:
+    if plan["late_moments"] and any(placed["class"] == "host" for placed in plan["chunks"]):
         lines.append("the CPU's steps write parameters first, and their moments while the next backward runs")
     for tier, budget in (("device", runtime.planned.device_budget), ("host", runtime.planned.host_budget)):
         parts = {name: size for name, size in plan[tier].items() if size}

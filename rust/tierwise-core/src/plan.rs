@@ -321,8 +321,8 @@ pub struct Plan {
     pub clip_mode: ClipMode,
     /// Bytes of undo records that may be alive at once.
     pub undo_bytes: u64,
-    /// Whether host steps write parameters first and moments later, while backward runs: the next forward waits for a third less memory
-    /// traffic, and the moments cost as much again.
+    /// Whether host steps write parameters first and moments later, while backward runs: the next forward waits for about a third less
+    /// memory traffic, and the moments cost about as much again.
     #[serde(default)]
     pub late_moments: bool,
     /// Buffers in which gradients land that are added to accumulators, or go on to the disk; `host.staging` is theirs.

@@ -399,7 +399,7 @@ fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group,
 }
 
 /// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
-#[allow(clippy::too_many_arguments, reason = "what the search has fixed at this point")]
+#[expect(clippy::too_many_arguments, reason = "what the search has fixed at this point")]
 fn predict_with(
     memory: &Memory,
     activations: &Activations,
@@ -436,11 +436,12 @@ fn predict_with(
         let in_backward = (micro_batch - forward) / SPECULATION_COST;
         (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
     };
-    let rate = if late { late::params_first(speeds) } else { speeds.host_adam_params };
-    let own = row.cost.host_numel as f64 / rate;
+    let whole = row.cost.host_numel as f64 / speeds.host_adam_params;
+    let passes = late::Passes::new(memory.layout, request.accumulation, speeds);
+    let own = if late { whole * passes.params } else { whole };
     let off_device = visiting::OffDevice::new(&row.cost, speeds, own, speculated, activations.host_bytes);
     let adam = (off_device.seconds() - forward).max(0.0);
-    let moments = if late { late::PASS_SHARE * row.cost.host_numel as f64 / speeds.host_adam_params } else { 0.0 };
+    let moments = if late { whole * passes.moments } else { 0.0 };
     let lag = late.then(|| {
         // The first micro-batch writes its sums without reading them.
         let added = if request.accumulation > 1 { row.cost.accumulate_bytes / 2 + row.cost.grad_bytes } else { 0 };
@@ -482,7 +483,7 @@ fn predict_with(
         (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 || plan.grad_buffers > 0 => spill::seconds(plan, nvme),
         _ => 0.0,
     };
-    let serial = compute.max(accumulate) + adam.max(disk) + lagging + late_grads + stalled_h2d + stalled_d2h;
+    let serial = (compute + lagging).max(accumulate) + adam.max(disk) + late_grads + stalled_h2d + stalled_d2h;
     let seconds = serial.max(h2d).max(d2h).max(disk_busy);
     let bound_by = if seconds > serial {
         if seconds > h2d.max(d2h) {

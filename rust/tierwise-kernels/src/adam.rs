@@ -41,7 +41,7 @@ pub enum Pass {
 impl Pass {
     /// What it does to a parameter: where decay is added to the gradient, the moments depend on the old weight, so that everything is written
     /// by the first pass, and nothing is left for the second.
-    fn of(self, constants: &AdamConstants) -> Option<Pass> {
+    pub fn of(self, constants: &AdamConstants) -> Option<Pass> {
         match self {
             Pass::Whole => Some(self),
             Pass::Params | Pass::Moments if constants.l2 == 0.0 => Some(self),
@@ -138,7 +138,7 @@ pub unsafe fn adam_segments(pool: &Pool, segments: &[AdamSegment]) {
 /// One pass over every segment; returns when all is written.
 ///
 /// # Safety
-/// As for [`adam_segments`]; what a pass only reads may be read by others meanwhile.
+/// As for [`adam_segments`]; the second pass leaves parameters and masters to others.
 pub unsafe fn adam_pass(pool: &Pool, pass: Pass, segments: &[AdamSegment]) {
     // SAFETY: promised by the caller.
     unsafe { adam_segments_at(pool, dispatch::level(), pass, segments) }

@@ -113,7 +113,10 @@ impl Engine {
         let pool = Pool::try_new(config.threads).map_err(Error::Usage)?;
         let num_params: usize = layout.chunks.iter().map(|c| c.params.len()).sum();
         let norm_bytes = host_region_bytes(num_params as u64 * 8);
-        let landing_buffers = u64::from(plan.landing_buffers.max(2));
+        let landing_buffers = u64::from(plan.landing_buffers);
+        if landing_buffers < 2 {
+            return Err(Error::Usage(format!("landing_buffers is {landing_buffers}; a gradient lands while another is added: at least 2")));
+        }
         let staging_bytes = host_region_bytes(plan.host.staging / landing_buffers);
         let chunk_bytes: u64 = layout
             .ids()

@@ -262,8 +262,8 @@ pub(crate) fn traffic(precision: Precision) -> u64 {
 /// Bytes of host memory that a pass over segments reads and writes.
 fn step_bytes(shared: &Shared, pass: Pass, segments: &[AdamSegment]) -> u64 {
     let precision = shared.lock().scheduler.layout().precision;
-    let states = pass_bytes(pass, precision);
-    segments.iter().map(|s| s.numel as u64 * (s.grad_dtype.bytes() as u64 + states)).sum()
+    let bytes = |s: &AdamSegment| Some(s.grad_dtype.bytes() as u64 + pass_bytes(pass.of(&s.constants)?, precision));
+    segments.iter().map(|s| s.numel as u64 * bytes(s).unwrap_or(0)).sum()
 }
 
 /// Bytes of parameter and states that a pass reads and writes per element.

@@ -78,7 +78,10 @@ impl Shared {
                 let next = shared.lock().late.next(chunk);
                 match next {
                     Some(then) => then(shared)?,
-                    None => return Ok(()),
+                    None => {
+                        shared.notify();
+                        return Ok(());
+                    }
                 }
             }
         }))

@@ -2,15 +2,27 @@
 
 use super::placement::Row;
 use super::{HOST_ADAM_BYTES, Speeds};
+use crate::layout::Layout;
 use crate::plan::HostBytes;
 
-/// Host memory traffic of either pass over parameters and moments, as a part of a whole step's: both read the gradient, the first reads the
-/// moments and rewrites the parameters, the second rewrites the moments.
-pub(super) const PASS_SHARE: f64 = 18.0 / HOST_ADAM_BYTES;
+/// Seconds of either pass over parameters and moments, as parts of a whole step's.
+pub(super) struct Passes {
+    /// The first: gradient and moments are read, parameters rewritten.
+    pub params: f64,
+    /// The second: the gradient is read, the moments rewritten.
+    pub moments: f64,
+}
 
-/// Parameters per second of the first pass.
-pub(super) fn params_first(speeds: &Speeds) -> f64 {
-    speeds.host_params_first.unwrap_or(speeds.host_adam_params / PASS_SHARE)
+impl Passes {
+    /// By their shares of the memory traffic; the first as fast as it was measured, if it was.
+    pub fn new(layout: &Layout, accumulation: u32, speeds: &Speeds) -> Self {
+        let (gradient, moments) = (layout.final_grad_element(accumulation), 8);
+        let params = layout.precision.undo_bytes() - moments;
+        let whole = (gradient + 2 * (params + moments)) as f64;
+        // Of bf16 parameters and gradients, which are what was measured, the first pass moves 18 bytes.
+        let slower = speeds.host_params_first.map_or(1.0, |rate| speeds.host_adam_params * HOST_ADAM_BYTES / (rate * 18.0));
+        Passes { params: (gradient + 2 * params + moments) as f64 / whole * slower, moments: (gradient + 2 * moments) as f64 / whole }
+    }
 }
 
 /// Fewest buffers in which gradients land.

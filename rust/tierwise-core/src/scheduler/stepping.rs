@@ -50,7 +50,7 @@ impl Scheduler {
             return Err(self.not_running(chunk, "gradient transfer"));
         }
         if self.chunks[chunk.index()].owes_moments {
-            return Err(self.not_running(chunk, "gradient before the moments of the last step"));
+            return Err(self.not_running(chunk, "gradient transfer that has to wait for its moments"));
         }
         let params = &self.layout.chunks[chunk.index()].params;
         // Indices run through a chunk's parameters without a gap.
