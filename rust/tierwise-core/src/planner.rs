@@ -454,7 +454,7 @@ fn predict_with(
         };
         let host = HostBytes { activations: activations.host_bytes, ..row.host };
         let room = request.host_budget.saturating_sub(host.total());
-        late::Lag::new(row, &times, &host, room, row.cost.host_numel as f64 / memory.state_numel as f64)
+        late::Lag::new(row, &times, request.accumulation, &host, room, row.cost.host_numel as f64 / memory.state_numel as f64)
     });
     let accumulate = if request.accumulation > 1 { accumulate + moments } else { accumulate };
     let lagging = lag.map_or(0.0, |lag| lag.seconds.max(0.0));

@@ -743,7 +743,7 @@ impl World {
                 // An unused parameter has no gradient.
                 if !later.contains(&chunk) && self.plan(chunk).class != OptimizerClass::Frozen && self.choose(10) != 9 {
                     self.event(&Event::GradsHanded { chunk })?;
-                    let overwrites = self.scheduler.plan().accumulation == 1;
+                    let overwrites = self.scheduler.plan().accumulation == 1 || last && self.scheduler.plan().sums_on_device(chunk);
                     assert!(!(overwrites && self.owing.contains(&chunk)), "{chunk:?}: a gradient over one that is still read");
                     let part = self.fresh();
                     self.grads[chunk.index()] = Some(mix(&[self.grads[chunk.index()].unwrap_or(0), part]));
@@ -909,7 +909,9 @@ fn cases() -> impl Strategy<Value = Case> {
                         7 if chunk.state_numel > 0 => ParamHome::Fetched,
                         _ => ParamHome::Resident,
                     };
-                    ChunkPlan::new(class, home)
+                    let placed = ChunkPlan::new(class, home);
+                    // Another half of the host's chunks adds up its gradients on the device.
+                    if class == OptimizerClass::Host && chunk.numel % 2 == 0 { placed.accumulating(Tier::Device) } else { placed }
                 })
                 .collect();
             let streamed = |c: &ChunkId| chunks[c.index()].home.is_streamed();

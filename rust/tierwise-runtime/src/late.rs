@@ -42,7 +42,7 @@ impl Late {
     }
 
     /// Gives `then` back if nothing has to be done before it.
-    fn wait(&mut self, chunk: ChunkId, then: Then) -> Option<Then> {
+    pub fn wait(&mut self, chunk: ChunkId, then: Then) -> Option<Then> {
         match self.waiting.get_mut(&chunk) {
             Some(waiting) => {
                 waiting.gradients.push_back(then);

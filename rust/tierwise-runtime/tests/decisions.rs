@@ -419,10 +419,17 @@ fn moments_are_late() {
         for param in [0.0, 0.5, 1.0] {
             // The CPU as fast as the device, and so slow that several micro-batches pass meanwhile.
             for cpu in [4.0, 1.0, 0.2, 0.04] {
-                for buffers in [2, 3, 6] {
-                    let wanted =
-                        PlanRequest { late_moments: Some(true), ..request(fixed(1.0, param), accumulation, ClipMode::Defer, PLENTY) };
+                for (buffers, accumulate) in [(2, Tier::Host), (3, Tier::Host), (6, Tier::Host), (2, Tier::Device)] {
+                    let wanted = PlanRequest {
+                        late_moments: Some(true),
+                        accumulate: Some(accumulate),
+                        ..request(fixed(1.0, param), accumulation, ClipMode::Defer, PLENTY)
+                    };
                     let mut case = case(&SIZES, &wanted, slow([1.0, 1.0, cpu, 1.0]), true);
+                    assert_eq!(
+                        case.plan.chunks.iter().any(|c| c.accumulate == Tier::Device),
+                        accumulation > 1 && accumulate == Tier::Device
+                    );
                     let largest = case.plan.host.staging / u64::from(case.plan.landing_buffers);
                     (case.plan.landing_buffers, case.plan.host.staging) = (buffers, u64::from(buffers) * largest);
                     let turns = case.check();

@@ -52,13 +52,13 @@ pub(super) struct Lag {
 impl Lag {
     /// `host` is what the plan takes of host memory, `room` what it leaves; `share` of the model's states are stepped by the host: those that
     /// are used last, whose backward comes first.
-    pub fn new(row: &Row, times: &Times, host: &HostBytes, room: u64, share: f64) -> Self {
+    pub fn new(row: &Row, times: &Times, accumulation: u32, host: &HostBytes, room: u64, share: f64) -> Self {
         // When the last of their gradients is handed over.
         let handed = times.forward.max(times.params) + share * times.backward;
-        // Without a landing buffer a gradient is handed over when the moments before it are done.
-        let direct = (times.params + times.moments - handed).max(0.0);
         let chunks = row.landing_chunks;
-        if chunks == 0 || host.staging == 0 {
+        if accumulation == 1 || chunks == 0 {
+            // What goes straight to its place is handed over when the moments before it are done; sums on the device go there much later.
+            let direct = if accumulation == 1 { times.params + times.moments - handed } else { 0.0 };
             return Lag { seconds: direct, buffers: LANDING_BUFFERS as u32 };
         }
         let each = (times.moments + times.added) / chunks as f64;
@@ -68,7 +68,6 @@ impl Lag {
         let in_buffers = times.params + (chunks as f64 - buffers as f64) * each - handed;
         // What landed is added before the next micro-batch's gradients come.
         let all = times.params + times.moments + times.added - (times.forward.max(times.params) + times.backward + times.forward);
-        let sums_on_device = if row.cost.sum_bytes > 0 { direct } else { 0.0 };
-        Lag { seconds: in_buffers.max(all).max(sums_on_device), buffers: buffers as u32 }
+        Lag { seconds: in_buffers.max(all), buffers: buffers as u32 }
     }
 }

@@ -27,11 +27,11 @@ impl Scheduler {
         Ok(Progress::Done)
     }
 
-    /// Whether the gradient that a chunk's late moments read must not be overwritten yet. One that lands in a buffer is added to its sum when
-    /// they are done.
+    /// Whether the gradient that a chunk's late moments read would be overwritten: by one that goes straight to its place, or by a sum that
+    /// was taken on the device. One that lands in a buffer is added to its sum when they are done.
     fn must_keep_grad(&self, chunk: ChunkId) -> bool {
-        let lands = self.plan.accumulation > 1 && !self.plan.sums_on_device(chunk);
-        self.chunks[chunk.index()].owes_moments && !lands
+        let overwrites = self.plan.accumulation == 1 || self.plan.sums_on_device(chunk) && self.is_last_micro_step();
+        self.chunks[chunk.index()].owes_moments && overwrites
     }
 
     /// After the last backward pass: chunks whose gradients came in earlier micro-batches only. Their final gradient is already there; it

@@ -114,7 +114,9 @@ impl Shared {
     pub(crate) fn reduce_stale(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let plan = state.scheduler.plan();
         if plan.chunks[chunk.index()].class.steps_on_device() || plan.sums_on_device(chunk) {
-            return self.reduce_on_device(state, chunk);
+            let then: Then = Box::new(move |shared| shared.reduce_on_device(&mut shared.lock(), chunk));
+            // The sums go where the gradient is that late moments still read.
+            return if state.late.wait(chunk, then).is_some() { self.reduce_on_device(state, chunk) } else { Ok(()) };
         }
         if plan.chunks[chunk.index()].spills_grads() {
             let sum = SpilledSum::new(state, chunk, &[], true)?;
