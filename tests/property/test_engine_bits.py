@@ -294,34 +294,6 @@ def test_timing_changes_no_bit(
     rig.finish()
 
 
-@pytest.mark.parametrize("home", ["resident", "streamed"])
-@pytest.mark.parametrize(("accumulation", "sums"), [(1, "host"), (2, "host"), (2, "device")])
-def test_late_moments_of_large_chunks(accumulation: int, sums: str, home: str) -> None:
-    """The moments of a million elements take longer than all that comes before the next gradient: it has to wait for them."""
-    chunks = tuple(ChunkSpec(((1_000_000 + c, True),), "host", home, sums) for c in range(2))
-    setup = Setup(
-        chunks=chunks,
-        precision="bf16",
-        accumulation=accumulation,
-        late_moments=True,
-        landing_buffers=3,
-        undo_bytes=0,
-        grad_in_flight_bytes=1 << 26,
-        max_norm=1.0,
-        device_budget=1 << 28,
-        host_budget=1 << 28,
-    )
-    rig = Rig(setup)
-    rig.set_hyper([ADAMW], [0] * rig.reference.num_params)
-    grads = [rig.random_grads(seed, scale=1.0, keep=1.0) for seed in range(4)]
-    for step in range(4):
-        for micro in range(accumulation):
-            rig.forward()
-            rig.backward(grads[(step + micro) % 4])
-        rig.commit()
-    rig.finish()
-
-
 @pytest.mark.parametrize("placement", ["device", "resident", "streamed", "visiting"])
 @pytest.mark.parametrize("clip_mode", ["defer", "speculate"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
