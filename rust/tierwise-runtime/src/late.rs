@@ -76,13 +76,11 @@ impl Shared {
             shared.post(&Event::MomentsDone { chunk })?;
             loop {
                 let next = shared.lock().late.next(chunk);
-                match next {
-                    Some(then) => then(shared)?,
-                    None => {
-                        shared.notify();
-                        return Ok(());
-                    }
-                }
+                let Some(then) = next else {
+                    shared.notify();
+                    return Ok(());
+                };
+                then(shared)?;
             }
         }))
     }
