@@ -11,6 +11,7 @@ mod dry_run;
 mod late;
 mod memory;
 mod placement;
+mod predict;
 mod spill;
 mod visiting;
 
@@ -21,6 +22,7 @@ use crate::trace::Trace;
 use activations::Activations;
 use memory::Memory;
 use placement::{Group, Row};
+use predict::{Step, predict};
 use serde::{Deserialize, Serialize};
 
 /// Sustained speeds that the search weighs against each other.
@@ -184,12 +186,6 @@ pub enum PlanError {
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
 
-/// Host memory traffic of a speculated step beside that of a plain one: its undo record is read, written, and read before it is written.
-const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
-
-/// Bytes of device memory traffic of one optimizer step per parameter.
-const OPTIMIZER_BYTES: f64 = 26.0;
-
 /// One point of the search.
 struct Candidate<'a> {
     activations: &'a Activations,
@@ -197,15 +193,6 @@ struct Candidate<'a> {
     slab: u64,
     tight: bool,
     step: Step,
-}
-
-/// Predicted seconds of a step.
-#[derive(Clone, Copy)]
-struct Step {
-    seconds: f64,
-    bound_by: &'static str,
-    /// Landing buffers, if moments are late.
-    late: Option<u32>,
 }
 
 /// Finds the fastest plan within the budgets.
@@ -383,130 +370,6 @@ fn is_hopeless(
     // It needs the least host memory too. What is equal up to rounding is looked at.
     fastest.host.total() + activations.host_bytes > request.host_budget
         || predict(memory, activations, fastest, group, slab, tight, request).seconds > bound * (1.0 + 1e-9)
-}
-
-/// Seconds of a step, with late moments where they make it faster.
-fn predict(memory: &Memory, activations: &Activations, row: &Row, group: &Group, slab: u64, tight: bool, request: &PlanRequest) -> Step {
-    let possible = request.clip_mode == ClipMode::Defer && row.nvme.is_none() && row.cost.host_numel > 0;
-    let with = |late| predict_with(memory, activations, row, group, slab, tight, request, late);
-    match request.late_moments.filter(|_| possible) {
-        Some(late) => with(late),
-        None if possible => {
-            [with(false), with(true)].into_iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)).unwrap_or_else(|| with(false))
-        }
-        None => with(false),
-    }
-}
-
-/// Seconds of a step: the slowest of compute (or host memory) with what cannot hide behind it, and either direction of the link.
-#[expect(clippy::too_many_arguments, reason = "what the search has fixed at this point")]
-fn predict_with(
-    memory: &Memory,
-    activations: &Activations,
-    row: &Row,
-    group: &Group,
-    slab: u64,
-    tight: bool,
-    request: &PlanRequest,
-    late: bool,
-) -> Step {
-    let speeds = &request.speeds;
-    let accumulation = f64::from(request.accumulation);
-    let micro_batch = activations.total_flops / speeds.flops;
-    // What is stepped or added up on the host costs the device about as much in copies as it would there.
-    let optimizer = memory.state_numel as f64 * OPTIMIZER_BYTES / speeds.device_memory_bytes;
-    // A gradient is read, its accumulator read and written.
-    let add_bytes = memory.layout.precision.grad_bytes() + 2 * memory.layout.sum_bytes();
-    let added = if request.accumulation > 1 { memory.state_numel as f64 * add_bytes as f64 / speeds.device_memory_bytes } else { 0.0 };
-    let compute = accumulation * (micro_batch + added) + optimizer;
-    // Adding to accumulators in host memory runs beside compute and the fetches, and no micro-batch is over before its own is.
-    let host_memory = speeds.host_adam_params * HOST_ADAM_BYTES;
-    let accumulate = if row.cost.grad_bytes > 0 && request.accumulation > 1 {
-        accumulation * (row.cost.accumulate_bytes + row.cost.stream_bytes) as f64 / host_memory
-    } else {
-        0.0
-    };
-    // A deferred host step hides behind the first forward only, a speculated one behind the last backward too.
-    let forward = activations.forward_flops / speeds.flops;
-    // Beside a disk, host memory has no room for undo records to count on.
-    let speculated = if request.clip_mode == ClipMode::Defer || row.undo_bytes == 0 || row.nvme.is_some() {
-        0.0
-    } else {
-        let share = (request.host_budget - row.host.total() - activations.host_bytes) as f64 / row.undo_bytes as f64;
-        let in_backward = (micro_batch - forward) / SPECULATION_COST;
-        (share.min(1.0) * row.cost.host_numel as f64 / speeds.host_adam_params).min(in_backward)
-    };
-    let whole = row.cost.host_numel as f64 / speeds.host_adam_params;
-    let passes = late::Passes::new(memory.layout, request.accumulation, speeds);
-    let own = if late { whole * passes.params } else { whole };
-    let off_device = visiting::OffDevice::new(&row.cost, speeds, own, speculated, activations.host_bytes);
-    let adam = (off_device.seconds() - forward).max(0.0);
-    let moments = if late { whole * passes.moments } else { 0.0 };
-    let lag = late.then(|| {
-        // The first micro-batch writes its sums without reading them.
-        let added = if request.accumulation > 1 { row.cost.accumulate_bytes / 2 + row.cost.grad_bytes } else { 0 };
-        let times = late::Times {
-            forward,
-            backward: micro_batch - forward,
-            params: off_device.seconds(),
-            moments,
-            added: added as f64 / host_memory,
-        };
-        let host = HostBytes { activations: activations.host_bytes, ..row.host };
-        let room = request.host_budget.saturating_sub(host.total());
-        late::Lag::new(row, &times, request.accumulation, &host, room, row.cost.host_numel as f64 / memory.state_numel as f64)
-    });
-    let accumulate = if request.accumulation > 1 { accumulate + moments } else { accumulate };
-    let lagging = lag.map_or(0.0, |lag| lag.seconds.max(0.0));
-    // Sums leave for the host during the last backward.
-    let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
-    let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
-    // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk. Gradients land there, or are added up,
-    // while each backward waits for room.
-    let (disk, late_grads) = match (&row.nvme, &request.nvme) {
-        (Some(plan), Some(nvme)) => {
-            let landing = spill::landing_seconds(plan, nvme);
-            let late = (landing - accumulation * (micro_batch - forward)).max(0.0);
-            ((spill::seconds(plan, nvme) - landing - forward).max(0.0), late)
-        }
-        _ => (0.0, 0.0),
-    };
-    let moved = accumulation * activations.host_bytes as f64;
-    let h2d = stream + ((row.cost.refresh_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.h2d_bytes;
-    let grads = accumulation * row.cost.grad_bytes as f64 / speeds.d2h_bytes;
-    let d2h = grads + ((row.cost.sum_bytes + row.cost.visiting_bytes) as f64 + moved) / speeds.d2h_bytes;
-    // Without room for the next chunk, or for a gradient on its way, copies wait for compute and compute for copies.
-    let stalled_h2d = accumulation * activations.stall.returning + if slab < group.prefetch_slab { stream } else { 0.0 };
-    let stalled_d2h = accumulation * activations.stall.leaving + late_sums + if tight { grads } else { 0.0 };
-    // Parameters that are fetched from the disk, and gradients that wait there, share it with the states, all step long.
-    let disk_busy = match (&row.nvme, &request.nvme) {
-        (Some(plan), Some(nvme)) if plan.fetch_buffers > 0 || plan.grad_buffers > 0 => spill::seconds(plan, nvme),
-        _ => 0.0,
-    };
-    let serial = (compute + lagging).max(accumulate) + adam.max(disk) + late_grads + stalled_h2d + stalled_d2h;
-    let seconds = serial.max(h2d).max(d2h).max(disk_busy);
-    let bound_by = if seconds > serial {
-        if seconds > h2d.max(d2h) {
-            "nvme"
-        } else if h2d >= d2h {
-            "h2d"
-        } else {
-            "d2h"
-        }
-    } else {
-        [
-            ("nvme", disk + late_grads),
-            (off_device.bound_by(), adam + lagging),
-            ("host_memory", accumulate),
-            ("h2d", stalled_h2d),
-            ("d2h", stalled_d2h),
-        ]
-        .into_iter()
-        .filter(|(name, seconds)| *seconds > 0.0 && (*name == off_device.bound_by() || *name == "nvme" || *seconds > compute))
-        .max_by(|a, b| a.1.total_cmp(&b.1))
-        .map_or("compute", |(name, _)| name)
-    };
-    Step { seconds, bound_by, late: lag.map(|lag| lag.buffers) }
 }
 
 fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
