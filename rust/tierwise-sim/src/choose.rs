@@ -6,7 +6,7 @@ use tierwise_core::plan::Plan;
 use tierwise_core::planner::{PlanError, PlanRequest, candidates};
 use tierwise_core::trace::Trace;
 
-/// Plans that are executed, each of which keeps activations otherwise.
+/// Plans that are executed, each of which keeps activations otherwise; and as many whose host steps take one pass instead of two, or two.
 const EXECUTED: usize = 5;
 
 /// Share of a step by which another plan has to be faster than the planner's first: less is within what either knows.
@@ -16,6 +16,12 @@ const LEAST_GAIN: f64 = 0.01;
 /// fast; the executor knows what waits for what.
 pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
     let mut plans = candidates(layout, trace, request, EXECUTED)?;
+    if request.late_moments.is_none() {
+        // Where the host bounds a step, what waits for what decides whether late moments are worth it.
+        let late_moments = Some(!plans[0].late_moments);
+        let others = candidates(layout, trace, &PlanRequest { late_moments, ..request.clone() }, EXECUTED)?;
+        plans.extend(others.into_iter().filter(|plan| Some(plan.late_moments) == late_moments));
+    }
     let mut chosen = 0;
     if plans.len() > 1 {
         // A plan that cannot be executed is not chosen for that; the runtime says why.
@@ -81,5 +87,34 @@ mod tests {
         }
         // Undo records share the memory of the host's steps, which the formulas count for the steps alone.
         assert_eq!(changed, 1);
+    }
+
+    #[test]
+    fn one_pass_or_two_as_the_executor_finds_faster() {
+        let built = model("llama2-7b").unwrap().build(4096, 4);
+        let mut passes = std::collections::BTreeSet::new();
+        for (accumulation, host_adam_params) in [(1, 1.5e9), (2, 1.5e9), (2, 3.8e9), (4, 1e9)] {
+            let placement =
+                Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+            let speeds = Speeds { host_adam_params, ..request(ClipMode::Defer).speeds };
+            let asked = PlanRequest {
+                placement,
+                accumulation,
+                accumulate: Some(tierwise_core::Tier::Host),
+                recompute: Recompute::Full,
+                host_budget: 200_000_000_000,
+                speeds,
+                ..request(ClipMode::Defer)
+            };
+            let seconds = |late_moments| {
+                let asked = PlanRequest { late_moments, ..asked.clone() };
+                let plan = choose(&built.layout, &built.trace, &asked).unwrap();
+                (estimate(&built.layout, &built.trace, &plan, &asked).unwrap().step_ns as f64, plan.late_moments)
+            };
+            let ((one, _), (two, _), (chosen, late)) = (seconds(Some(false)), seconds(Some(true)), seconds(None));
+            passes.insert(late);
+            assert!(chosen <= one.min(two) * 1.011, "{accumulation} {host_adam_params}: {chosen} of {one} and {two}");
+        }
+        assert!(passes.contains(&true));
     }
 }
