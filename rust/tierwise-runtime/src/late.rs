@@ -91,3 +91,33 @@ impl Shared {
         now.map_or(Ok(()), |then| then(self))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHUNK: ChunkId = ChunkId(3);
+
+    fn gradient() -> Then {
+        Box::new(|_| Ok(()))
+    }
+
+    #[test]
+    fn gradients_wait_as_long_as_any_step_owes_moments() {
+        let mut late = Late::default();
+        assert!(late.wait(CHUNK, gradient()).is_some(), "nothing is owed");
+        late.owe(CHUNK, Vec::new(), String::new());
+        assert!(late.wait(CHUNK, gradient()).is_none());
+        assert!(late.wait(ChunkId(4), gradient()).is_some(), "another chunk owes nothing");
+        // Adding the gradient completed the next step, which was decided at once.
+        assert!(late.next(CHUNK).is_some());
+        late.owe(CHUNK, Vec::new(), String::new());
+        assert!(late.next(CHUNK).is_none(), "the first step's moments are done");
+        assert!(!late.is_empty());
+        assert!(late.wait(CHUNK, gradient()).is_none(), "the second step's are not");
+        assert!(late.next(CHUNK).is_some());
+        assert!(late.next(CHUNK).is_none());
+        assert!(late.is_empty());
+        assert!(late.wait(CHUNK, gradient()).is_some());
+    }
+}
