@@ -49,7 +49,9 @@ def correct(runtime: Runtime) -> None:
         return
     from tierwise.gemini.planning import make_plan
 
-    wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none"}
+    # The engine keeps what it was made with.
+    late = runtime.memory.plan["late_moments"]
+    wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none", "late_moments": late}
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
     except (BudgetError, ValueError):
