@@ -63,6 +63,7 @@ def hardware(
         ),
         "host_stream_bytes_per_s": 2 * best_host["norm_numel_per_s"],
         "host_adam_params_per_s": best_host["adam_params_per_s"],
+        "host_params_first_per_s": best_host["params_first_per_s"],
         "host_memory_bytes": host_memory_bytes,
         "nvme": measured.get("disk"),
         "d2h_compute_tax": _tax(_row(sharing, "d2h", "compute")),

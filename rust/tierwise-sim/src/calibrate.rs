@@ -38,6 +38,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
         let row = HostRow {
             threads: threads as u32,
             adam_params_per_s: bench.rate(&pool, HostKernel::Adam, share),
+            params_first_per_s: Some(bench.rate(&pool, HostKernel::ParamsFirst, share)),
             accumulate_numel_per_s: bench.rate(&pool, HostKernel::Accumulate, share),
             norm_numel_per_s: bench.rate(&pool, HostKernel::Norm, share),
             copy_bytes_per_s: bench.rate(&pool, HostKernel::Copy, share),
@@ -60,7 +61,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
     log("`tierwise calibrate` measures them too; it needs torch");
     let mut sources = std::collections::BTreeMap::new();
     sources.insert(
-        "host_adam_params_per_s, host_stream_bytes_per_s, measured".to_owned(),
+        "host_adam_params_per_s, host_params_first_per_s, host_stream_bytes_per_s, measured".to_owned(),
         "tierwise-sim calibrate, on this machine".to_owned(),
     );
     sources.insert(
@@ -74,6 +75,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
         host_memory_bytes_per_s: (ADAM_BYTES * all.adam_params_per_s).max(2.0 * all.copy_bytes_per_s),
         host_stream_bytes_per_s: 2.0 * all.norm_numel_per_s,
         host_adam_params_per_s: all.adam_params_per_s,
+        host_params_first_per_s: all.params_first_per_s,
         nvme: disk.or(base.nvme),
         measured: Some(Measured { host, disk, ..Measured::default() }),
         ..base.clone()

@@ -81,7 +81,14 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
     let preset = hardware::preset("h100").unwrap();
     assert!((preset.copy_work(1000) - 2000.0).abs() < 1e-9);
     assert!((preset.addition_work(1000) - 1000.0).abs() < 1e-9);
-    let row = HostRow { threads: 16, adam_params_per_s: 4e9, accumulate_numel_per_s: 1e10, norm_numel_per_s: 2e10, copy_bytes_per_s: 52e9 };
+    let row = HostRow {
+        threads: 16,
+        adam_params_per_s: 4e9,
+        params_first_per_s: None,
+        accumulate_numel_per_s: 1e10,
+        norm_numel_per_s: 2e10,
+        copy_bytes_per_s: 52e9,
+    };
     let measured = Measured { host: vec![row], host_adam_params_per_s: Some(5e9), ..Measured::default() };
     let machine = Hardware { host_stream_bytes_per_s: 4e10, measured: Some(measured), ..preset };
     // In the time of a copy of 52 GB Adam moves 5e9 parameters of 26 bytes.

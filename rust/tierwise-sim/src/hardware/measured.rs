@@ -48,6 +48,9 @@ pub struct HostRow {
     pub threads: u32,
     /// Split-master Adam.
     pub adam_params_per_s: f64,
+    /// The first pass of the same in two, whose moments are written later.
+    #[serde(default)]
+    pub params_first_per_s: Option<f64>,
     /// bf16 gradients into fp32 accumulators.
     pub accumulate_numel_per_s: f64,
     /// Sums of squares of bf16 gradients.
