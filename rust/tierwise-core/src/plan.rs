@@ -296,8 +296,12 @@ pub struct PlannedFetch {
     pub needed_at: OpId,
 }
 
-fn two() -> u32 {
-    2
+/// Fewest buffers in which gradients land: one is filled while another is emptied.
+pub const LANDING_BUFFERS: u32 = 2;
+
+/// The same, as the default of plans that do not say it.
+pub fn landing_buffers() -> u32 {
+    LANDING_BUFFERS
 }
 
 /// The plan of a step.
@@ -326,7 +330,7 @@ pub struct Plan {
     #[serde(default)]
     pub late_moments: bool,
     /// Buffers in which gradients land that are added to accumulators, or go on to the disk; `host.staging` is theirs.
-    #[serde(default = "two")]
+    #[serde(default = "landing_buffers")]
     pub landing_buffers: u32,
     /// Device memory at the peak, by purpose.
     pub device: DeviceBytes,

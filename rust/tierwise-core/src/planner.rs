@@ -17,12 +17,12 @@ mod visiting;
 
 use crate::Tier;
 use crate::layout::Layout;
-use crate::plan::{ClipMode, DeviceBytes, HostBytes, NvmePlan, Plan, host_region_bytes};
+use crate::plan::{ClipMode, DeviceBytes, HostBytes, LANDING_BUFFERS, NvmePlan, Plan, host_region_bytes};
 use crate::trace::Trace;
 use activations::Activations;
 use memory::Memory;
 use placement::{Group, Row};
-use predict::{Step, predict};
+use predict::{Point, Step};
 use serde::{Deserialize, Serialize};
 
 /// Sustained speeds that the search weighs against each other.
@@ -186,6 +186,9 @@ pub enum PlanError {
 /// Bytes of host memory traffic of one host-stepped parameter; turns the speed of the host step into one of memory.
 const HOST_ADAM_BYTES: f64 = 26.0;
 
+/// Of these, what the first of two passes moves: gradient and moments read, parameter and low half read and written.
+pub const FIRST_PASS_BYTES: f64 = 18.0;
+
 /// One point of the search.
 struct Candidate<'a> {
     activations: &'a Activations,
@@ -248,7 +251,8 @@ pub fn candidates(layout: &Layout, trace: &Trace, request: &PlanRequest, most: u
                         }
                         continue;
                     }
-                    let step = predict(&memory, activations, row, group, slab, tight, request);
+                    let step =
+                        Point { memory: &memory, activations, row, slab, prefetch_slab: group.prefetch_slab, tight, request }.predict();
                     best.offer(activations, row, slab, tight, step);
                 }
             }
@@ -369,7 +373,8 @@ fn is_hopeless(
     let Some(fastest) = group.rows.last().filter(|_| group.monotone && request.nvme.is_none()) else { return false };
     // It needs the least host memory too. What is equal up to rounding is looked at.
     fastest.host.total() + activations.host_bytes > request.host_budget
-        || predict(memory, activations, fastest, group, slab, tight, request).seconds > bound * (1.0 + 1e-9)
+        || Point { memory, activations, row: fastest, slab, prefetch_slab: group.prefetch_slab, tight, request }.predict().seconds
+            > bound * (1.0 + 1e-9)
 }
 
 fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
@@ -389,8 +394,8 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         if host_region_bytes(wanted) <= left { wanted } else { left / host_region_bytes(1) * host_region_bytes(1) }
     };
     host.undo = host_region_bytes(undo_bytes);
-    let landing_buffers = step.late.unwrap_or(2);
-    host.staging = host.staging / 2 * u64::from(landing_buffers);
+    let landing_buffers = step.late.unwrap_or(LANDING_BUFFERS);
+    host.staging = host.staging / u64::from(LANDING_BUFFERS) * u64::from(landing_buffers);
     let mut plan = Plan {
         version: crate::plan::VERSION,
         chunks: row.chunks,

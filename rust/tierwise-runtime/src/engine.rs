@@ -31,7 +31,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{ChunkPlan, NvmePlan, Plan, host_region_bytes};
+use tierwise_core::plan::{ChunkPlan, LANDING_BUFFERS, NvmePlan, Plan, host_region_bytes};
 use tierwise_core::scheduler::Scheduler;
 use tierwise_core::slab::Guards;
 use tierwise_core::trace::Trace;
@@ -114,8 +114,10 @@ impl Engine {
         let num_params: usize = layout.chunks.iter().map(|c| c.params.len()).sum();
         let norm_bytes = host_region_bytes(num_params as u64 * 8);
         let landing_buffers = u64::from(plan.landing_buffers);
-        if landing_buffers < 2 {
-            return Err(Error::Usage(format!("landing_buffers is {landing_buffers}; a gradient lands while another is added: at least 2")));
+        if plan.landing_buffers < LANDING_BUFFERS {
+            return Err(Error::Usage(format!(
+                "landing_buffers is {landing_buffers}; a gradient lands while another is added: at least {LANDING_BUFFERS}"
+            )));
         }
         let staging_bytes = host_region_bytes(plan.host.staging / landing_buffers);
         let chunk_bytes: u64 = layout

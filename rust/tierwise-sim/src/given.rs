@@ -43,12 +43,8 @@ pub struct GivenPlan {
     #[serde(default)]
     pub late_moments: bool,
     /// Buffers in which gradients landed that were added to sums in host memory.
-    #[serde(default = "two")]
+    #[serde(default = "tierwise_core::plan::landing_buffers")]
     pub landing_buffers: u32,
-}
-
-fn two() -> u32 {
-    2
 }
 
 /// The host memory that a recorded run had allocated: a chunk that moved to the device after the first step leaves its regions behind.

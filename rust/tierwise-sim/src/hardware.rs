@@ -10,6 +10,7 @@ pub use measured::{AttentionRow, Disk, HostRow, Launch, LayerRow, LossRow, Measu
 use crate::costs::ADAM_BYTES_PER_PARAM;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use tierwise_core::planner::FIRST_PASS_BYTES;
 
 /// Version of the file format. Version 1 had no `measured`.
 pub const HARDWARE_VERSION: u32 = 2;
@@ -159,9 +160,6 @@ pub fn networks() -> Vec<Network> {
 
 /// Bytes that are read and written when an element in 16 bit is added to its sum in fp32.
 const ADDED_BYTES: f64 = 10.0;
-
-/// Host memory traffic of one parameter's first pass, bf16 gradient.
-const FIRST_PASS_BYTES: f64 = 18.0;
 
 impl Hardware {
     /// Reads a machine from JSON with the fields of this struct.

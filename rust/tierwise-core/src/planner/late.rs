@@ -1,9 +1,9 @@
 //! Moments that the host writes after the parameters: the first forward waits for less, and the first backward must leave time for the rest.
 
 use super::placement::Row;
-use super::{HOST_ADAM_BYTES, Speeds};
+use super::{FIRST_PASS_BYTES, HOST_ADAM_BYTES, Speeds};
 use crate::layout::Layout;
-use crate::plan::HostBytes;
+use crate::plan::{HostBytes, LANDING_BUFFERS};
 
 /// Seconds of either pass over parameters and moments, as parts of a whole step's.
 pub(super) struct Passes {
@@ -19,14 +19,14 @@ impl Passes {
         let (gradient, moments) = (layout.final_grad_element(accumulation), 8);
         let params = layout.precision.undo_bytes() - moments;
         let whole = (gradient + 2 * (params + moments)) as f64;
-        // Of bf16 parameters and gradients, which are what was measured, the first pass moves 18 bytes.
-        let slower = speeds.host_params_first.map_or(1.0, |rate| speeds.host_adam_params * HOST_ADAM_BYTES / (rate * 18.0));
+        // What was measured is bf16, gradients included.
+        let slower = speeds.host_params_first.map_or(1.0, |rate| speeds.host_adam_params * HOST_ADAM_BYTES / (rate * FIRST_PASS_BYTES));
         Passes { params: (gradient + 2 * params + moments) as f64 / whole * slower, moments: (gradient + 2 * moments) as f64 / whole }
     }
 }
 
 /// Fewest buffers in which gradients land.
-const LANDING_BUFFERS: u64 = 2;
+const LEAST: u64 = LANDING_BUFFERS as u64;
 
 /// Seconds of one micro-batch, and of what the host does beside it.
 pub(super) struct Times {
@@ -59,12 +59,12 @@ impl Lag {
         if accumulation == 1 || chunks == 0 {
             // What goes straight to its place is handed over when the moments before it are done; sums on the device go there much later.
             let direct = if accumulation == 1 { times.params + times.moments - handed } else { 0.0 };
-            return Lag { seconds: direct, buffers: LANDING_BUFFERS as u32 };
+            return Lag { seconds: direct, buffers: LANDING_BUFFERS };
         }
         let each = (times.moments + times.added) / chunks as f64;
         let behind = chunks as f64 - ((handed - times.params) / each).max(0.0);
-        let wanted = (behind.ceil().max(0.0) as u64 + LANDING_BUFFERS).min(chunks.max(LANDING_BUFFERS));
-        let buffers = wanted.min(LANDING_BUFFERS + room / (host.staging / LANDING_BUFFERS));
+        let wanted = (behind.ceil().max(0.0) as u64 + LEAST).min(chunks.max(LEAST));
+        let buffers = wanted.min(LEAST + room / (host.staging / LEAST));
         let in_buffers = times.params + (chunks as f64 - buffers as f64) * each - handed;
         // What landed is added before the next micro-batch's gradients come.
         let all = times.params + times.moments + times.added - (times.forward.max(times.params) + times.backward + times.forward);

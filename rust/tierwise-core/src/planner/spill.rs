@@ -3,7 +3,7 @@
 
 use super::NvmeRequest;
 use super::memory::Memory;
-use crate::plan::{ChunkPlan, ClipMode, HostBytes, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
+use crate::plan::{ChunkPlan, ClipMode, HostBytes, LANDING_BUFFERS, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
 use crate::{ChunkId, Tier};
 
 /// Staging buffers where there are pieces enough: some are read into, some written from, and one is stepped.
@@ -143,7 +143,8 @@ pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
         let placed = chunks[c.index()];
         memory.sends(placed) && (memory.accumulation > 1 || placed.spills_grads())
     };
-    2 * host_region_bytes(memory.layout.ids().filter(lands).map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
+    u64::from(LANDING_BUFFERS)
+        * host_region_bytes(memory.layout.ids().filter(lands).map(|c| memory.layout.grad_bytes(c)).max().unwrap_or(0))
 }
 
 fn sizes(memory: &Memory) -> NvmePlan {
