@@ -7,9 +7,10 @@ AdamW settings; kernels of liger-kernel where it is installed. A row's step is t
 6 N + 6 layers hidden sequence FLOPs per token (no recomputation) against the device's dense bf16 peak; HFU adds the recomputed forwards,
 which stop before a layer's last product, unless layers are compiled.
 
-Rows: floor (forward and backward only, gradients dropped), gpu (everything on the GPU, fused AdamW over fp32 masters), ours-all (a budget
-that holds everything), ours-host (optimizer in host memory), ours (the planner chooses), ds2 (DeepSpeed ZeRO-2, optimizer on the CPU),
-ds3 (ZeRO-3, optimizer and parameters on the CPU), ds3tf (ZeRO-3 Twin-Flow, ratio 0.6), fsdp2 (CPUOffloadPolicy, fused CPU AdamW).
+Rows: floor (forward and backward only, gradients dropped), floor-ours (the same with our kernels instead of liger's loss, and with
+`--rematerialize` as plans run that make cheap outputs again), gpu (everything on the GPU, fused AdamW over fp32 masters), ours-all (a
+budget that holds everything), ours-host (optimizer in host memory), ours (the planner chooses), ds2 (DeepSpeed ZeRO-2, optimizer on the
+CPU), ds3 (ZeRO-3, optimizer and parameters on the CPU), ds3tf (ZeRO-3 Twin-Flow, ratio 0.6), fsdp2 (CPUOffloadPolicy, fused CPU AdamW).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clip-mode", default="defer", choices=["defer", "speculate", "auto"])
     p.add_argument("--accumulate-dtype", default="fp32", choices=["fp32", "bf16"], help="of our sums of gradients")
     p.add_argument("--attention", default="flash", choices=["flash", "cudnn"])
+    p.add_argument("--rematerialize", action="store_true", help="row `floor-ours` makes outputs of cheap kernels again in backward")
     p.add_argument("--compile", action="store_true", help="compile every layer with torch.compile, in every row but the DeepSpeed ones")
     p.add_argument("--device-budget", default=None, help="of the rows `ours` and `ours-host`, such as 75GB")
     p.add_argument(
@@ -112,10 +114,10 @@ def run_row(a: argparse.Namespace) -> None:
     torch.cuda.set_device(0)
     backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[a.attention]
     start = time.perf_counter()
-    ours = a.row.startswith("ours")
+    ours = a.row.startswith("ours") or a.row == "floor-ours"
     kernels = False if ours else liger(not a.compile or a.row.startswith("ds"), loss=True)
     a.planned = a.micro_batch == "auto"
-    if a.planned and not ours:
+    if a.planned and not a.row.startswith("ours"):
         raise SystemExit(f"row {a.row} needs a number for --micro-batch")
     a.micro_batch = a.tokens // a.seq if a.planned else int(a.micro_batch)
     accumulation = a.tokens // (a.micro_batch * a.seq)
@@ -192,7 +194,7 @@ def main() -> int:
                     file.write(lines[-1][len("RESULT ") :] + "\n")
         else:
             print(f"{row}: {error}", flush=True)
-    reference = next((r for r in results if r["row"] == "floor"), None)
+    reference = next((r for r in results if r["row"].startswith("floor")), None)
     print(f"{'row':10} {'step s':>8} {'tok/s':>8} {'MFU%':>6} {'HFU%':>6} {'x floor':>8} {'dev GB':>7} {'host GB':>8} {'setup s':>8}")
     for r in results:
         ratio = f"{r['step_s'] / reference['step_s']:8.3f}" if reference else " " * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,52 @@ def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, e
         for _ in range(accumulation):
             loss = model(**batch).loss
             loss.backward()
+        return float(loss)
+
+    return model, step, recomputed
+
+
+def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
+    """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
+    from tierwise.kernels.fused_loss import FusedLoss
+    from tierwise.kernels.masks import without_packing
+    from tierwise.kernels.rematerialize import Rematerialized, recipe_of
+
+    model = build(a, "cuda")
+    extra["numel"] = sum(p.numel() for p in model.parameters())
+    fused = FusedLoss.install(model)
+    assert fused is not None
+    fuse_normalization(model)
+    fuse_activations(model)
+    recomputed = checkpoint_layers(model, a)
+    model.train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def pack(tensor: Any) -> Any:
+        recipe = recipe_of(tensor)
+        return tensor.detach() if recipe is None else Rematerialized.of(tensor, recipe)
+
+    def unpack(packed: Any) -> Any:
+        return packed.tensor() if isinstance(packed, Rematerialized) else packed
+
+    def forward() -> Any:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_packing(model, (), batch))
+            stack.enter_context(fused.active((), batch, training=True))
+            if a.rematerialize:
+                stack.enter_context(saved_tensors_hooks(pack, unpack))
+            return model(**batch, use_cache=False).loss
+
+    def step() -> float:
+        # Backward recomputes layers with the same attention.
+        with attention_backends(a.attention == "cudnn"):
+            for _ in range(accumulation):
+                loss = forward()
+                loss.backward()
         return float(loss)
 
     return model, step, recomputed
@@ -238,6 +285,7 @@ def row_fsdp2(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, e
 
 ROWS: dict[str, Callable[[argparse.Namespace, dict[str, Any], int, dict[str, Any]], Row]] = {
     "floor": row_floor,
+    "floor-ours": row_floor_ours,
     "gpu": row_gpu,
     "ours": row_ours,
     "ours-all": row_ours,

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tierwise_kernels::adam::{Pass, adam_pass};
 use tierwise_kernels::pool::GRAIN_NUMEL;
-use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, GradSpan, Pool, accumulate, dispatch};
+use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Addition, Format, GradDtype, GradSpan, Pool, accumulate, dispatch};
 
 const ADAM_BYTES: usize = 26; // read and write bf16 + i16 + two f32, read bf16
 const PASS_BYTES: usize = 18; // read and write one half of that, read the other, or nothing of the parameters
@@ -157,6 +157,7 @@ fn add_in_place(pool: &Pool, memory: *mut u8, bytes: usize) -> f64 {
     let numel = bytes / 8;
     // SAFETY: the two halves of the mapping, which lives as long as the process.
     let src = GradSpan { ptr: unsafe { memory.add(numel * 4) }, dtype: GradDtype::Fp32, numel };
+    let addition = Addition { dst: memory, sums: GradDtype::Fp32, src, overwrite: false };
     // SAFETY: as above.
-    rate(numel * 12, || unsafe { accumulate::accumulate(pool, memory.cast(), src, false) })
+    rate(numel * 12, || unsafe { accumulate::add(pool, &[addition]) })
 }

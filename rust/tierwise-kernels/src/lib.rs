@@ -61,6 +61,24 @@ pub struct GradSpan {
     pub numel: usize,
 }
 
+/// One gradient on its way into its sum.
+#[derive(Debug, Clone, Copy)]
+pub struct Addition {
+    /// The sum, of as many elements as `src`.
+    pub dst: *mut u8,
+    /// What the sum holds: fp32, or the type of `src`.
+    pub sums: GradDtype,
+    /// The gradient of a micro-batch.
+    pub src: GradSpan,
+    /// `dst = src` (the first micro-batch) instead of `dst += src`.
+    pub overwrite: bool,
+}
+
+// SAFETY: only addresses; whoever hands them over says how long they are valid and who else may use them.
+unsafe impl Send for Addition {}
+// SAFETY: as above.
+unsafe impl Sync for Addition {}
+
 /// Hyperparameters of one parameter, as `torch.optim` names them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamHyper {

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use crate::pool::{GRAIN_NUMEL, Pool, Shared};
-use crate::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, GradSpan, accumulate, adam, convert, norm};
+use crate::{AdamConstants, AdamHyper, AdamSegment, Addition, Format, GradDtype, GradSpan, accumulate, adam, convert, norm};
 
 /// Bytes per parameter: bf16 parameter, 16-bit low half, two fp32 moments, bf16 gradient.
 const BYTES_PER_PARAM: usize = 2 + 2 + 4 + 4 + 2;
@@ -114,10 +114,11 @@ impl HostBench {
             }
             HostKernel::Accumulate => {
                 let src = GradSpan { ptr: at(12 * n), dtype: GradDtype::Bf16, numel: n };
+                let sum = |overwrite| Addition { dst: at(0), sums: GradDtype::Fp32, src, overwrite };
                 // SAFETY: two arrays side by side in memory that this borrows alone.
-                unsafe { accumulate::accumulate(pool, at(0).cast(), src, true) };
+                unsafe { accumulate::add(pool, &[sum(true)]) };
                 // SAFETY: as above.
-                unsafe { accumulate::accumulate(pool, at(0).cast(), src, false) };
+                unsafe { accumulate::add(pool, &[sum(false)]) };
                 2 * n
             }
             HostKernel::Norm => {

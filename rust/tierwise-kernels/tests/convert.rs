@@ -5,10 +5,18 @@ mod common;
 use common::{GRAD_DTYPES, Grad, Random, any_f32, same};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use tierwise_kernels::accumulate::{accumulate_at, add_in_place_at};
+use tierwise_kernels::accumulate::add_at;
 use tierwise_kernels::convert::{copy, f32_to_fp16_at, join_f32_at, join_master, split_f32_at, split_master};
 use tierwise_kernels::dispatch::Level;
-use tierwise_kernels::{GradDtype, Pool};
+use tierwise_kernels::{Addition, GradDtype, GradSpan, Pool};
+
+fn addition(dst: *mut f32, src: GradSpan, overwrite: bool) -> Addition {
+    Addition { dst: dst.cast(), sums: GradDtype::Fp32, src, overwrite }
+}
+
+fn in_place(dst: *mut u8, src: GradSpan) -> Addition {
+    Addition { dst, sums: src.dtype, src, overwrite: false }
+}
 
 /// `hi` is the nearest bf16, halves away from zero, by comparing distances in f64 (exact there).
 fn assert_nearest(x: f32) {
@@ -94,8 +102,8 @@ proptest! {
                 let mut sum = vec![f32::NAN; first.values.len()];
                 // SAFETY: the vectors and gradients have equally many elements and outlive the calls.
                 unsafe {
-                    accumulate_at(&pool, level, sum.as_mut_ptr(), first.span(0), true);
-                    accumulate_at(&pool, level, sum.as_mut_ptr(), second.span(0), false);
+                    add_at(&pool, level, &[addition(sum.as_mut_ptr(), first.span(0), true)]);
+                    add_at(&pool, level, &[addition(sum.as_mut_ptr(), second.span(0), false)]);
                 }
                 for (sum, (a, b)) in sum.iter().zip(first.values.iter().zip(&second.values)) {
                     prop_assert!(same(*sum, a + b), "{a:e} + {b:e} = {sum:e}");
@@ -111,24 +119,60 @@ proptest! {
             let (dst, src) = (Grad::new(GradDtype::Bf16, &first), Grad::new(GradDtype::Bf16, &second));
             let mut sum: Vec<bf16> = dst.values.iter().map(|&x| bf16::from_f32_const(x)).collect();
             // SAFETY: vector and gradient have equally many elements and outlive the call.
-            unsafe { add_in_place_at(&pool, level, sum.as_mut_ptr().cast(), src.span(0)) };
+            unsafe { add_at(&pool, level, &[in_place(sum.as_mut_ptr().cast(), src.span(0))]) };
             for (sum, (a, b)) in sum.iter().zip(dst.values.iter().zip(&src.values)) {
                 prop_assert!(same(sum.to_f32_const(), bf16::from_f32_const(a + b).to_f32_const()), "{a:e} + {b:e} = {sum:e}");
             }
             let (dst, src) = (Grad::new(GradDtype::Fp16, &first), Grad::new(GradDtype::Fp16, &second));
             let mut sum: Vec<f16> = dst.values.iter().map(|&x| f16::from_f32_const(x)).collect();
             // SAFETY: vector and gradient have equally many elements and outlive the call.
-            unsafe { add_in_place_at(&pool, level, sum.as_mut_ptr().cast(), src.span(0)) };
+            unsafe { add_at(&pool, level, &[in_place(sum.as_mut_ptr().cast(), src.span(0))]) };
             for (sum, (a, b)) in sum.iter().zip(dst.values.iter().zip(&src.values)) {
                 prop_assert!(same(sum.to_f32_const(), f16::from_f32_const(a + b).to_f32_const()), "{a:e} + {b:e} = {sum:e}");
             }
             let mut sum = first.clone();
             let src = Grad::new(GradDtype::Fp32, &second);
             // SAFETY: vector and gradient have equally many elements and outlive the call.
-            unsafe { add_in_place_at(&pool, level, sum.as_mut_ptr().cast(), src.span(0)) };
+            unsafe { add_at(&pool, level, &[in_place(sum.as_mut_ptr().cast(), src.span(0))]) };
             prop_assert!(sum.iter().zip(first.iter().zip(&second)).all(|(sum, (a, b))| same(*sum, a + b)));
         }
     }
+}
+
+#[test]
+fn additions_of_every_kind_go_together() {
+    let mut random = Random(7);
+    let numels = [70_001, 0, 9, 65_536, 1];
+    let pool = Pool::new(Some(3));
+    for own in [false, true] {
+        for overwrite in [false, true] {
+            let grads: Vec<Grad> =
+                numels.iter().zip(GRAD_DTYPES.iter().cycle()).map(|(&n, &dtype)| Grad::new(dtype, &random.uniforms(n))).collect();
+            let sums = |grad: &Grad| if own { grad.span(0).dtype } else { GradDtype::Fp32 };
+            let old: Vec<Vec<u8>> = grads.iter().map(|g| (0..g.values.len() * sums(g).bytes()).map(|i| (i % 63) as u8).collect()).collect();
+            let (mut together, mut apart) = (old.clone(), old.clone());
+            let at =
+                |bytes: &mut Vec<u8>, grad: &Grad| Addition { dst: bytes.as_mut_ptr(), sums: sums(grad), src: grad.span(0), overwrite };
+            let all: Vec<Addition> = together.iter_mut().zip(&grads).map(|(bytes, grad)| at(bytes, grad)).collect();
+            // SAFETY: every array has as many elements as its gradient, and both outlive the call.
+            unsafe { add_at(&pool, Level::Baseline, &all) };
+            for (words, grad) in apart.iter_mut().zip(&grads) {
+                // SAFETY: as above.
+                unsafe { add_at(&pool, Level::Baseline, &[at(words, grad)]) };
+            }
+            assert_eq!(together, apart);
+            assert_ne!(together, old);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "sums of Bf16 are kept in Fp16")]
+fn sums_of_another_type_are_refused() {
+    let grad = Grad::new(GradDtype::Bf16, &[1.0]);
+    let addition = Addition { dst: std::ptr::dangling_mut(), sums: GradDtype::Fp16, src: grad.span(0), overwrite: true };
+    // SAFETY: nothing is read or written before the types are looked at.
+    unsafe { add_at(&Pool::new(Some(1)), Level::Baseline, &[addition]) };
 }
 
 #[test]
@@ -143,7 +187,7 @@ fn long_arrays_are_covered_once_by_all_threads() {
     let pool = Pool::new(Some(3));
     // SAFETY: the vectors and the gradient have the lengths named and outlive the calls.
     unsafe {
-        accumulate_at(&pool, Level::Baseline, sum.as_mut_ptr(), grad.span(0), false);
+        add_at(&pool, Level::Baseline, &[addition(sum.as_mut_ptr(), grad.span(0), false)]);
         copy(&pool, source.as_ptr(), bytes.as_mut_ptr(), bytes.len());
     }
     assert!((0..numel).all(|i| sum[i].to_bits() == (values[i] + grad.values[i]).to_bits()));

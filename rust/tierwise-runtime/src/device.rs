@@ -2,7 +2,8 @@
 
 use crate::error::Result;
 use std::sync::Arc;
-use tierwise_kernels::{AdamSegment, GradDtype, GradSpan};
+pub use tierwise_kernels::Addition;
+use tierwise_kernels::{AdamSegment, GradSpan};
 
 /// The device's own in-order queues. Compute runs on the caller's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,22 +61,6 @@ pub struct Transfer {
 // SAFETY: a transfer is an address pair; the engine keeps both ends alive until its event is done.
 unsafe impl Send for Transfer {}
 
-/// One gradient on its way into its accumulator on the device.
-#[derive(Debug, Clone, Copy)]
-pub struct Addition {
-    /// The accumulator, of as many elements as `src`.
-    pub dst: *mut u8,
-    /// What the accumulator holds: fp32, or the type of `src`.
-    pub sums: GradDtype,
-    /// The gradient of a micro-batch.
-    pub src: GradSpan,
-    /// `dst = src` (the first micro-batch) instead of `dst += src`.
-    pub overwrite: bool,
-}
-
-// SAFETY: as for transfers.
-unsafe impl Send for Addition {}
-
 /// A point in a queue or compute stream.
 pub trait Event: Send + Sync {
     /// Whether everything before it is done. An error of the work before it is returned here.
@@ -111,6 +96,8 @@ pub type EventRef = Arc<dyn Event>;
 pub enum WorkerId {
     /// Runs host steps.
     Adam,
+    /// Passes on that gradients have landed.
+    Landed,
     /// Adds landed gradients and takes their norm.
     Landing,
     /// Passes on what the device's optimizer queue finished.

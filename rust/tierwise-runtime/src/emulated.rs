@@ -391,11 +391,8 @@ fn execute(shared: &Shared, queue: Queue, pool: Option<&Pool>, work: Work) -> Re
             }
         }
         Work::Accumulate(additions) => {
-            let pool = pool()?;
-            for Addition { dst, sums, src, overwrite } in additions {
-                // SAFETY: as above.
-                unsafe { accumulate::add(pool, dst, sums, src, overwrite) };
-            }
+            // SAFETY: as above.
+            unsafe { accumulate::add(pool()?, &additions) };
         }
     }
     Ok(())

@@ -195,6 +195,7 @@ impl Engine {
             open: std::collections::BTreeMap::new(),
         };
         let (adam_jobs, start_adam) = worker(WorkerId::Adam, device.clock());
+        let (landed_jobs, start_landed) = worker(WorkerId::Landed, device.clock());
         let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
         let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
         let (states_jobs, start_states) = worker(WorkerId::States, device.clock());
@@ -215,13 +216,14 @@ impl Engine {
             spill_jobs,
             disk_jobs: [read_jobs, write_jobs],
             fetch_jobs: [fetch_jobs, fetched_jobs],
+            landed_jobs,
             landing_jobs,
             optimizer_jobs,
             states_jobs,
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let mut wanted = vec![start_adam, start_landing, start_optimizer, start_states];
+        let mut wanted = vec![start_adam, start_landed, start_landing, start_optimizer, start_states];
         if spills {
             wanted.extend([start_spill, start_reads, start_writes, start_fetches, start_fetched]);
         }
@@ -258,7 +260,7 @@ impl Drop for Engine {
         let _ = self.shared.device.synchronize();
         let shared = &self.shared;
         let ([reads, writes], [fetches, fetched]) = (&shared.disk_jobs, &shared.fetch_jobs);
-        let device_jobs = [&shared.adam_jobs, &shared.landing_jobs, &shared.optimizer_jobs, &shared.states_jobs];
+        let device_jobs = [&shared.adam_jobs, &shared.landed_jobs, &shared.landing_jobs, &shared.optimizer_jobs, &shared.states_jobs];
         for jobs in device_jobs.into_iter().chain([&shared.spill_jobs, reads, writes, fetches, fetched]) {
             let _ = jobs.send(Job::last());
         }

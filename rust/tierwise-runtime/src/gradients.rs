@@ -13,7 +13,7 @@ use std::sync::MutexGuard;
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamLayout};
 use tierwise_core::plan::OptimizerClass;
-use tierwise_core::scheduler::Event;
+use tierwise_core::scheduler::{Event, Progress};
 use tierwise_kernels::GradSpan;
 
 /// Gradients of the step in progress.
@@ -84,7 +84,7 @@ impl Gradients {
 
     /// Whether something still reads gradients other than those that wait for a step.
     pub fn has_readers(&self) -> bool {
-        self.next_ticket - self.finished > self.held.iter().map(|held| held.len() as u64).sum()
+        self.staging_free.contains(&false) || self.next_ticket - self.finished > self.held.iter().map(|held| held.len() as u64).sum()
     }
 
     /// Refuses a step of parameters that no group holds, before anything of it is done.
@@ -145,17 +145,24 @@ impl Shared {
         }
         let leaves = class.on_cpu() && !sums_on_device;
         let lands = accumulates || state.scheduler.plan().chunks[chunk.index()].spills_grads();
-        if leaves {
-            let limit = state.scheduler.plan().grad_in_flight_bytes;
-            state = self.wait_until(state, keep_waiting, |state| {
-                let gradients = &state.gradients;
-                let room = gradients.in_flight_bytes == 0 || gradients.in_flight_bytes + bytes <= limit;
-                // One write of a piece at a time: what came before, and may have been dropped, is on the disk first.
-                let written = !state.spill.as_ref().is_some_and(|spill| spill.lands(chunk));
-                room && written && (!lands || gradients.staging_free.contains(&true))
-            })?;
+        let limit = state.scheduler.plan().grad_in_flight_bytes;
+        let has_room = |state: &mut State| {
+            let gradients = &state.gradients;
+            let room = gradients.in_flight_bytes == 0 || gradients.in_flight_bytes + bytes <= limit;
+            // One write of a piece at a time: what came before, and may have been dropped, is on the disk first.
+            let written = !state.spill.as_ref().is_some_and(|spill| spill.lands(chunk));
+            !leaves || room && written && (!lands || gradients.staging_free.contains(&true))
+        };
+        let handed = Event::GradsHanded { chunk };
+        if !has_room(&mut state) || self.apply(&mut state, &handed)? != Progress::Done {
+            // The compute stream runs dry while this thread cannot give it more.
+            let before = self.device.record_compute(stream)?;
+            state = self.wait_until(state, keep_waiting, has_room)?;
+            state = self.apply_waiting(state, keep_waiting, &handed)?;
+            let name = format!("gradients {}", state.scheduler.layout().chunks[chunk.index()].name);
+            let after = self.device.record_compute(stream)?;
+            state.recorder.wait(&name, before, after);
         }
-        state = self.apply_waiting(state, keep_waiting, &Event::GradsHanded { chunk })?;
         let state = &mut *state;
         let last = state.scheduler.is_last_backward();
         let ticket = state.gradients.next_ticket;

@@ -1,4 +1,4 @@
-//! The engine's threads: one runs host steps, three wait for device events and pass on what they mean.
+//! The engine's threads: one runs host steps, one adds gradients, the others wait for device events and pass on what they mean.
 
 use crate::device::{Clock, EventRef, WorkerId};
 use crate::engine::Shared;
@@ -64,6 +64,7 @@ pub fn worker(id: WorkerId, clock: Option<Arc<dyn Clock>>) -> (Worker, Unstarted
     let (sender, jobs) = channel();
     let name = match id {
         WorkerId::Adam => "tierwise-adam",
+        WorkerId::Landed => "tierwise-landed",
         WorkerId::Landing => "tierwise-landing",
         WorkerId::Optimizer => "tierwise-optimizer",
         WorkerId::States => "tierwise-states",

@@ -182,7 +182,7 @@ fn accumulation_has_the_bits_of_the_cpu() {
         for pair in &pairs {
             let (dst, span) = at(base, *pair);
             // SAFETY: the arena is alive and untouched by anyone else; accumulator and gradient do not overlap.
-            unsafe { accumulate::add(&pool, dst, sums(span.dtype), span, overwrite) };
+            unsafe { accumulate::add(&pool, &[Addition { dst, sums: sums(span.dtype), src: span, overwrite }]) };
         }
         on_device(&device, &mut actual, |base| {
             for pair in &pairs {

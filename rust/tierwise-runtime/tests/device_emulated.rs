@@ -340,7 +340,7 @@ fn norms_and_accumulation_on_the_queue_equal_the_pool() {
             let at = |base: *mut u8| (base.wrapping_add(dst), span_at(base, (offset, dtype, numel)));
             let (to, span) = at(expected_base);
             // SAFETY: the arena is alive and untouched by anyone else; accumulator and gradient do not overlap.
-            unsafe { accumulate::add(&pool, to, sums(dtype), span, overwrite) };
+            unsafe { accumulate::add(&pool, &[Addition { dst: to, sums: sums(dtype), src: span, overwrite }]) };
             let (to, span) = at(actual_base);
             device.accumulate(&[Addition { dst: to, sums: sums(dtype), src: span, overwrite }]).unwrap();
         }

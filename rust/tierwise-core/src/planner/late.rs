@@ -62,9 +62,9 @@ impl Lag {
             return Lag { seconds: direct, buffers: LANDING_BUFFERS };
         }
         let each = (times.moments + times.added) / chunks as f64;
-        let behind = chunks as f64 - ((handed - times.params) / each).max(0.0);
-        let wanted = (behind.ceil().max(0.0) as u64 + LEAST).min(chunks.max(LEAST));
-        let buffers = wanted.min(LEAST + room / (host.staging / LEAST));
+        // The host may be slower than measured while both links and the GPU's driver use its memory: a buffer for every gradient of a
+        // micro-batch costs little beside the states, and lets backward go on without it.
+        let buffers = chunks.max(LEAST).min(LEAST + room / (host.staging / LEAST));
         let in_buffers = times.params + (chunks as f64 - buffers as f64) * each - handed;
         // What landed is added before the next micro-batch's gradients come.
         let all = times.params + times.moments + times.added - (times.forward.max(times.params) + times.backward + times.forward);

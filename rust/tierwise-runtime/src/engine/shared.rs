@@ -36,6 +36,7 @@ pub struct Shared {
     pub(crate) disk_jobs: [Worker; 2],
     /// Waits for fetched parameters to be read, and to be on the device.
     pub(crate) fetch_jobs: [Worker; 2],
+    pub(crate) landed_jobs: Worker,
     pub(crate) landing_jobs: Worker,
     pub(crate) optimizer_jobs: Worker,
     pub(crate) states_jobs: Worker,

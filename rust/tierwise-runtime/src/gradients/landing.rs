@@ -10,7 +10,7 @@ use crate::workers::Job;
 use std::sync::Arc;
 use tierwise_core::ChunkId;
 use tierwise_core::scheduler::Event;
-use tierwise_kernels::{GradDtype, GradSpan, accumulate, norm};
+use tierwise_kernels::{Addition, GradSpan, accumulate, norm};
 
 /// What the landing worker does with a gradient that has landed.
 pub(crate) type Then = Box<dyn FnOnce(&Arc<Shared>) -> Result<()> + Send>;
@@ -67,15 +67,21 @@ impl Shared {
             (Some(home), buffer) => self.in_memory(state, chunk, added, (landing, home), buffer, last)?,
             (None, None) => return Err(Error::Internal(format!("`{name}` has nowhere to land"))),
         };
-        self.landing_jobs.send(Job::new(Some(landed), move |shared| {
+        // Not by the worker that adds: what has landed leaves room for the next even while earlier ones are being added.
+        self.landed_jobs.send(Job::new(Some(landed), move |shared| {
             {
                 let mut state = shared.lock();
                 state.gradients.in_flight_bytes -= bytes;
                 state.gradients.finish([ticket]);
             }
             shared.notify();
-            shared.after_moments(chunk, then)
+            shared.landing_jobs.send(Job::new(None, move |shared| shared.after_moments(chunk, then)))
         }))
+    }
+
+    /// Does something with what a chunk's gradients have come to, after all that were sent before.
+    fn after_landed(&self, run: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static) -> Result<()> {
+        self.landed_jobs.send(Job::new(None, move |shared| shared.landing_jobs.send(Job::new(None, run))))
     }
 
     /// What follows when a gradient has landed in memory, where it is added to an accumulator if it landed in a `buffer`.
@@ -93,16 +99,16 @@ impl Shared {
         let spans = if last { host_spans(state, self.host, chunk)? } else { Vec::new() };
         Ok(Box::new(move |shared| {
             if let Some(buffer) = buffer {
-                let landed = |param: &Added| {
+                let addition = |param: &Added| {
                     let ptr = (landing + param.offset * dtype.bytes() as u64) as *const u8;
-                    GradSpan { ptr, dtype, numel: param.numel as usize }
-                };
-                shared.host_work(|| added.iter().map(|param| added_bytes(landed(param), sums, param.overwrite)).sum());
-                for param in &added {
                     let dst = (home + param.offset * sums.bytes() as u64) as *mut u8;
-                    // SAFETY: both ends are in the slab that `shared` keeps alive; the landing buffer is taken until below.
-                    unsafe { accumulate::add(&shared.pool, dst, sums, landed(param), param.overwrite) };
-                }
+                    let src = GradSpan { ptr, dtype, numel: param.numel as usize };
+                    Addition { dst, sums, src, overwrite: param.overwrite }
+                };
+                let additions: Vec<Addition> = added.iter().map(addition).collect();
+                shared.host_work(|| additions.iter().map(added_bytes).sum());
+                // SAFETY: both ends are in the slab that `shared` keeps alive; the landing buffer is taken until below.
+                unsafe { accumulate::add(&shared.pool, &additions) };
                 shared.lock().gradients.free_landing(buffer);
                 shared.notify();
             }
@@ -120,14 +126,14 @@ impl Shared {
         }
         if plan.chunks[chunk.index()].spills_grads() {
             let sum = SpilledSum::new(state, chunk, &[], true)?;
-            return self.landing_jobs.send(Job::new(None, move |shared| match sum.run(shared, 0)? {
+            return self.after_landed(move |shared| match sum.run(shared, 0)? {
                 Some(sums) => shared.post(&Event::GradLanded { chunk, sums }),
                 None => Ok(()),
-            }));
+            });
         }
         let spans = host_spans(state, self.host, chunk)?;
         let then: Then = Box::new(move |shared| reduce_on_host(shared, chunk, &spans));
-        self.landing_jobs.send(Job::new(None, move |shared| shared.after_moments(chunk, then)))
+        self.after_landed(move |shared| shared.after_moments(chunk, then))
     }
 }
 
@@ -168,8 +174,9 @@ fn host_spans(state: &State, host: u64, chunk: ChunkId) -> Result<Vec<(u32, Grad
 }
 
 /// Bytes of memory that adding a gradient to its accumulator reads and writes.
-pub(crate) fn added_bytes(src: GradSpan, sums: GradDtype, overwrite: bool) -> u64 {
-    (src.numel * (src.dtype.bytes() + sums.bytes() * if overwrite { 1 } else { 2 })) as u64
+pub(crate) fn added_bytes(addition: &Addition) -> u64 {
+    let Addition { sums, src, overwrite, .. } = addition;
+    (src.numel * (src.dtype.bytes() + sums.bytes() * if *overwrite { 1 } else { 2 })) as u64
 }
 
 fn reduce_on_host(shared: &Arc<Shared>, chunk: ChunkId, spans: &[(u32, GradSpan)]) -> Result<()> {

@@ -16,7 +16,7 @@ use tierwise_core::ChunkId;
 use tierwise_core::staging::{Piece, PieceId};
 use tierwise_io::Direction;
 use tierwise_kernels::norm::PartialSum;
-use tierwise_kernels::{GradDtype, GradSpan, accumulate};
+use tierwise_kernels::{Addition, GradDtype, GradSpan, accumulate};
 
 /// A parameter's gradient of this micro-batch.
 #[derive(Debug, Clone, Copy)]
@@ -97,16 +97,14 @@ impl SpilledSum {
                 shared.await_grad(&read)?;
             }
             let at = |first: u64| (address + (first - part.piece.first) * sums.bytes() as u64) as *mut u8;
-            let source = |first: u64, numel: u64| {
+            let addition = |&(first, numel, overwrite): &(u64, u64, bool)| {
                 let ptr = (landed + first * dtype.bytes() as u64) as *const u8;
-                GradSpan { ptr, dtype, numel: numel as usize }
+                Addition { dst: at(first), sums, src: GradSpan { ptr, dtype, numel: numel as usize }, overwrite }
             };
-            shared.host_work(|| part.added.iter().map(|&(first, n, overwrite)| added_bytes(source(first, n), sums, overwrite)).sum());
-            for &(first, numel, overwrite) in &part.added {
-                // SAFETY: the buffer was borrowed from the slab that `shared` keeps alive; the landing buffer is taken until the caller
-                // frees it.
-                unsafe { accumulate::add(&shared.pool, at(first), sums, source(first, numel), overwrite) };
-            }
+            let additions: Vec<Addition> = part.added.iter().map(addition).collect();
+            shared.host_work(|| additions.iter().map(added_bytes).sum());
+            // SAFETY: the buffer was borrowed from the slab that `shared` keeps alive; the landing buffer is taken until the caller frees it.
+            unsafe { accumulate::add(&shared.pool, &additions) };
             for &(index, first, numel) in &part.norm {
                 let span = GradSpan { ptr: at(first), dtype: sums, numel: numel as usize };
                 // SAFETY: as above; pieces come in the order of their elements.

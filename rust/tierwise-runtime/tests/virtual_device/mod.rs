@@ -13,7 +13,7 @@ use tierwise_runtime::error::{Error, Result};
 use tierwise_sim::executor::machine::{LANES, Lane, Machine, Task, Token};
 use tierwise_sim::hardware::Hardware;
 
-const WORKERS: usize = 4;
+const WORKERS: usize = 5;
 
 thread_local! {
     /// Which worker this thread is.
@@ -300,10 +300,8 @@ impl Device for VirtualDevice {
         let bytes =
             additions.iter().map(|a| (a.src.numel * (a.src.dtype.bytes() + a.sums.bytes() * if a.overwrite { 1 } else { 2 })) as u64).sum();
         let memory = move || {
-            for Addition { dst, sums, src, overwrite } in additions {
-                // SAFETY: as for copies.
-                unsafe { accumulate::add(&pool, dst, sums, src, overwrite) };
-            }
+            // SAFETY: as for copies.
+            unsafe { accumulate::add(&pool, &additions) };
         };
         self.enqueue(Lane::Optimizer, bytes, Box::new(memory));
         Ok(())

@@ -159,25 +159,26 @@ impl Run<'_> {
         if leaves {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(lands);
-            let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), Vec::new());
+            let mut arrived = vec![Effect::Landed { bytes }];
+            if accumulates && plan.late_moments && !spilled {
+                arrived.push(Effect::Arrived(chunk, Arrived { added, landed: landed.clone() }));
+            }
+            let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), arrived);
             if spilled {
                 self.land_on_disk(chunk, copied, landed.map(Effect::Post));
                 return Ok(None);
             }
-            let mut on_start = vec![Effect::Landed { bytes }];
             if accumulates && plan.late_moments {
-                let arrived = Effect::Arrived(chunk, Arrived { added, landed });
-                self.enqueue(Lane::Landing, "landed", chunk, 0, 0.0, vec![copied], on_start, vec![arrived]);
                 return Ok(None);
             }
             if accumulates {
                 let freed = vec![Effect::FreeStaging];
                 let work = self.setup.hardware.addition_work(added);
-                self.enqueue(Lane::Landing, "accumulate", chunk, added, work, vec![copied], std::mem::take(&mut on_start), freed);
+                self.enqueue(Lane::Landing, "accumulate", chunk, added, work, vec![copied], Vec::new(), freed);
             }
             if let Some(landed) = landed {
                 let read = self.final_grad_bytes(chunk);
-                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], on_start, vec![Effect::Post(landed)]);
+                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], Vec::new(), vec![Effect::Post(landed)]);
             }
         } else {
             if accumulates {

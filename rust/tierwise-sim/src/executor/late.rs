@@ -55,7 +55,7 @@ impl Run<'_> {
         }
     }
 
-    /// Adds it now, ahead of what waits on the lane, and takes the norm of a final sum.
+    /// Adds it in its turn, or at once by the worker that wrote the moments, and takes the norm of a final sum.
     fn add_arrived(&mut self, chunk: ChunkId, arrived: Arrived, lane: Lane, then: Option<Effect>) {
         let Arrived { added, landed } = arrived;
         let name = |what: &str| format!("{what} {}", self.setup.layout.chunks[chunk.index()].name);
@@ -65,17 +65,23 @@ impl Run<'_> {
         };
         let hardware = self.setup.hardware;
         let mut freed = vec![Effect::FreeStaging];
-        match landed {
-            Some(landed) => {
-                let on_end = std::iter::once(Effect::Post(landed)).chain(then).collect();
-                let read = self.final_grad_bytes(chunk);
-                let norm = task(name("norm"), read, read as f64, on_end);
-                self.machine.push_next(lane, norm);
-            }
-            None => freed.extend(then),
-        }
+        let mut then: Vec<Effect> = then.into_iter().collect();
+        let norm = landed.map(|landed| {
+            let on_end = std::iter::once(Effect::Post(landed)).chain(then.drain(..)).collect();
+            let read = self.final_grad_bytes(chunk);
+            task(name("norm"), read, read as f64, on_end)
+        });
+        freed.append(&mut then);
         let work = if lane == Lane::Landing { hardware.addition_work(added) } else { hardware.addition_work_of_adam(added) };
         let accumulate = task(name("accumulate"), added, work, freed);
-        self.machine.push_next(lane, accumulate);
+        if lane == Lane::Landing {
+            for task in std::iter::once(accumulate).chain(norm) {
+                self.machine.push(lane, task);
+            }
+        } else {
+            for task in norm.into_iter().chain([accumulate]) {
+                self.machine.push_next(lane, task);
+            }
+        }
     }
 }

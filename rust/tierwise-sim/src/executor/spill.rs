@@ -110,8 +110,6 @@ impl Run<'_> {
         let bytes = self.setup.layout.grad_bytes(chunk);
         let sum = self.setup.layout.final_grad_bytes(chunk, plan.accumulation);
         self.spilled.landing[chunk.index()] = true;
-        let taken = vec![Effect::Landed { bytes }];
-        self.enqueue(Lane::Landing, "gradient", chunk, 0, 0.0, vec![copied], taken, Vec::new());
         let mut waits = vec![copied];
         let mut freed = vec![Effect::GradWritten(chunk)];
         if plan.accumulation > 1 {
