@@ -162,9 +162,10 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
     if a.trace:
         booster.timeline(a.trace)
     booster.flush()
-    bits = [float(value).hex() for value in history]
+    kinds = ["loss"] * a.accumulation + ["norm"]
+    bits = {f"{kinds[i % len(kinds)]} {i // len(kinds) + 1}.{i % len(kinds)}": float(value).hex() for i, value in enumerate(history)}
     if a.compare_host_budget is not None:
-        bits += [str(int(value.view(torch.int16).sum(dtype=torch.int64))) for value in model.state_dict().values()]
+        bits |= {name: str(int(value.view(torch.int16).sum(dtype=torch.int64))) for name, value in model.state_dict().items()}
     # Disks slow down while they are written: the raw loop runs on both sides of the training steps.
     after_raw = raw_speeds(raw, a.raw_seconds) if raw is not None else {}
     without = []
@@ -245,8 +246,11 @@ def main() -> None:
     if a.compare_host_budget is not None:
         gc.collect()
         memory = train(a, disk=False)
-        same = memory["bits"] == ours["bits"]
+        others = {name: value for name, value in memory["bits"].items() if ours["bits"].get(name) != value}
+        same = memory["bits"].keys() == ours["bits"].keys() and not others
         print(f"{'EQUAL' if same else 'DIFFERENT'} bits without a disk: losses, norms and sums over the bits of {len(ours['bits'])} values")
+        for name, value in list(others.items())[:10]:
+            print(f"  {name}: {ours['bits'].get(name)} with a disk, {value} without")
     theirs = fio(a.nvme_path, a.raw_bytes, a.raw_seconds, ours["block_bytes"], ours["queue_depth"])
     moved = ours["read_bytes"] + ours["written_bytes"]
     bound = max(ours["compute_s"], moved / disk["mixed"])

@@ -41,17 +41,19 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         return
     highest = float("-inf")
     total = 0.0
+    # Summed up with the rest: a load of its own could come after another warp has overwritten the logits.
+    picked = 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
         new = tl.maximum(highest, tl.max(x, axis=0))
         total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), axis=0)
         highest = new
+        picked += tl.sum(tl.where(at == target, x, 0.0), axis=0)
     normalizer = highest + tl.log(total)
     # A target outside of the vocabulary makes the loss, and so the step, not a number.
     known = (target >= 0) & (target < columns)
-    picked = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, normalizer - picked)
+    tl.store(losses + row, tl.where(known, normalizer - picked, float("nan")))
     if GRADIENT:
         scale = tl.load(divisor) if DIVIDE else 1.0
         for start in range(0, columns, BLOCK):
