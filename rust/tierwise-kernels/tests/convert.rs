@@ -5,6 +5,8 @@ mod common;
 use common::{GRAD_DTYPES, Grad, Random, any_f32, same};
 use half::{bf16, f16};
 use proptest::prelude::*;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 use tierwise_kernels::accumulate::add_at;
 use tierwise_kernels::convert::{copy, f32_to_fp16_at, join_f32_at, join_master, split_f32_at, split_master};
 use tierwise_kernels::dispatch::Level;
@@ -164,6 +166,34 @@ fn additions_of_every_kind_go_together() {
             assert_ne!(together, old);
         }
     }
+}
+
+/// Where other work keeps the pool's threads busy, every turn is waited for: a chunk's additions take one, however many parameters it has.
+#[test]
+fn additions_take_one_turn_of_a_busy_pool() {
+    let pool = Pool::new(Some(2));
+    let grads: Vec<Grad> = (0..9).map(|_| Grad::new(GradDtype::Bf16, &vec![1.0; 70_000])).collect();
+    let mut sums = vec![vec![0.0_f32; 70_000]; 9];
+    let (turns, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                pool.for_each_grain(2, |_| std::thread::sleep(Duration::from_millis(5)));
+                turns.fetch_add(1, Ordering::AcqRel);
+            }
+        });
+        while turns.load(Ordering::Acquire) == 0 {
+            std::thread::yield_now();
+        }
+        let before = turns.load(Ordering::Acquire);
+        let all: Vec<Addition> = sums.iter_mut().zip(&grads).map(|(sum, grad)| addition(sum.as_mut_ptr(), grad.span(0), false)).collect();
+        // SAFETY: the vectors and gradients have equally many elements and outlive the call.
+        unsafe { add_at(&pool, Level::Baseline, &all) };
+        let waited = turns.load(Ordering::Acquire) - before;
+        done.store(true, Ordering::Release);
+        assert!(waited < 6, "nine additions waited for {waited} turns of other work");
+    });
+    assert!(sums.iter().flatten().all(|&sum| sum.to_bits() == 1.0_f32.to_bits()));
 }
 
 #[test]

@@ -374,3 +374,39 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
     let without = Hardware { nvme: None, ..hardware };
     assert!(matches!(run(&homes[0].0, &without, true), Err(SimError::Mismatch(m)) if m.contains("the machine has no disk")));
 }
+
+/// Where moments are late, there is a landing buffer for every gradient of a micro-batch if memory has room: backward does not wait for a host
+/// that is slower than it was measured.
+#[test]
+fn gradients_land_while_moments_are_written() {
+    let h100 = preset("h100").unwrap();
+    let plan_with = |host_budget: u64| {
+        case("llama2-7b", 4, &h100, |request| {
+            request.host_budget = host_budget;
+            request.accumulation = 4;
+            request.accumulate = Some(Tier::Host);
+            request.late_moments = Some(true);
+            request.placement =
+                Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 1.0, stream_optim_frac: 0.0 };
+        })
+    };
+    let mut roomy = plan_with(2 << 40).unwrap();
+    let chunks = roomy.plan.chunks.len() as u32;
+    assert_eq!(roomy.plan.landing_buffers, chunks);
+    let each = roomy.plan.host.staging / u64::from(chunks);
+    let tight = plan_with(roomy.plan.host.total() - 20 * each).unwrap();
+    assert_eq!(tight.plan.landing_buffers, chunks - 20);
+
+    let slow = Hardware {
+        host_memory_bytes_per_s: h100.host_memory_bytes_per_s * 0.6,
+        host_stream_bytes_per_s: h100.host_stream_bytes_per_s * 0.6,
+        ..h100.clone()
+    };
+    let mut waited = |buffers: u32| {
+        roomy.plan.landing_buffers = buffers;
+        roomy.plan.host.staging = u64::from(buffers) * each;
+        run(&roomy, &slow, true).unwrap().stalls.gradient_hand_over_ns
+    };
+    let (few, all) = (waited(2), waited(chunks));
+    assert!(all < few / 2, "{all} ns with a buffer for each of {chunks} gradients, {few} ns with two");
+}
