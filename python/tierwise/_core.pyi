@@ -318,8 +318,9 @@ class RawDisk:
     def direct(self) -> bool:
         """Whether the page cache is bypassed."""
 
-    def run(self, reads: bool, writes: bool, seconds: float) -> tuple[float, float]:
-        """Moves blocks for so long, in turn where both are asked for; returns bytes per second read and written."""
+    def run(self, reads: bool, writes: bool, seconds: float, blocks: int = 1) -> tuple[float, float]:
+        """Moves blocks for so long, so many in each direction in turn where both are asked for; returns bytes per second read and
+        written. Raises StorageError, also for no blocks."""
 
 def simulate_plan(layout: Layout, trace: str, plan: str, request: str) -> str:
     """Executes a plan of `plan` in virtual time, with the speeds of its request; returns the step (`Outcome` of tierwise-sim) as JSON.

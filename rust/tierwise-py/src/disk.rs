@@ -55,10 +55,12 @@ impl RawDisk {
         py.detach(open).map_err(|error| errors::storage(py, &error))
     }
 
-    fn run(&self, py: Python<'_>, reads: bool, writes: bool, seconds: f64) -> PyResult<(f64, f64)> {
+    #[pyo3(signature = (reads, writes, seconds, blocks = 1))]
+    fn run(&self, py: Python<'_>, reads: bool, writes: bool, seconds: f64, blocks: usize) -> PyResult<(f64, f64)> {
         let kinds: Vec<Direction> = [(reads, Direction::Read), (writes, Direction::Write)]
             .into_iter()
             .filter_map(|(wanted, kind)| wanted.then_some(kind))
+            .flat_map(|kind| std::iter::repeat_n(kind, blocks))
             .collect();
         let time = Duration::try_from_secs_f64(seconds)
             .map_err(|error| pyo3::exceptions::PyValueError::new_err(format!("seconds={seconds}: {error}")))?;
