@@ -50,8 +50,11 @@ def correct(runtime: Runtime) -> None:
     from tierwise.gemini.planning import make_plan
 
     # The engine keeps what it was made with.
-    late = runtime.memory.plan["late_moments"]
-    wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none", "late_moments": late}
+    plan = runtime.memory.plan
+    # The engine has been made: what is undecided in "auto" is not asked again.
+    clip_mode = "defer" if plan["clip_mode"] == "defer" else "speculate"
+    settled = {"late_moments": plan["late_moments"], "clip_mode": clip_mode}
+    wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none", **settled}
     try:
         corrected = make_plan(runtime.plugin, runtime.layout, runtime.grouping, runtime.trace, wanted, measured / planned)
     except (BudgetError, ValueError):

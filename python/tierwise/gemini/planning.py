@@ -88,7 +88,10 @@ def make_plan(
         plan_json = _core.choose_plan(layout, trace_json, json.dumps(wanted))
     except BudgetError as error:
         raise _explained(error, plugin, layout, grouping, trace, wanted, scale) from None
-    return Planned(trace_json, plan_json, json.loads(plan_json), wanted["device_budget"], wanted["host_budget"], wanted)
+    plan = json.loads(plan_json)
+    # "auto" may have become "defer": whoever asks again asks about the same kind of plan.
+    wanted = {**wanted, "clip_mode": plan["clip_mode"]}
+    return Planned(trace_json, plan_json, plan, wanted["device_budget"], wanted["host_budget"], wanted)
 
 
 def executed_seconds(planned: Planned, layout: Layout) -> float:

@@ -2,7 +2,7 @@
 
 use crate::estimate::estimate;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::Plan;
+use tierwise_core::plan::{ClipMode, Plan};
 use tierwise_core::planner::{PlanError, PlanRequest, candidates};
 use tierwise_core::trace::Trace;
 
@@ -14,7 +14,19 @@ const LEAST_GAIN: f64 = 0.01;
 
 /// The planner's plan, or another of its best ones whose executed step is faster. The planner's formulas say what fits and what may be
 /// fast; the executor knows what waits for what.
+///
+/// [`ClipMode::Auto`] speculates where that is faster than deferring while nothing clips: undo records take host memory and its bandwidth.
 pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
+    let asked = fastest(layout, trace, request)?;
+    if request.clip_mode != ClipMode::Auto {
+        return Ok(asked);
+    }
+    let deferring = fastest(layout, trace, &PlanRequest { clip_mode: ClipMode::Defer, ..request.clone() })?;
+    let [speculates, defers] = [&asked, &deferring].map(|plan| seconds(layout, trace, plan, request));
+    Ok(if speculates < (1.0 - LEAST_GAIN) * defers { asked } else { deferring })
+}
+
+fn fastest(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
     let mut plans = candidates(layout, trace, request, EXECUTED)?;
     if request.late_moments.is_none() {
         // Where the host bounds a step, what waits for what decides whether late moments are worth it.
@@ -24,9 +36,7 @@ pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<P
     }
     let mut chosen = 0;
     if plans.len() > 1 {
-        // A plan that cannot be executed is not chosen for that; the runtime says why.
-        let seconds = |plan: &Plan| estimate(layout, trace, plan, request).map_or(f64::INFINITY, |outcome| outcome.step_ns as f64);
-        let steps: Vec<f64> = plans.iter().map(seconds).collect();
+        let steps: Vec<f64> = plans.iter().map(|plan| seconds(layout, trace, plan, request)).collect();
         let fastest = (0..steps.len()).min_by(|a, b| steps[*a].total_cmp(&steps[*b])).unwrap_or(0);
         if steps[fastest] < (1.0 - LEAST_GAIN) * steps[0] {
             chosen = fastest;
@@ -35,11 +45,15 @@ pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<P
     Ok(plans.swap_remove(chosen))
 }
 
+/// Of an executed step. A plan that cannot be executed is not chosen for that; the runtime says why.
+fn seconds(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanRequest) -> f64 {
+    estimate(layout, trace, plan, request).map_or(f64::INFINITY, |outcome| outcome.step_ns as f64 / 1e9)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::models::preset as model;
-    use tierwise_core::plan::ClipMode;
     use tierwise_core::planner::{Offload, Placement, Recompute, Speeds, plan};
 
     fn request(clip_mode: ClipMode) -> PlanRequest {
@@ -87,6 +101,32 @@ mod tests {
         }
         // Undo records share the memory of the host's steps, which the formulas count for the steps alone.
         assert_eq!(changed, 1);
+    }
+
+    #[test]
+    fn auto_speculates_where_that_is_faster() {
+        let built = model("llama2-7b").unwrap().build(4096, 4);
+        let (layout, trace) = (&built.layout, &built.trace);
+        let asked = |clip_mode, host_budget, offload_optim_frac, host_adam_params| {
+            let speeds = Speeds { host_adam_params, ..request(clip_mode).speeds };
+            let placement =
+                Placement::Static { shard_param_frac: 1.0, offload_optim_frac, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+            PlanRequest { device_budget: 200_000_000_000, host_budget, speeds, placement, ..request(clip_mode) }
+        };
+        // A backward pass hides what a forward cannot; twice its traffic is hidden by neither.
+        for (offload_optim_frac, host_adam_params, speculates) in [(0.1, 1e9, true), (0.3, 2e9, true), (0.5, 2e9, false), (1.0, 8e9, false)]
+        {
+            let asked = |clip_mode| asked(clip_mode, 400_000_000_000, offload_optim_frac, host_adam_params);
+            let [speculating, deferred] = [ClipMode::Auto, ClipMode::Defer].map(|mode| fastest(layout, trace, &asked(mode)).unwrap());
+            let step = |plan: &Plan| seconds(layout, trace, plan, &asked(plan.clip_mode));
+            assert_eq!(step(&speculating) < 0.99 * step(&deferred), speculates, "{} {}", step(&speculating), step(&deferred));
+            let wanted = if speculates { speculating } else { deferred };
+            assert_eq!(choose(layout, trace, &asked(ClipMode::Auto)).unwrap(), wanted);
+        }
+        // Room for the states, and none for undo records.
+        let deferred = choose(layout, trace, &asked(ClipMode::Defer, 400_000_000_000, 0.1, 1e9)).unwrap();
+        let tight = asked(ClipMode::Auto, deferred.host.total(), 0.1, 1e9);
+        assert_eq!(choose(layout, trace, &tight).unwrap().clip_mode, ClipMode::Defer);
     }
 
     #[test]

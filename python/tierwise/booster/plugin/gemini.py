@@ -65,7 +65,10 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     max_norm: float | None = None
     """Clip the global gradient norm to this. None: no clipping."""
     clip_mode: Literal["defer", "speculate", "auto"] = "defer"
-    """How clipping and the host's optimizer step overlap; the result is the same."""
+    """How clipping and the host's optimizer step overlap; the result is the same.
+
+    "defer": the host steps when the norm is known. "speculate": it steps during backward, and undoes what a clip makes wrong. "auto":
+    speculates while clips are rare, if the planner finds that faster than "defer"."""
     gradient_accumulation_steps: int = 1
     """Calls of `Booster.backward` per optimizer step."""
     accumulate_on: Literal["auto", "device", "host"] = "auto"
