@@ -194,7 +194,8 @@ def main() -> int:
                     file.write(lines[-1][len("RESULT ") :] + "\n")
         else:
             print(f"{row}: {error}", flush=True)
-    reference = next((r for r in results if r["row"].startswith("floor")), None)
+    by_row = {r["row"]: r for r in results}
+    reference = by_row.get("floor", by_row.get("floor-ours"))
     print(f"{'row':10} {'step s':>8} {'tok/s':>8} {'MFU%':>6} {'HFU%':>6} {'x floor':>8} {'dev GB':>7} {'host GB':>8} {'setup s':>8}")
     for r in results:
         ratio = f"{r['step_s'] / reference['step_s']:8.3f}" if reference else " " * 8

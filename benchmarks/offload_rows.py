@@ -65,7 +65,8 @@ def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, e
 
 
 def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
-    """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer."""
+    """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer. Recomputed layers keep all that they make
+    again until their backward is over."""
     from torch.autograd.graph import saved_tensors_hooks
 
     from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization

@@ -45,7 +45,7 @@ class StepMetrics:
     d2h_bytes: int
     """Bytes copied from device to host in this step."""
     wait_ms: float
-    """Milliseconds that the compute stream waited for copies and optimizer steps in this step."""
+    """Milliseconds that the compute stream waited for copies, for optimizer steps and until gradients could be handed over in this step."""
 
     nvme_bytes: int = 0
     """Bytes of the spill file that hold data at the end of the step."""

@@ -178,7 +178,7 @@ fn additions_take_one_turn_of_a_busy_pool() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
-                pool.for_each_grain(2, |_| std::thread::sleep(Duration::from_millis(5)));
+                pool.for_each_grain(2, |_| std::thread::sleep(Duration::from_millis(50)));
                 turns.fetch_add(1, Ordering::AcqRel);
             }
         });

@@ -154,20 +154,24 @@ impl Shared {
             !leaves || room && written && (!lands || gradients.staging_free.contains(&true))
         };
         let handed = Event::GradsHanded { chunk };
+        let mut waited_from = None;
         if !has_room(&mut state) || self.apply(&mut state, &handed)? != Progress::Done {
             // The compute stream runs dry while this thread cannot give it more.
-            let before = self.device.record_compute(stream)?;
+            waited_from = Some(self.device.record_compute(stream)?);
             state = self.wait_until(state, keep_waiting, has_room)?;
             state = self.apply_waiting(state, keep_waiting, &handed)?;
-            let name = format!("gradients {}", state.scheduler.layout().chunks[chunk.index()].name);
-            let after = self.device.record_compute(stream)?;
-            state.recorder.wait(&name, before, after);
         }
         let state = &mut *state;
         let last = state.scheduler.is_last_backward();
         let ticket = state.gradients.next_ticket;
         state.gradients.next_ticket += 1;
-        let produced = self.device.record_compute(stream)?;
+        // The scheduler counts on what follows.
+        let produced = self.device.record_compute(stream);
+        let produced = self.or_stop(state, produced)?;
+        if let Some(before) = waited_from {
+            let name = format!("gradients {}", state.scheduler.layout().chunks[chunk.index()].name);
+            state.recorder.wait(&name, before, produced.clone());
+        }
         let outcome = match class {
             OptimizerClass::Frozen => Err(Error::Usage(format!("chunk {} is frozen", chunk.0))),
             _ if leaves => self.to_host(state, chunk, &incoming, ticket, &produced, last),
@@ -238,7 +242,7 @@ impl Shared {
         self.device.sum_squares(&spans, out as *mut f64)?;
         let reduced = self.device.record(Queue::Optimizer)?;
         let (done, jobs) = match state.scheduler.plan().chunks[chunk.index()].class {
-            OptimizerClass::Host | OptimizerClass::Nvme => (self.send_sums(state, chunk, &reduced)?, &self.landing_jobs),
+            OptimizerClass::Host | OptimizerClass::Nvme => (self.send_sums(state, chunk, &reduced)?, &self.landed_jobs),
             OptimizerClass::Device | OptimizerClass::Streamed | OptimizerClass::Frozen => (reduced, &self.optimizer_jobs),
         };
         jobs.send(Job::new(Some(done), move |shared| {

@@ -1,4 +1,4 @@
-//! The engine's threads: one runs host steps, one adds gradients, the others wait for device events and pass on what they mean.
+//! The engine's threads: one runs host steps, one adds gradients, the others wait for device events or the disk and pass on what they mean.
 
 use crate::device::{Clock, EventRef, WorkerId};
 use crate::engine::Shared;

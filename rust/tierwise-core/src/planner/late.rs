@@ -63,7 +63,7 @@ impl Lag {
         }
         let each = (times.moments + times.added) / chunks as f64;
         // The host may be slower than measured while both links and the GPU's driver use its memory: a buffer for every gradient of a
-        // micro-batch costs little beside the states, and lets backward go on without it.
+        // micro-batch, 2 bytes per parameter beside 20 for states and sums, lets backward go on without it.
         let buffers = chunks.max(LEAST).min(LEAST + room / (host.staging / LEAST));
         let in_buffers = times.params + (chunks as f64 - buffers as f64) * each - handed;
         // What landed is added before the next micro-batch's gradients come.

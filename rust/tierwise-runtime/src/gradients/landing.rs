@@ -79,7 +79,7 @@ impl Shared {
         }))
     }
 
-    /// Does something with what a chunk's gradients have come to, after all that were sent before.
+    /// Sends a job to the landing worker, behind every gradient that was handed over before.
     fn after_landed(&self, run: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static) -> Result<()> {
         self.landed_jobs.send(Job::new(None, move |shared| shared.landing_jobs.send(Job::new(None, run))))
     }

@@ -195,9 +195,7 @@ impl Run<'_> {
                 let reduced = self.enqueue(Lane::Optimizer, "norm", chunk, read, read as f64, produced, Vec::new(), of_device);
                 if on_host {
                     // Sums that were taken on the device leave once; their norm was taken there too.
-                    let copied =
-                        self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), Vec::new());
-                    self.enqueue(Lane::Landing, "norm", chunk, 0, 0.0, vec![copied], of_sums, Vec::new());
+                    self.enqueue(Lane::DeviceToHost, "gradient sums", chunk, read, read as f64, vec![reduced], Vec::new(), of_sums);
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! Late moments, and landed gradients that wait for them: the counterpart of the runtime's `late.rs`.
+//! Late moments, and landed gradients that wait for them: the counterpart of the runtime's `late.rs`. Who adds a gradient is settled when it has
+//! landed; in the runtime, when the landing worker comes to it.
 
 use super::machine::{Lane, Task};
 use super::{Effect, Run, SimError};
