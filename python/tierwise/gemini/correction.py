@@ -49,9 +49,8 @@ def correct(runtime: Runtime) -> None:
         return
     from tierwise.gemini.planning import make_plan
 
-    # The engine keeps what it was made with.
+    # The engine keeps what it was made with: an "auto" that speculates is not weighed against "defer" again.
     plan = runtime.memory.plan
-    # The engine has been made: what is undecided in "auto" is not asked again.
     clip_mode = "defer" if plan["clip_mode"] == "defer" else "speculate"
     settled = {"late_moments": plan["late_moments"], "clip_mode": clip_mode}
     wanted = {**runtime.planned.wanted, "recompute": {"units": units}, "offload": "none", **settled}
