@@ -47,6 +47,16 @@ def checkpoint_layers(model: Any, a: argparse.Namespace) -> int:
     return int(count)
 
 
+def share_weights(layers: Any) -> None:
+    """Every layer gets parameters of its own (so gradients of its own) in the memory of the first layer's."""
+    import torch
+
+    for layer in layers[1:]:
+        for module, first in zip(layer.modules(), layers[0].modules(), strict=True):
+            for name, param in first._parameters.items():
+                module._parameters[name] = None if param is None else torch.nn.Parameter(param.detach())
+
+
 def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
     model = build(a, "cuda")
     extra["numel"] = sum(p.numel() for p in model.parameters())
@@ -65,8 +75,9 @@ def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, e
 
 
 def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
-    """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer. Recomputed layers keep all that they make
-    again until their backward is over."""
+    """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer. All layers read the first layer's weights,
+    so that the floor of a plan that streams them fits; no cache of a device holds a layer of the sizes here. Recomputed layers keep all
+    that they make again until their backward is over."""
     from torch.autograd.graph import saved_tensors_hooks
 
     from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
@@ -76,6 +87,7 @@ def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: i
 
     model = build(a, "cuda")
     extra["numel"] = sum(p.numel() for p in model.parameters())
+    share_weights(model.model.layers)
     fused = FusedLoss.install(model)
     assert fused is not None
     fuse_normalization(model)
