@@ -12,7 +12,8 @@ is named at the end and tried again by the next command.
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed and nothing waits for the device between timed steps. `recorded` has the median, the times themselves, the allocator's peak of
 device bytes since training began, the engine's peak of host bytes, and how long the compute stream waited per step. `executed` is the plan
-that ran, after its correction. `observed` sums the timeline of two more steps by track and kind.
+that ran, after its correction. `observed` sums the timeline of two more steps by track and kind. `host_adam_params_per_s` is how fast the
+host's Adam was on memory of its own before and after the configuration, measured as `calibrate` does.
 """
 
 from __future__ import annotations

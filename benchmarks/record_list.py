@@ -36,13 +36,19 @@ class Configuration:
     """The budget is more than the device has: whether it fits is the device's answer, not the planner's."""
     offload: bool = False
     """All activations that are not recomputed go to host memory."""
-    timed: int = 7
+    timed: int | None = None
+    """Steps; None: by the size of the model."""
 
     @property
     def name(self) -> str:
         """Unique in a list."""
         parts = [self.size, self.placement, f"{self.micro_batch}x{self.seq}", f"{self.tokens // 1024}k", self.recompute]
         return " ".join([*parts, self.clip_mode, self.clip, *(["offload"] if self.offload else [])])
+
+    @property
+    def timed_steps(self) -> int:
+        """How many steps are timed: hosts vary from step to step, and short steps are cheap."""
+        return {"350m": 21, "1b": 13, "7b-8-layers": 11}.get(self.size, 7) if self.timed is None else self.timed
 
     @property
     def accumulation(self) -> int:

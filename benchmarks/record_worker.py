@@ -17,6 +17,8 @@ from llama import llama
 from record_list import Configuration
 from record_observed import executed, spans_of, summary, traced
 
+from tierwise._core import HostBench
+
 UNTIMED, PROFILED = 2, 2
 LEFT_BYTES = 200_000_000
 """Of torch's own workspaces."""
@@ -24,6 +26,9 @@ OUTSIDE_BYTES = 2_500_000_000
 """Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
 LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
+PROBED_ON_CUDA, PROBED_ON_CPU, PROBE_S = 200_000_000, 200_000, 0.3
+"""Parameters, and seconds, of the host's Adam before and after every configuration: a shared machine's memory is faster in one minute than
+in the next."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -45,12 +50,17 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
     """Says what this machine is, then answers configurations until None comes."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     pipe.send(machine(a))
+    bench = HostBench(PROBED_ON_CUDA if uses_cuda(a) else PROBED_ON_CPU)
     resident = None
     while (run := pipe.recv()) is not None:
         try:
             wait_for_memory(a)
             resident = resident_bytes() if resident is None else resident
-            answer = Answer(run=record(run, a))
+            before = bench.rate("adam", PROBE_S)
+            recorded = record(run, a)
+            if recorded["recorded"]["fits"]:
+                recorded["host_adam_params_per_s"] = [before, bench.rate("adam", PROBE_S)]
+            answer = Answer(run=recorded)
         except Exception as error:
             answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
         pipe.send(dataclasses.replace(answer, dirty=left_behind(answer, resident or 0)))
@@ -172,7 +182,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         step()
     rest()
     before, clock.marks = booster.stats(), []
-    for _ in range(run.timed + 1):
+    for _ in range(run.timed_steps + 1):
         step()
     rest()
     after, times = booster.stats(), clock.intervals()
@@ -183,7 +193,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     rest()
     runtime = booster._boosted()
     spans = list(spans_of(runtime.engine.timeline()))
-    steps = run.timed + 1
+    steps = run.timed_steps + 1
     counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
     recorded = {
         "fits": True,

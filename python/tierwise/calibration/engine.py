@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-_STEPS = 8
+_ROUNDS, _STEPS, _WARM = 2, 7, 2
+"""Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 8, 24
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
+_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
+"""Of its one sequence. On CUDA enough for the kernels and for the allocator's large blocks that training has, and few enough for the device
+to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 
@@ -65,9 +69,10 @@ def _boosted(
         model: nn.Module = LlamaForCausalLM(config)
     cuda = device.type == "cuda"
     plugin = GeminiPlugin(
-        placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none", micro_batch_size=1, seq_len=32,
+        placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
+        micro_batch_size=1, seq_len=_tokens(device),
         recompute=recompute,  # type: ignore[arg-type]
-        device="cuda" if cuda else "emulated", device_budget="8GB" if cuda else "1GB",
+        device="cuda" if cuda else "emulated", device_budget="10GB" if cuda else "1GB",
         host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True, max_norm=1.0,
     )  # fmt: skip
     booster = Booster(plugin=plugin)
@@ -77,29 +82,36 @@ def _boosted(
     return booster, model, optimizer
 
 
+def _tokens(device: torch.device) -> int:
+    return _TOKENS_ON_CUDA if device.type == "cuda" else _TOKENS_ON_CPU
+
+
 def _step_ns(device: torch.device, recompute: str) -> dict[int, dict[str, float]]:
-    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both."""
-    size = _ON_CUDA if device.type == "cuda" else _ON_CPU
-    boosted = {layers: _boosted(device, layers, size, recompute) for layers in (_FEW, _MANY)}
-    ids = torch.zeros(1, 32, dtype=torch.long, device=device)
+    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both. On CUDA steps follow each other
+    as in training, where the engine's threads call the driver beside the training thread."""
+    cuda = device.type == "cuda"
+    boosted = {layers: _boosted(device, layers, _ON_CUDA if cuda else _ON_CPU, recompute) for layers in (_FEW, _MANY)}
+    ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
     times: dict[int, dict[str, list[float]]] = {layers: {"forward": [], "backward": [], "step": []} for layers in boosted}
-    for _ in range(_STEPS):
+    for _ in range(_ROUNDS):
         for layers, (booster, model, optimizer) in boosted.items():
-            marks = [time.perf_counter()]
-            loss = model(input_ids=ids, labels=ids).loss
-            marks.append(time.perf_counter())
-            booster.backward(loss, optimizer)
-            marks.append(time.perf_counter())
-            optimizer.step()
-            optimizer.zero_grad()
-            marks.append(time.perf_counter())
-            # A step that waits for the one before is not launching.
+            for step in range(_STEPS):
+                marks = [time.perf_counter()]
+                loss = model(input_ids=ids, labels=ids).loss
+                marks.append(time.perf_counter())
+                booster.backward(loss, optimizer)
+                marks.append(time.perf_counter())
+                optimizer.step()
+                optimizer.zero_grad()
+                marks.append(time.perf_counter())
+                if not cuda:
+                    # A step that waits for the one before is not launching.
+                    booster.flush()
+                if step >= _WARM:
+                    for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
+                        times[layers][name].append(1e9 * (end - start))
             booster.flush()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
-                times[layers][name].append(1e9 * (end - start))
-    return {layers: {name: statistics.median(values[2:]) for name, values in of.items()} for layers, of in times.items()}
+    return {layers: {name: statistics.median(values) for name, values in of.items()} for layers, of in times.items()}
 
 
 def adam_params_per_s(device: torch.device) -> tuple[float | None, float | None]:
@@ -107,7 +119,7 @@ def adam_params_per_s(device: torch.device) -> tuple[float | None, float | None]
     host, with nothing beside it, the fastest, because others share the memory with copies of what was stepped before them. None where the
     timeline has none."""
     booster, model, optimizer = _boosted(device, 4, _STEPPED_ON_CUDA if device.type == "cuda" else _ON_CPU, "none", offload_optim_frac=0.5)
-    ids = torch.zeros(1, 32, dtype=torch.long, device=device)
+    ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
     for step in range(6):
         if step == 1:
             booster.record_timeline()

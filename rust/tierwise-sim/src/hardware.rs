@@ -277,6 +277,32 @@ impl Hardware {
         }
     }
 
+    /// The same machine when its host's Adam, measured as `calibrate` does with all threads, makes so many parameters per second: whatever
+    /// the host's kernels do is as much faster or slower. An error where that was not calibrated.
+    pub fn with_host_adam(self, params_per_s: f64) -> Result<Hardware, String> {
+        let calibrated = self.measured.as_ref().and_then(|m| m.host.last()).map(|row| row.adam_params_per_s);
+        let Some(calibrated) = calibrated else {
+            return Err(format!(
+                "host_adam_params_per_s needs a calibrated machine to be compared with; {} has no `measured.host`",
+                self.name
+            ));
+        };
+        let factor = params_per_s / calibrated;
+        if !(factor.is_finite() && (0.01..=100.0).contains(&factor)) {
+            return Err(format!("host_adam_params_per_s is {params_per_s}; it was calibrated as {calibrated}"));
+        }
+        let hardware = Hardware {
+            host_memory_bytes_per_s: self.host_memory_bytes_per_s * factor,
+            host_stream_bytes_per_s: self.host_stream_bytes_per_s * factor,
+            host_adam_params_per_s: self.host_adam_params_per_s * factor,
+            host_params_first_per_s: self.host_params_first_per_s.map(|rate| rate * factor),
+            measured: self.measured.as_ref().map(|measured| measured.with_host(factor)),
+            ..self
+        };
+        hardware.check()?;
+        Ok(hardware)
+    }
+
     /// The same nodes on another network.
     #[must_use]
     pub fn on_network(self, network: &Network) -> Hardware {

@@ -105,6 +105,10 @@ pub struct Run {
     /// Whether there was a limit of the norm at all: without one nothing clips.
     #[serde(default = "yes")]
     has_max_norm: bool,
+    /// Parameters per second of the host's Adam around the run, measured as the calibrated hardware's with all threads. The host's figures
+    /// are scaled by their mean: a shared machine's memory is faster in one minute than in the next.
+    #[serde(default)]
+    host_adam_params_per_s: Vec<f64>,
     /// The plan that ran. Without one the planner is asked.
     #[serde(default)]
     executed: Option<GivenPlan>,
@@ -243,6 +247,10 @@ impl File {
         };
         let model = if run.eager_kernels { model.eager() } else { model };
         let hardware = find_hardware(&run.hardware, run.network.as_deref(), folder)?;
+        let hardware = match run.host_adam_params_per_s.as_slice() {
+            [] => hardware,
+            probes => hardware.with_host_adam(probes.iter().sum::<f64>() / probes.len() as f64)?,
+        };
         let policy = match run.policy.as_str() {
             "tierwise" => None,
             name => Some(Policy::ALL.into_iter().find(|p| p.name() == name).ok_or_else(|| {

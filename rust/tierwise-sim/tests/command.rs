@@ -207,6 +207,49 @@ fn validation_has_a_gate() {
 }
 
 #[test]
+fn a_run_is_predicted_with_the_host_that_it_met() {
+    let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
+    let mut file: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(format!("{folder}/ours-h100-b.json")).unwrap()).unwrap();
+    let calibrated: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(format!("{folder}/h100-2026-11-27-b.json")).unwrap()).unwrap();
+    let rate = calibrated["measured"]["host"].as_array().unwrap().last().unwrap()["adam_params_per_s"].as_f64().unwrap();
+    let runs = file["runs"].as_array_mut().unwrap();
+    let named = |name: &str| runs.iter().find(|run| run["name"] == name).unwrap().clone();
+    let (on_host, on_device) = (named("1b host 4x4096 16k none defer fires"), named("1b device 4x4096 16k none defer fires"));
+    let probed = |run: &serde_json::Value, probes: &[f64]| {
+        let mut run = run.clone();
+        run["hardware"] = format!("{folder}/h100-2026-11-27-b.json").into();
+        run["host_adam_params_per_s"] = probes.into();
+        run
+    };
+    // Half as fast, as calibrated, twice as fast; the mean of the probes counts.
+    let probes = [vec![], vec![0.5 * rate], vec![0.9 * rate, 1.1 * rate], vec![2.0 * rate]];
+    file["runs"] = [&on_host, &on_device].iter().flat_map(|run| probes.iter().map(|probes| probed(run, probes))).collect();
+    file["gate"] = serde_json::json!({});
+    let path = std::env::temp_dir().join(format!("tierwise-sim-probed-{}.json", std::process::id()));
+    std::fs::write(&path, file.to_string()).unwrap();
+    let report = json(&sim(&format!("validate {} --format json", path.display())));
+    let steps: Vec<f64> =
+        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect();
+    assert!(steps[1] > 1.4 * steps[0] && (steps[2] / steps[0] - 1.0).abs() < 1e-6 && steps[3] < 0.9 * steps[0], "{steps:?}");
+    assert!(steps[4..].iter().all(|step| step.to_bits() == steps[4].to_bits()), "{steps:?}");
+    // Nothing is made of a rate that no calibration can be compared with.
+    for (hardware, probe, problem) in
+        [("h100", rate, "has no `measured.host`"), ("h100-2026-11-27-b.json", 0.0, "is 0; it was calibrated as")]
+    {
+        let mut run = probed(&on_host, &[probe]);
+        run["hardware"] = if hardware == "h100" { hardware.into() } else { format!("{folder}/{hardware}").into() };
+        file["runs"] = vec![run].into();
+        std::fs::write(&path, file.to_string()).unwrap();
+        let refused = sim(&format!("validate {}", path.display()));
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(String::from_utf8(refused.stderr).unwrap().contains(problem));
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
 fn the_html_report_needs_nothing_else() {
     let path = std::env::temp_dir().join(format!("tierwise-sim-{}.html", std::process::id()));
     let output = sim(&format!("{RUN} --device-budget 40GB --html {}", path.display()));
