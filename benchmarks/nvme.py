@@ -79,7 +79,9 @@ class RawLoop:
         read, _ = self.disk.run(True, False, seconds)
         _, write = self.disk.run(False, True, seconds)
         by_block, by_piece = (sum(self.disk.run(True, True, seconds, blocks)) for blocks in (1, self.piece_blocks))
-        return {"read": read, "write": write, "by_block": by_block, "by_piece": by_piece}
+        found = {"read": read, "write": write, "by_block": by_block, "by_piece": by_piece}
+        print("raw loop, GB/s:", ", ".join(f"{name} {speed / 1e9:.2f}" for name, speed in found.items()), flush=True)
+        return found
 
 
 def with_mixed(raws: list[dict[str, float]]) -> None:
