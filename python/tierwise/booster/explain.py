@@ -65,7 +65,10 @@ def explain(runtime: Runtime) -> str:
     nvme = plan["nvme"]
     if nvme is not None:
         limit = format_bytes(runtime.planned.wanted["nvme"]["budget"])
-        spilled = "states and gradients" if nvme["grad_buffers"] else "states"
+        held = [("states", any(placed["class"] == "nvme" for placed in plan["chunks"]))]
+        held += [("gradients", nvme["grad_buffers"] > 0)]
+        held += [("frozen parameters", any((p["class"], p["home"]) == ("frozen", "fetched") for p in plan["chunks"]))]
+        spilled = " and ".join(name for name, is_there in held if is_there)
         lines.append(
             f"nvme: {format_bytes(nvme['file_bytes'])} of {limit} in {runtime.plugin.nvme_path} "
             f"({format_bytes(nvme['payload_bytes'])} of {spilled} and room to rewrite them); "

@@ -37,20 +37,21 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
     if "_tierwise_failed" in model.__dict__:
         raise ValueError("an earlier booster.boost of this model failed and left its hooks in it; build the model and its optimizer again")
     refuse_cuda_graphs(model)
-    grouping = group(model)
     hyper = None
-    trainable: dict[nn.Parameter, tuple[int, int]] = {}
+    held: list[nn.Parameter] = []
     if optimizer is not None:
         check_optimizer(optimizer)
         held = [param for group_ in optimizer.param_groups for param in group_["params"]]
+    trained = {param for param in held if param.requires_grad}
+    grouping = group(model, trained)
+    trainable = {param: place for param, place in grouping.place.items() if param in trained}
+    if optimizer is not None:
         strangers = [param for param in held if param not in grouping.place]
         if strangers:
             raise ValueError(
                 f"the optimizer holds {len(strangers)} parameters that the model does not have (the first has shape "
                 f"{tuple(strangers[0].shape)}); build the optimizer from this model's parameters()"
             )
-        holds = set(held)
-        trainable = {param: place for param, place in grouping.place.items() if param in holds and param.requires_grad}
         hyper = Hyper(optimizer, isinstance(optimizer, torch.optim.AdamW))
     # Before the model is changed: there may be nothing to compile.
     compiler = LayerCompiler(grouping.units) if plugin.compile_layers else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,12 +52,13 @@ class Grouping:
         ]
 
 
-def group(model: nn.Module) -> Grouping:
-    """Groups the parameters of `model`.
+def group(model: nn.Module, trained: Container[nn.Parameter] | None = None) -> Grouping:
+    """Groups the parameters of `model`; `trained` are those that an optimizer steps, by default those that require gradients.
 
     Elements of ModuleLists, ModuleDicts and Sequentials are units with everything inside them (decoder layers); every other module that
-    owns parameters directly is a unit of its own (embedding, norm, head, or a root with loose parameters). A tied parameter belongs to the
-    chunk of its first owner, and every unit that reads it lists that chunk.
+    owns parameters directly is a unit of its own (embedding, norm, head, or a root with loose parameters). A unit whose parameters are
+    trained in part has two chunks, so that adapters are stepped wherever that is best and the frozen rest is only read. A tied parameter
+    belongs to the chunk of its first owner, and every unit that reads it lists that chunk.
 
     Raises ValueError for a model without parameters.
     """
@@ -66,23 +67,31 @@ def group(model: nn.Module) -> Grouping:
         names.setdefault(param, []).append(name)
     if not names:
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to boost")
+    if trained is None:
+        trained = {param for param in names if param.requires_grad}
     grouping = Grouping([], [], {}, names)
     seen: set[int] = set()
     for name, module, whole in _unit_modules(model, "", False):
         if id(module) in seen:
             continue
         seen.add(id(module))
-        _add_unit(grouping, name, module, list(module.parameters(recurse=whole)), whole)
+        _add_unit(grouping, name, module, list(module.parameters(recurse=whole)), whole, trained)
     return grouping
 
 
-def _add_unit(grouping: Grouping, name: str, module: nn.Module, params: list[nn.Parameter], whole: bool) -> None:
-    own = [param for param in params if param not in grouping.place]
+def _add_unit(
+    grouping: Grouping, name: str, module: nn.Module, params: list[nn.Parameter], whole: bool, trained: Container[nn.Parameter]
+) -> None:
+    new = [param for param in params if param not in grouping.place]
     shared = [grouping.place[param][0] for param in params if param in grouping.place]
     chunks = list(dict.fromkeys(shared))
-    if own:
+    stepped, frozen = [param for param in new if param in trained], [param for param in new if param not in trained]
+    called = name or type(module).__name__
+    for own, suffix in ((stepped, ""), (frozen, " (frozen)" if stepped else "")):
+        if not own:
+            continue
         index = len(grouping.chunks)
-        grouping.chunks.append(Chunk(name or type(module).__name__, own, [grouping.names[param][0] for param in own]))
+        grouping.chunks.append(Chunk(called + suffix, own, [grouping.names[param][0] for param in own]))
         for position, param in enumerate(own):
             grouping.place[param] = (index, position)
         chunks.append(index)

@@ -145,7 +145,9 @@ class ChunkMemory:
 
     def _is_spilled(self, chunk: int, payload: str) -> bool:
         placed = self.plan["chunks"][chunk]
-        return placed["class"] == "nvme" and (payload != "param" or placed["home"] in ("spilled", "fetched"))
+        if payload == "param":
+            return bool(placed["home"] in ("spilled", "fetched"))
+        return bool(placed["class"] == "nvme")
 
     def read_state(self, chunk: int, position: int, payload: str) -> Tensor:
         """The payload "master" (bf16: int16 low half), "exp_avg" or "exp_avg_sq": a view, or what the disk has in a fresh CPU tensor.
@@ -221,7 +223,7 @@ class ChunkMemory:
                 low = torch.empty(full.shape, dtype=torch.int16)
                 _core.split_master(full.data_ptr(), value.data_ptr(), low.data_ptr(), full.numel())
                 self.set_state(chunk, position, "master", low)
-        if trainable and self._is_spilled(chunk, "param"):
+        if self._is_spilled(chunk, "param") and (trainable or chunk not in self.resident):
             self._write_spilled(chunk, position, "param", value.to(device="cpu", dtype=self.dtype))
         host = self._host_payload(chunk, "param")
         if host is not None:

@@ -1,5 +1,6 @@
 //! Chunk layout: which parameters move together, and at which element each of them starts.
 
+use crate::plan::{ChunkPlan, OptimizerClass, ParamHome};
 use serde::{Deserialize, Serialize};
 
 /// Every parameter starts at a multiple of this many elements, so that 16-bit payloads are 128-byte aligned.
@@ -194,10 +195,20 @@ impl Layout {
         self.chunks[chunk.index()].state_numel * self.precision.undo_bytes()
     }
 
-    /// Bytes of one spilled element: its states, and the parameter where that is spilled too.
-    pub fn spilled_bytes(&self, placement: crate::plan::ChunkPlan) -> u64 {
+    /// Bytes of one spilled element: its states, unless the chunk is frozen, and the parameter where that is spilled too.
+    pub fn spilled_bytes(&self, placement: ChunkPlan) -> u64 {
         let param = if placement.home.is_spilled() { self.precision.param_bytes() } else { 0 };
-        param + self.precision.state_bytes()
+        param + if placement.class == OptimizerClass::Frozen { 0 } else { self.precision.state_bytes() }
+    }
+
+    /// Elements of a chunk that are spilled: those with states, or all parameters of a frozen one.
+    pub fn spilled_numel(&self, chunk: crate::ChunkId, placement: ChunkPlan) -> u64 {
+        let of = &self.chunks[chunk.index()];
+        match (placement.class, placement.home) {
+            (OptimizerClass::Nvme, _) => of.state_numel,
+            (OptimizerClass::Frozen, ParamHome::Fetched) => of.numel,
+            _ => 0,
+        }
     }
 
     /// All chunk ids in order.

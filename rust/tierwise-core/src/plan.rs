@@ -50,7 +50,8 @@ pub enum ParamHome {
     Streamed,
     /// A device copy at a fixed place, like `Resident`; the authoritative copy lies in the spill file with the states (`Nvme` class only).
     Spilled,
-    /// Home in the spill file, with the states (`Nvme` class only); before each use read from there and copied into the streaming slab.
+    /// Home in the spill file, with the states (`Nvme` class), or without any (`Frozen`); before each use read from there and copied into the
+    /// streaming slab.
     Fetched,
 }
 
@@ -240,6 +241,9 @@ impl HostBytes {
 pub struct NvmePlan {
     /// Elements of a piece: what is read, stepped and written at once. The last piece of a chunk has fewer.
     pub piece_numel: u64,
+    /// The same of a frozen chunk's parameters, which are whole blocks.
+    #[serde(default)]
+    pub frozen_piece_numel: u64,
     /// Bytes of one staging buffer.
     pub buffer_bytes: u64,
     /// Staging buffers; their bytes are `host.nvme_staging`, together with those of fetches and gradients.

@@ -11,7 +11,8 @@ use crate::trace::Trace;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
-/// A range of elements of a chunk's states: what is read, stepped and written at once.
+/// A range of elements of a chunk's states: what is read, stepped and written at once. Of a frozen chunk a range of its parameters, which are
+/// written when they are set, and read for every use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// The chunk.
@@ -36,10 +37,12 @@ impl PieceId {
     }
 }
 
-/// All spilled pieces in the order in which a step uses them.
+/// All spilled pieces in the order in which a step uses them; those that no step uses come last.
 #[derive(Debug, Clone, Default)]
 pub struct Pieces {
     all: Vec<Piece>,
+    /// How many of them steps use.
+    stepped: usize,
     /// Per chunk: its pieces.
     of_chunk: Vec<std::ops::Range<u32>>,
 }
@@ -47,7 +50,7 @@ pub struct Pieces {
 impl Pieces {
     /// Cuts the spilled chunks of a plan into pieces, the earliest-used chunk first.
     pub fn new(layout: &Layout, trace: &Trace, plan: &Plan) -> Pieces {
-        let mut pieces = Pieces { all: Vec::new(), of_chunk: vec![0..0; layout.chunks.len()] };
+        let mut pieces = Pieces { all: Vec::new(), stepped: 0, of_chunk: vec![0..0; layout.chunks.len()] };
         let Some(nvme) = plan.nvme else { return pieces };
         let mut first_use = vec![usize::MAX; layout.chunks.len()];
         for (at, op) in trace.ops.iter().enumerate() {
@@ -55,21 +58,31 @@ impl Pieces {
                 first_use[chunk.index()] = first_use[chunk.index()].min(at);
             }
         }
-        let mut order: Vec<ChunkId> = layout.ids().filter(|c| plan.chunks[c.index()].class == OptimizerClass::Nvme).collect();
-        order.sort_by_key(|c| (first_use[c.index()], c.0));
+        let frozen = |c: ChunkId| plan.chunks[c.index()].class == OptimizerClass::Frozen;
+        let mut order: Vec<ChunkId> = layout.ids().filter(|&c| layout.spilled_numel(c, plan.chunks[c.index()]) > 0).collect();
+        order.sort_by_key(|&c| (frozen(c), first_use[c.index()], c.0));
         for chunk in order {
-            let total = layout.chunks[chunk.index()].state_numel;
-            let element = layout.spilled_bytes(plan.chunks[chunk.index()]);
+            let placed = plan.chunks[chunk.index()];
+            let (total, element) = (layout.spilled_numel(chunk, placed), layout.spilled_bytes(placed));
+            let most = if frozen(chunk) { nvme.frozen_piece_numel } else { nvme.piece_numel };
             let start = pieces.all.len() as u32;
             let mut first = 0;
             while first < total {
-                let numel = nvme.piece_numel.max(1).min(total - first);
+                let numel = most.max(1).min(total - first);
                 pieces.all.push(Piece { chunk, first, numel, bytes: numel * element });
                 first += numel;
             }
             pieces.of_chunk[chunk.index()] = start..pieces.all.len() as u32;
+            if !frozen(chunk) {
+                pieces.stepped = pieces.all.len();
+            }
         }
         pieces
+    }
+
+    /// How many of them steps use; they are the first.
+    pub fn stepped(&self) -> usize {
+        self.stepped
     }
 
     /// How many there are.
@@ -173,6 +186,8 @@ pub struct Staging {
     /// Per piece: its place in `wanted`, counted from the first that was ever wanted.
     wanted_at: Vec<Option<u64>>,
     taken: u64,
+    /// How many pieces steps use cyclically; the others are only here while somebody wants them.
+    stepped: usize,
     /// The piece that is used after the last wanted one.
     next: usize,
     /// Whether pieces are read that nobody wants yet.
@@ -180,8 +195,8 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// `buffers` empty buffers for `pieces` pieces that were never written.
-    pub fn new(pieces: usize, buffers: u32) -> Staging {
+    /// `buffers` empty buffers for `pieces` pieces that were never written, the first `stepped` of which steps use.
+    pub fn new(pieces: usize, stepped: usize, buffers: u32) -> Staging {
         Staging {
             buffers: vec![Buffer::Free; buffers as usize],
             place: vec![None; pieces],
@@ -189,6 +204,7 @@ impl Staging {
             wanted: VecDeque::new(),
             wanted_at: vec![None; pieces],
             taken: 0,
+            stepped,
             next: 0,
             ahead: true,
         }
@@ -205,7 +221,9 @@ impl Staging {
             if self.wanted_at[piece.index()].is_none() {
                 self.wanted_at[piece.index()] = Some(self.taken + self.wanted.len() as u64);
                 self.wanted.push_back(piece);
-                self.next = (piece.index() + 1) % self.place.len();
+                if piece.index() < self.stepped {
+                    self.next = (piece.index() + 1) % self.stepped;
+                }
             }
         }
         self.fill(transfers);
@@ -257,13 +275,13 @@ impl Staging {
 
     /// Reads what is used next into buffers whose pieces are used later.
     pub fn fill(&mut self, transfers: &mut Vec<Transfer>) {
-        let pieces = self.place.len();
         // Pieces beyond as many as there are buffers would only push out what is used before them.
-        let most = if self.ahead { pieces } else { self.wanted.len() };
+        let most = if self.ahead { self.stepped.max(self.wanted.len()) } else { self.wanted.len() };
         for ahead in 0..self.buffers.len().min(most) {
             let piece = match self.wanted.get(ahead) {
                 Some(&piece) => piece,
-                None => PieceId(((self.next + ahead - self.wanted.len()) % pieces) as u32),
+                None if self.stepped == 0 => return,
+                None => PieceId(((self.next + ahead - self.wanted.len()) % self.stepped) as u32),
             };
             if self.place[piece.index()].is_some() {
                 continue;
@@ -309,7 +327,8 @@ impl Staging {
     fn next_use(&self, piece: PieceId) -> u64 {
         match self.wanted_at[piece.index()] {
             Some(at) => at - self.taken,
-            None => (self.wanted.len() + (piece.index() + self.place.len() - self.next) % self.place.len()) as u64,
+            None if piece.index() >= self.stepped => u64::MAX,
+            None => (self.wanted.len() + (piece.index() + self.stepped - self.next) % self.stepped) as u64,
         }
     }
 

@@ -18,9 +18,10 @@ struct World {
 }
 
 impl World {
-    fn new(pieces: usize, buffers: u32) -> World {
+    /// The first `stepped` of the pieces are used by every step.
+    fn new(pieces: usize, stepped: usize, buffers: u32) -> World {
         let mut world = World {
-            staging: Staging::new(pieces, buffers),
+            staging: Staging::new(pieces, stepped, buffers),
             disk: BTreeMap::new(),
             memory: vec![None; buffers as usize],
             expected: vec![0; pieces],
@@ -109,11 +110,12 @@ proptest! {
     #[test]
     fn any_order_of_ends_steps_every_wanted_piece_once_and_loses_nothing(
         pieces in 1_usize..12,
+        frozen in 0_usize..5,
         buffers in 1_u32..6,
         steps in prop::collection::vec(prop::collection::vec(any::<bool>(), 12), 1..6),
         choices in prop::collection::vec(any::<u16>(), 0..400),
     ) {
-        let mut world = World::new(pieces, buffers);
+        let mut world = World::new(pieces, pieces.saturating_sub(frozen), buffers);
         let mut choices = choices.into_iter();
         for step in steps {
             let wanted: Vec<PieceId> = (0..pieces).filter(|p| step[*p]).map(|p| PieceId(p as u32)).collect();
@@ -153,7 +155,7 @@ proptest! {
 #[test]
 fn a_steady_step_reads_and_writes_every_piece_once() {
     let (pieces, buffers) = (20, 4);
-    let mut world = World::new(pieces, buffers);
+    let mut world = World::new(pieces, pieces, buffers);
     let all: Vec<PieceId> = (0..pieces as u32).map(PieceId).collect();
     for step in 0..5 {
         let before = (world.reads, world.writes);
@@ -178,7 +180,7 @@ fn a_steady_step_reads_and_writes_every_piece_once() {
 
 #[test]
 fn reads_and_writes_are_on_their_way_together() {
-    let mut world = World::new(20, 6);
+    let mut world = World::new(20, 20, 6);
     let all: Vec<PieceId> = (0..20).map(PieceId).collect();
     for _ in 0..2 {
         world.want(&all);
@@ -206,7 +208,7 @@ fn reads_and_writes_are_on_their_way_together() {
 
 #[test]
 fn a_piece_that_is_still_there_is_not_read_again() {
-    let mut world = World::new(3, 4);
+    let mut world = World::new(3, 3, 4);
     let all: Vec<PieceId> = (0..3).map(PieceId).collect();
     for _ in 0..3 {
         world.want(&all);
@@ -220,8 +222,42 @@ fn a_piece_that_is_still_there_is_not_read_again() {
 }
 
 #[test]
+fn pieces_that_no_step_uses_are_read_only_for_whoever_wants_them() {
+    // Pieces 3 to 7 are frozen parameters: written once, and read by name.
+    let mut world = World::new(8, 3, 2);
+    let (all, stepped): (Vec<PieceId>, Vec<PieceId>) = ((0..8).map(PieceId).collect(), (0..3).map(PieceId).collect());
+    let work = |world: &mut World, wanted: &[PieceId]| {
+        world.want(wanted);
+        for _ in wanted {
+            while world.work().is_none() {
+                world.end(0);
+            }
+        }
+        while !world.running.is_empty() {
+            world.end(0);
+        }
+    };
+    work(&mut world, &all);
+    world.staging.rewind();
+    let mut transfers = Vec::new();
+    world.staging.fill(&mut transfers);
+    world.start(transfers);
+    while !world.running.is_empty() {
+        world.end(0);
+    }
+    for _ in 0..4 {
+        let held: Vec<u32> =
+            world.staging.buffers().iter().filter_map(|b| if let Buffer::Clean(p) = b { Some(p.0) } else { None }).collect();
+        assert!(held.iter().all(|p| *p < 3) && held.len() == 2, "{held:?}");
+        let before = (world.reads, world.writes);
+        work(&mut world, &stepped);
+        assert_eq!((world.reads - before.0, world.writes - before.1), (3, 3));
+    }
+}
+
+#[test]
 fn calls_that_do_not_fit_are_errors() {
-    let mut staging = Staging::new(2, 1);
+    let mut staging = Staging::new(2, 2, 1);
     let mut transfers = Vec::new();
     for (outcome, what) in [
         (staging.was_read(0, &mut transfers), "read"),
@@ -236,7 +272,7 @@ fn calls_that_do_not_fit_are_errors() {
 
 #[test]
 fn without_reading_ahead_only_what_is_wanted_is_read_and_stays() {
-    let mut world = World::new(20, 4);
+    let mut world = World::new(20, 20, 4);
     let all: Vec<PieceId> = (0..20).map(PieceId).collect();
     world.want(&all);
     for _ in 0..20 {

@@ -2,7 +2,8 @@
 //!
 //! A piece is one buffer, one read and one write: `[param,] master, exp_avg, exp_avg_sq` of its elements, one after the other. Parameters
 //! that are fetched before each use are read without their states, so they are an extent of their own: two reads and two writes. So are
-//! gradients, which come from elsewhere (see `grads`).
+//! gradients, which come from elsewhere (see `grads`). Parameters of a frozen chunk have no states: they are written when they are set, and
+//! no step ever takes them.
 
 pub mod access;
 mod fetch;
@@ -21,7 +22,7 @@ use std::path::Path;
 use tierwise_core::ChunkId;
 use tierwise_core::budget::Budget;
 use tierwise_core::layout::Layout;
-use tierwise_core::plan::{NvmePlan, ParamHome, Plan};
+use tierwise_core::plan::{NvmePlan, OptimizerClass, ParamHome, Plan};
 use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
 use tierwise_core::trace::Trace;
 use tierwise_io::buffer::Buffer;
@@ -84,12 +85,12 @@ impl Spill {
             .iter()
             .map(|placed| {
                 let param = if placed.home.is_spilled() { precision.param_bytes() } else { 0 };
-                [param, precision.master_bytes(), 4, 4]
+                if placed.class == OptimizerClass::Frozen { [param, 0, 0, 0] } else { [param, precision.master_bytes(), 4, 4] }
             })
             .collect();
         Ok(Spill {
             fetches: Fetches::new(fetched, base + u64::from(nvme.buffers) * nvme.buffer_bytes, nvme),
-            staging: Staging::new(pieces.len(), nvme.buffers),
+            staging: Staging::new(pieces.len(), pieces.stepped(), nvme.buffers),
             pieces,
             grads,
             store: Some(store),
@@ -181,9 +182,12 @@ impl Spill {
             return vec![(key, self.address(buffer), piece.bytes)];
         }
         let (param, element) = self.payload(piece, buffer, 0);
-        let states = self.payload(piece, buffer, 1).0;
         let bytes = piece.numel * element;
-        vec![(param_key(key), param, bytes), (key, states, piece.bytes - bytes)]
+        let mut extents = vec![(param_key(key), param, bytes)];
+        if piece.bytes > bytes {
+            extents.push((key, self.payload(piece, buffer, 1).0, piece.bytes - bytes));
+        }
+        extents
     }
 
     /// Bases of the payloads in a buffer, as if all of the chunk were there; `param` is its base elsewhere, where it is not spilled.
@@ -212,8 +216,12 @@ fn param_key(key: Key) -> Key {
 /// A piece for people.
 fn piece_name(state: &State, piece: Piece) -> String {
     let name = &state.scheduler.layout().chunks[piece.chunk.index()].name;
-    let param = state.scheduler.plan().chunks[piece.chunk.index()].home.is_spilled();
-    let payloads = if param { "param, master, exp_avg, exp_avg_sq" } else { "master, exp_avg, exp_avg_sq" };
+    let placed = state.scheduler.plan().chunks[piece.chunk.index()];
+    let payloads = match (placed.class, placed.home.is_spilled()) {
+        (OptimizerClass::Frozen, _) => "param",
+        (_, true) => "param, master, exp_avg, exp_avg_sq",
+        (_, false) => "master, exp_avg, exp_avg_sq",
+    };
     format!("spilled {payloads} of `{name}`, elements {} to {}", piece.first, piece.first + piece.numel)
 }
 

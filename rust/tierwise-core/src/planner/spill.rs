@@ -1,8 +1,9 @@
-//! What goes to the disk: as few chunks as the host budget leaves no room for, the latest-used first: states, then
-//! resident parameters, then streamed ones, then gradients.
+//! What goes to the disk: as few chunks as the host budget leaves no room for, the latest-used first: states, then resident parameters, then
+//! frozen ones, then streamed ones, then gradients.
 
 use super::NvmeRequest;
 use super::memory::Memory;
+use crate::layout::ChunkLayout;
 use crate::plan::{ChunkPlan, ClipMode, HostBytes, LANDING_BUFFERS, NvmePlan, OptimizerClass, ParamHome, host_region_bytes};
 use crate::{ChunkId, Tier};
 
@@ -26,6 +27,16 @@ const MAX_BLOCK_BYTES: u64 = 4 << 20;
 /// Buffers and blocks are multiples of this: the largest alignment that a file system asks of direct I/O.
 const BLOCK_ALIGN: u64 = 64 << 10;
 
+/// What a stage of spilling moves to the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spills {
+    States,
+    Params,
+    /// Parameters that are read for every use.
+    Fetched,
+    Gradients,
+}
+
 /// How a chunk is placed after a stage of spilling, if that concerns it.
 type Stage = fn(&Memory, usize, ChunkPlan) -> Option<ChunkPlan>;
 
@@ -41,23 +52,27 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
     used += plan.staging_bytes();
     // The earliest-used chunks keep the fastest tier: their parameters are needed first.
     let latest_first: Vec<usize> = memory.forward_order.iter().rev().copied().collect();
-    let fetch_buffer_bytes = plan.piece_numel * memory.layout.precision.param_bytes();
-    let stages: [Stage; 4] = [states, resident_params, streamed_params, gradients];
-    for (stage, spilled) in stages.into_iter().enumerate() {
+    let fetch_buffer_bytes = plan.piece_numel.max(plan.frozen_piece_numel) * memory.layout.precision.param_bytes();
+    let stages: [(Spills, Stage); 5] = [
+        (Spills::States, states),
+        (Spills::Params, resident_params),
+        (Spills::Fetched, frozen_params),
+        (Spills::Fetched, streamed_params),
+        (Spills::Gradients, gradients),
+    ];
+    for (what, spilled) in stages {
         if used <= memory.host_budget {
             break;
         }
-        if stage == 2 {
-            let saved: u64 = latest_first
-                .iter()
-                .filter_map(|&c| streamed_params(memory, c, chunks[c]).map(|placed| host(chunks[c], c) - host(placed, c)))
-                .sum();
+        if what == Spills::Fetched && plan.fetch_buffers == 0 {
+            let saved: u64 =
+                latest_first.iter().filter_map(|&c| spilled(memory, c, chunks[c]).map(|placed| host(chunks[c], c) - host(placed, c))).sum();
             // The buffers for it would take more than they save.
             if saved <= u64::from(FETCH_BUFFERS) * fetch_buffer_bytes {
                 continue;
             }
         }
-        let landing = if stage == 3 { grad_landing(memory, chunks, &latest_first, &mut plan) } else { Some(0) };
+        let landing = if what == Spills::Gradients { grad_landing(memory, chunks, &latest_first, &mut plan) } else { Some(0) };
         let Some(mut landing) = landing else { continue };
         for &c in &latest_first {
             if used <= memory.host_budget {
@@ -104,8 +119,14 @@ fn resident_params(_: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan>
     moves.then_some(ChunkPlan { home: ParamHome::Spilled, ..placed })
 }
 
+/// The disk only reads them, once they are there.
+fn frozen_params(_: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
+    let moves = placed.class == OptimizerClass::Frozen && placed.home == ParamHome::Streamed;
+    moves.then_some(ChunkPlan { home: ParamHome::Fetched, ..placed })
+}
+
 /// After the resident ones, which the disk need not read again for every use. A piece has as many parameters as states, so chunks that are
-/// frozen in part keep theirs in memory.
+/// frozen in part keep theirs in memory (no module's chunk is; one whose optimizer leaves out some of its parameters may be).
 fn streamed_params(memory: &Memory, chunk: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
     let layout = &memory.layout.chunks[chunk];
     let moves = placed.class == OptimizerClass::Nvme && placed.home == ParamHome::Streamed && layout.numel == layout.state_numel;
@@ -149,43 +170,57 @@ pub(super) fn landing_bytes(memory: &Memory, chunks: &[ChunkPlan]) -> u64 {
 
 fn sizes(memory: &Memory) -> NvmePlan {
     let element = memory.layout.precision.undo_bytes();
-    let staging = memory.layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() * element / STAGING_SHARE;
+    let precision = memory.layout.precision;
+    let frozen = |c: &ChunkLayout| if c.state_numel == 0 { c.numel } else { 0 };
+    let of_states = memory.layout.chunks.iter().map(|c| c.state_numel).sum::<u64>() * element;
+    let of_frozen = memory.layout.chunks.iter().map(frozen).sum::<u64>() * precision.param_bytes();
+    let staging = (of_states + of_frozen) / STAGING_SHARE;
     let wanted = (staging / BUFFERS).min(MAX_BUFFER_BYTES);
-    let largest = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0);
-    let piece_numel = (wanted / element).min(largest.next_multiple_of(PIECE_ALIGN)) / PIECE_ALIGN * PIECE_ALIGN;
-    let piece_numel = piece_numel.max(PIECE_ALIGN);
-    let buffer_bytes = (piece_numel * element).next_multiple_of(BLOCK_ALIGN);
+    let stepped = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0).next_multiple_of(PIECE_ALIGN);
+    let largest = memory.layout.chunks.iter().map(frozen).max().unwrap_or(0).next_multiple_of(PIECE_ALIGN).max(stepped);
+    let piece_numel = ((wanted / element).min(largest) / PIECE_ALIGN * PIECE_ALIGN).max(PIECE_ALIGN);
+    // Where little of a large model is trained, pieces are as large as the disk likes them, and buffers as the states.
+    let stepped_numel = piece_numel.min(stepped.max(PIECE_ALIGN));
+    let buffer_bytes = (piece_numel * precision.param_bytes() + stepped_numel * precision.state_bytes()).next_multiple_of(BLOCK_ALIGN);
     let pieces: u64 = memory.layout.chunks.iter().map(|c| c.state_numel.div_ceil(piece_numel)).sum();
+    let block_bytes = buffer_bytes.min(MAX_BLOCK_BYTES);
+    let frozen_blocks = (piece_numel * precision.param_bytes() / block_bytes).max(1);
     NvmePlan {
         piece_numel,
+        frozen_piece_numel: if of_frozen > 0 { frozen_blocks * block_bytes / precision.param_bytes() } else { 0 },
         buffer_bytes,
         buffers: (staging / buffer_bytes).min(BUFFERS).min(pieces).max(2) as u32,
-        block_bytes: buffer_bytes.min(MAX_BLOCK_BYTES),
+        block_bytes,
         ..NvmePlan::default()
     }
 }
 
 fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     let mut largest = 0;
-    let mut fetched = 0;
+    let (mut fetched, mut frozen) = (0, 0);
     let (mut grads, mut largest_grad, mut most_landing) = (0, 0, 0);
     (plan.payload_bytes, plan.file_bytes) = (0, 0);
     let precision = memory.layout.precision;
     for (chunk, (layout, placed)) in memory.layout.chunks.iter().zip(chunks).enumerate() {
-        if placed.class != OptimizerClass::Nvme {
+        let numel = memory.layout.spilled_numel(ChunkId(chunk as u32), *placed);
+        if numel == 0 {
             continue;
         }
         let element = memory.layout.spilled_bytes(*placed);
         let round = |bytes: u64| bytes.next_multiple_of(plan.block_bytes);
         // What is fetched alone is stored alone.
         let extent = |numel: u64| match placed.home {
-            ParamHome::Fetched => round(numel * precision.param_bytes()) + round(numel * precision.state_bytes()),
+            ParamHome::Fetched if placed.class == OptimizerClass::Nvme => {
+                round(numel * precision.param_bytes()) + round(numel * precision.state_bytes())
+            }
             _ => round(numel * element),
         };
-        let (whole, rest) = (layout.state_numel / plan.piece_numel, layout.state_numel % plan.piece_numel);
-        plan.payload_bytes += layout.state_numel * element;
-        plan.file_bytes += whole * extent(plan.piece_numel) + extent(rest);
-        largest = largest.max(extent(plan.piece_numel.min(layout.state_numel)));
+        let is_frozen = placed.class == OptimizerClass::Frozen;
+        let piece_numel = if is_frozen { plan.frozen_piece_numel } else { plan.piece_numel };
+        let (whole, rest) = (numel / piece_numel, numel % piece_numel);
+        *(if is_frozen { &mut frozen } else { &mut plan.payload_bytes }) += numel * element;
+        plan.file_bytes += whole * extent(piece_numel) + extent(rest);
+        largest = largest.max(extent(piece_numel.min(numel)));
         if placed.spills_grads() {
             let element = memory.layout.final_grad_element(memory.accumulation);
             let extents = whole * round(plan.piece_numel * element) + round(rest * element);
@@ -203,7 +238,8 @@ fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     // The same for gradients: both landing buffers are written at once, or as many pieces of sums as there are buffers.
     plan.file_bytes += if memory.accumulation > 1 { u64::from(plan.grad_buffers) * largest_grad } else { 2 * most_landing };
     (plan.read_bytes, plan.written_bytes) = (plan.payload_bytes + fetched, plan.payload_bytes);
-    plan.payload_bytes += grads;
+    // Frozen parameters are not written again.
+    plan.payload_bytes += grads + frozen;
     // The first micro-batch writes its sums, later ones read and write them; the step reads what is there then.
     let micro_batches = u64::from(memory.accumulation);
     (plan.grad_read_bytes, plan.grad_written_bytes) = ((micro_batches - 1) * grads, micro_batches * grads);

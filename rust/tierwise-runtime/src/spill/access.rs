@@ -33,7 +33,8 @@ impl Engine {
             (Some(spill), Some(index)) => spill.elements.get(chunk.index()).map_or(0, |e| e[index]),
             _ => 0,
         };
-        let total = state.scheduler.layout().chunks.get(chunk.index()).map_or(0, |c| c.state_numel);
+        let plan = state.scheduler.plan().chunks.get(chunk.index());
+        let total = plan.map_or(0, |&placed| state.scheduler.layout().spilled_numel(chunk, placed));
         if element == 0 || first.checked_add(numel).is_none_or(|end| end > total) {
             return Err(Error::Usage(format!("chunk {} has no {numel} elements from {first} of a spilled `{payload}`", chunk.0)));
         }

@@ -46,7 +46,7 @@ impl Spilled {
             }
             Budget::new(Tier::Nvme, setup.nvme_budget).reserve(nvme.file_bytes, "the spill file")?;
         }
-        let staging = Staging::new(pieces.len(), buffers);
+        let staging = Staging::new(pieces.len(), pieces.stepped(), buffers);
         let grad_buffers = setup.plan.nvme.map_or(0, |nvme| nvme.grad_buffers);
         let chunks = setup.layout.chunks.len();
         Ok(Spilled {
