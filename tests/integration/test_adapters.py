@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tierwise import BudgetError
+from tierwise import BudgetError, StorageStoppedError
 from tierwise.booster import Booster
 
 torch = pytest.importorskip("torch")
@@ -153,3 +154,26 @@ def test_a_model_without_anything_to_train_streams_from_the_disk(kit: Any, tmp_p
             assert torch.equal(model(input_ids=ids).logits, expected)
     plan = booster.plan()["nvme"]
     assert plan["written_bytes"] == 0 and plan["read_bytes"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised:UserWarning")
+def test_a_frozen_weight_that_the_disk_lost_is_never_used(kit: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"precision": "bf16", **STREAMED}
+    host = tightest_host(kit, tmp_path, **options)
+    booster, model, optimizer = kit.boosted(adapted(kit), **options, host_budget=host, nvme_path=tmp_path)
+    steps(kit, booster, model, optimizer, 2)
+    booster.flush()
+    (path,) = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd") if spills_to(number, tmp_path))
+    with open(path, "r+b", buffering=0) as file:
+        file.write(b"\x5a" * os.stat(path).st_size)
+    with pytest.raises(StorageStoppedError, match=r"spilled param of `[\w.]+( \(frozen\))?`, elements \d+ to \d+: .*checksum"):
+        steps(kit, booster, model, optimizer, 2)
+
+
+def spills_to(number: str, disk: Path) -> bool:
+    """Whether an open file of this process has no name, in that directory."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        return False
+    return target.startswith(str(disk.resolve())) and target.endswith("(deleted)")

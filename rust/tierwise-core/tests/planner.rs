@@ -4,7 +4,7 @@ mod common;
 
 use common::{GIB, RESIDENT_HOST, h100, llama_7b, llama_70b, models, uniform};
 use proptest::prelude::*;
-use tierwise_core::layout::Layout;
+use tierwise_core::layout::{Layout, ParamSpec, Precision};
 use tierwise_core::plan::{ActivationPlan, ClipMode, HostBytes, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::trace::{Phase, Trace};
@@ -72,26 +72,31 @@ fn gradients_at(layout: &Layout, trace: &Trace, plan: &Plan, at: usize) -> u64 {
 
 /// What lies in the spill file, piece by piece; gives the bytes of the buffers.
 fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
-    let spilled: Vec<ChunkId> = layout.ids().filter(|c| plan.chunks[c.index()].class == OptimizerClass::Nvme).collect();
+    let is_spilled = |c: &ChunkId| plan.chunks[c.index()].class == OptimizerClass::Nvme || plan.chunks[c.index()].home.is_spilled();
+    let spilled: Vec<ChunkId> = layout.ids().filter(is_spilled).collect();
     let Some(nvme) = plan.nvme else {
         assert_eq!(spilled, []);
         return 0;
     };
     assert!(!spilled.is_empty() && nvme.file_bytes <= request.nvme.unwrap().budget);
-    let (mut payload, mut file, mut largest) = (0, 0, 0);
+    let (mut payload, mut frozen_payload, mut file, mut largest) = (0, 0, 0, 0);
     let (mut grads, mut largest_grad, mut most_landing) = (0, 0, 0);
     for &chunk in &spilled {
         let placed = plan.chunks[chunk.index()];
         let param = if placed.home.is_spilled() { layout.precision.param_bytes() } else { 0 };
-        let mut left = layout.chunks[chunk.index()].state_numel;
+        let frozen = placed.class == OptimizerClass::Frozen;
+        let states = if frozen { 0 } else { layout.precision.state_bytes() };
+        let mut left = if frozen { layout.chunks[chunk.index()].numel } else { layout.chunks[chunk.index()].state_numel };
+        let piece_numel = if frozen { nvme.frozen_piece_numel } else { nvme.piece_numel };
         let mut landing = 0;
         while left > 0 {
-            let bytes = left.min(nvme.piece_numel) * (param + layout.precision.state_bytes());
+            let numel = left.min(piece_numel);
+            let bytes = numel * (param + states);
             assert!(bytes <= nvme.buffer_bytes);
-            payload += bytes;
-            let numel = left.min(nvme.piece_numel);
+            assert!(placed.home != ParamHome::Fetched || numel * param <= nvme.fetch_buffer_bytes);
+            *(if frozen { &mut frozen_payload } else { &mut payload }) += bytes;
             let extents = match placed.home {
-                ParamHome::Fetched => vec![numel * param, numel * layout.precision.state_bytes()],
+                ParamHome::Fetched if !frozen => vec![numel * param, numel * layout.precision.state_bytes()],
                 _ => vec![bytes],
             };
             let extent: u64 = extents.iter().map(|bytes| bytes.div_ceil(nvme.block_bytes) * nvme.block_bytes).sum();
@@ -106,11 +111,11 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
                 file += extent;
                 largest_grad = largest_grad.max(extent);
             }
-            left -= left.min(nvme.piece_numel);
+            left -= numel;
         }
         most_landing = most_landing.max(landing);
     }
-    assert_eq!(nvme.payload_bytes, payload + grads);
+    assert_eq!(nvme.payload_bytes, payload + grads + frozen_payload);
     file += if plan.accumulation > 1 { u64::from(nvme.grad_buffers) * largest_grad } else { 2 * most_landing };
     assert_eq!(nvme.file_bytes, file + u64::from(nvme.buffers) * largest);
     let micro_batches = u64::from(plan.accumulation);
@@ -135,6 +140,10 @@ fn check_spilled(layout: &Layout, request: &PlanRequest, plan: &Plan) -> u64 {
     };
     let home = |home: ParamHome| spilled.iter().any(|c| plan.chunks[c.index()].home == home);
     let fetches = home(ParamHome::Fetched);
+    let streams = |class: OptimizerClass, home: ParamHome| plan.chunks.iter().any(|c| (c.class, c.home) == (class, home));
+    // Where they save more than their buffers take, frozen parameters go before those that are written again and again.
+    let frozen_stay = streams(OptimizerClass::Frozen, ParamHome::Streamed) && streams(OptimizerClass::Frozen, ParamHome::Fetched);
+    assert!(!frozen_stay || !streams(OptimizerClass::Nvme, ParamHome::Fetched), "frozen parameters are spilled before trained ones");
     let params = home(ParamHome::Spilled) || fetches;
     assert!(!fetches || !home(ParamHome::Resident), "streamed parameters are spilled last of all");
     assert_eq!(fetches, nvme.fetch_buffers > 0);
@@ -172,7 +181,8 @@ fn check_memory(layout: &Layout, trace: &Trace, request: &PlanRequest, plan: &Pl
         assert_eq!(place.class == OptimizerClass::Frozen, numel == 0);
         assert!(!place.class.steps_on_device() || place.home == ParamHome::Resident);
         assert!(!place.class.steps_on_device() || place.accumulate == Tier::Device);
-        assert!(!place.home.is_spilled() || place.class == OptimizerClass::Nvme);
+        let without_states = place.class == OptimizerClass::Frozen && place.home == ParamHome::Fetched;
+        assert!(!place.home.is_spilled() || place.class == OptimizerClass::Nvme || without_states);
         if !place.home.is_streamed() {
             resident += up(layout.param_bytes(chunk), 256);
         }
@@ -801,4 +811,62 @@ fn gradients_are_spilled_last_and_only_as_far_as_the_host_budget_asks() {
             assert_eq!(tightest.bound_by, "nvme");
         }
     }
+}
+
+/// LLaMA-2-70B, frozen, with 4 million parameters of adapters per layer.
+fn adapted_70b() -> (Layout, Trace) {
+    let (layout, mut trace) = llama_70b(4096);
+    let chunks = layout.chunks.iter().flat_map(|chunk| {
+        let spec = |name: &str, numel, trainable| (name.to_owned(), vec![ParamSpec { name: format!("{name}.weight"), numel, trainable }]);
+        let adapter = chunk.name.starts_with("layers").then(|| spec(&format!("{}.adapter", chunk.name), 4_000_000, true));
+        [Some(spec(&chunk.name, chunk.numel, false)), adapter].into_iter().flatten()
+    });
+    let layout = Layout::new(Precision::Bf16, chunks.collect());
+    for unit in &mut trace.units {
+        let of_unit = |chunk: &&ChunkId| layout.chunks[chunk.index()].name.trim_end_matches(".adapter") == unit.name;
+        unit.chunks = layout.ids().collect::<Vec<_>>().iter().filter(of_unit).copied().collect();
+    }
+    (layout, trace)
+}
+
+#[test]
+fn a_frozen_model_that_no_memory_holds_streams_from_the_disk() {
+    let (layout, trace) = adapted_70b();
+    let disk = NvmeRequest { budget: 1 << 40, read_bytes: 6e9, write_bytes: 3e9 };
+    let request = PlanRequest { nvme: Some(disk), ..h100(72 * GIB, 16 * GIB) };
+    let frozen: u64 = layout.ids().filter(|c| layout.chunks[c.index()].state_numel == 0).map(|c| layout.param_bytes(c)).sum();
+    assert!(frozen > 128 * GIB);
+    assert!(matches!(plan(&layout, &trace, &PlanRequest { nvme: None, ..request.clone() }), Err(PlanError::Host { .. })));
+    let found = plan(&layout, &trace, &request).unwrap();
+    check_memory(&layout, &trace, &request, &found);
+    let count = |class: OptimizerClass, home: ParamHome| found.chunks.iter().filter(|c| (c.class, c.home) == (class, home)).count();
+    assert!(count(OptimizerClass::Frozen, ParamHome::Fetched) > 20, "{:?}", found.chunks);
+    // Nothing frozen is written, and each fetched chunk is read for its forward and its backward.
+    let nvme = found.nvme.unwrap();
+    let states: u64 = layout
+        .ids()
+        .filter(|c| found.chunks[c.index()].class == OptimizerClass::Nvme)
+        .map(|c| layout.chunks[c.index()].state_numel * layout.spilled_bytes(found.chunks[c.index()]))
+        .sum();
+    let fetched: u64 = layout.ids().filter(|c| found.chunks[c.index()].home == ParamHome::Fetched).map(|c| layout.param_bytes(c)).sum();
+    assert_eq!((nvme.written_bytes, nvme.read_bytes), (states, states + 2 * fetched));
+    assert!(found.host.nvme_staging < 128 << 20, "no step needs staging buffers here: {:?}", found.host);
+    // Whole blocks, so that the file is little larger than what is in it.
+    assert!((nvme.file_bytes as f64) < 1.05 * nvme.payload_bytes as f64 + f64::from(nvme.buffers) * nvme.buffer_bytes as f64);
+    // More host memory never spills more and never slows the step.
+    let (mut last, mut seconds) = (usize::MAX, f64::INFINITY);
+    for host_budget in [8, 12, 16, 32, 64, 96, 128, 192].map(|gib| gib * GIB) {
+        let request = PlanRequest { host_budget, ..request.clone() };
+        let found = plan(&layout, &trace, &request).unwrap();
+        check_memory(&layout, &trace, &request, &found);
+        let fetched = found.chunks.iter().filter(|c| c.home == ParamHome::Fetched).count();
+        assert!(fetched <= last && found.predicted_step_s <= seconds, "{fetched} of {last}, {} s of {seconds}", found.predicted_step_s);
+        (last, seconds) = (fetched, found.predicted_step_s);
+    }
+    assert_eq!(last, 0);
+    // What an error says is needed is enough, and a byte less is not.
+    let with = |host_budget| plan(&layout, &trace, &PlanRequest { host_budget, ..request.clone() });
+    let Err(PlanError::Host { needed, .. }) = with(1) else { panic!("a byte of host memory is enough") };
+    assert!(needed < 4 * GIB, "{needed}");
+    assert!(with(needed).is_ok() && with(needed - 1).is_err());
 }

@@ -49,6 +49,10 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
         return None;
     }
     let mut plan = sizes(memory);
+    if chunks.iter().all(|placed| placed.class != OptimizerClass::Host) {
+        // No step will use them: they are for whoever reads or sets frozen parameters by name.
+        plan.buffers = 2;
+    }
     used += plan.staging_bytes();
     // The earliest-used chunks keep the fastest tier: their parameters are needed first.
     let latest_first: Vec<usize> = memory.forward_order.iter().rev().copied().collect();
