@@ -33,9 +33,11 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def train(precision: str, accumulation: int, max_norm: float | None, **options: Any) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+def train(
+    precision: str, accumulation: int, max_norm: float | None, model: Any = None, **options: Any
+) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
     booster, model, optimizer = boosted(
-        small_llama(), precision=precision, max_norm=max_norm, gradient_accumulation_steps=accumulation, **options
+        model or small_llama(), precision=precision, max_norm=max_norm, gradient_accumulation_steps=accumulation, **options
     )
     losses = []
     for step in range(STEPS[accumulation]):
@@ -156,6 +158,30 @@ def test_the_disk_changes_nothing(precision: str, accumulation: int, max_norm: f
         assert stats["nvme_written_bytes"] > 0, name
         assert stats["host_peak_bytes"] <= stats["host_budget_bytes"], name
         assert stats["nvme_payload_bytes"] * (STEPS[accumulation] * 3 // 4) <= stats["nvme_written_bytes"], (name, home)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_is_frozen_streams_from_the_disk(precision: str, tmp_path: Path) -> None:
+    def frozen() -> Any:
+        model = small_llama()
+        for layer in model.model.layers:
+            layer.mlp.requires_grad_(False)
+        return model
+
+    losses, weights, _ = train(precision, 1, 0.5, frozen(), placement_policy="static")
+    speeds = {"nvme_read_bytes_per_second": 2.5e9, "nvme_write_bytes_per_second": 2e9}
+    spilling = {**STATIC, "offload_param_frac": 1.0, "nvme_path": tmp_path, **speeds}
+    try:
+        with pytest.raises(BudgetError) as caught:
+            train(precision, 1, 0.5, frozen(), **spilling, host_budget=1000)
+    except ValueError as error:
+        pytest.skip(str(error))
+    got, theirs, stats = train(precision, 1, 0.5, frozen(), **spilling, host_budget=caught.value.needed_bytes)
+    assert got == losses
+    for key, value in weights.items():
+        assert torch.equal(value, theirs[key]), key
+    assert stats["nvme_fetched_bytes"] > 0
+    assert stats["host_peak_bytes"] <= stats["host_budget_bytes"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
