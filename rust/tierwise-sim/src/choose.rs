@@ -17,16 +17,25 @@ const LEAST_GAIN: f64 = 0.01;
 ///
 /// [`ClipMode::Auto`] speculates where that is faster than deferring while nothing clips: undo records take host memory and its bandwidth.
 pub fn choose(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
-    let asked = fastest(layout, trace, request)?;
+    choose_by(layout, trace, request, |plan| seconds(layout, trace, plan, request)).map(|(plan, _)| plan)
+}
+
+/// The same by the seconds that `execute` gives of a step, infinity for a plan that cannot be executed; gives those of the chosen plan too.
+pub fn choose_by(layout: &Layout, trace: &Trace, request: &PlanRequest, execute: impl Fn(&Plan) -> f64) -> Result<(Plan, f64), PlanError> {
+    let asked = fastest(layout, trace, request, &execute)?;
     if request.clip_mode != ClipMode::Auto {
         return Ok(asked);
     }
-    let deferring = fastest(layout, trace, &PlanRequest { clip_mode: ClipMode::Defer, ..request.clone() })?;
-    let [speculates, defers] = [&asked, &deferring].map(|plan| seconds(layout, trace, plan, request));
-    Ok(if speculates < (1.0 - LEAST_GAIN) * defers { asked } else { deferring })
+    let deferring = fastest(layout, trace, &PlanRequest { clip_mode: ClipMode::Defer, ..request.clone() }, &execute)?;
+    Ok(if faster(asked.1, deferring.1) { asked } else { deferring })
 }
 
-fn fastest(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan, PlanError> {
+/// Whether a step is faster than another by more than either is known.
+fn faster(one: f64, other: f64) -> bool {
+    one < (1.0 - LEAST_GAIN) * other
+}
+
+fn fastest(layout: &Layout, trace: &Trace, request: &PlanRequest, execute: &impl Fn(&Plan) -> f64) -> Result<(Plan, f64), PlanError> {
     let mut plans = candidates(layout, trace, request, EXECUTED)?;
     if request.late_moments.is_none() {
         // Where the host bounds a step, what waits for what decides whether late moments are worth it.
@@ -34,15 +43,10 @@ fn fastest(layout: &Layout, trace: &Trace, request: &PlanRequest) -> Result<Plan
         let others = candidates(layout, trace, &PlanRequest { late_moments, ..request.clone() }, EXECUTED)?;
         plans.extend(others.into_iter().filter(|plan| Some(plan.late_moments) == late_moments));
     }
-    let mut chosen = 0;
-    if plans.len() > 1 {
-        let steps: Vec<f64> = plans.iter().map(|plan| seconds(layout, trace, plan, request)).collect();
-        let fastest = (0..steps.len()).min_by(|a, b| steps[*a].total_cmp(&steps[*b])).unwrap_or(0);
-        if steps[fastest] < (1.0 - LEAST_GAIN) * steps[0] {
-            chosen = fastest;
-        }
-    }
-    Ok(plans.swap_remove(chosen))
+    let steps: Vec<f64> = plans.iter().map(execute).collect();
+    let fastest = (0..steps.len()).min_by(|a, b| steps[*a].total_cmp(&steps[*b])).unwrap_or(0);
+    let chosen = if faster(steps[fastest], steps[0]) { fastest } else { 0 };
+    Ok((plans.swap_remove(chosen), steps[chosen]))
 }
 
 /// Of an executed step. A plan that cannot be executed is not chosen for that; the runtime says why.
@@ -117,7 +121,10 @@ mod tests {
         for (offload_optim_frac, host_adam_params, speculates) in [(0.1, 1e9, true), (0.3, 2e9, true), (0.5, 2e9, false), (1.0, 8e9, false)]
         {
             let asked = |clip_mode| asked(clip_mode, 400_000_000_000, offload_optim_frac, host_adam_params);
-            let [speculating, deferred] = [ClipMode::Auto, ClipMode::Defer].map(|mode| fastest(layout, trace, &asked(mode)).unwrap());
+            let [speculating, deferred] = [ClipMode::Auto, ClipMode::Defer].map(|mode| {
+                let asked = asked(mode);
+                fastest(layout, trace, &asked, &|plan: &Plan| seconds(layout, trace, plan, &asked)).unwrap().0
+            });
             let step = |plan: &Plan| seconds(layout, trace, plan, &asked(plan.clip_mode));
             assert_eq!(step(&speculating) < 0.99 * step(&deferred), speculates, "{} {}", step(&speculating), step(&deferred));
             let wanted = if speculates { speculating } else { deferred };

@@ -1,8 +1,10 @@
-//! A step of Tierwise: every distinct pipeline stage is planned and executed by the core's planner and scheduler.
+//! A step of Tierwise: every distinct pipeline stage is planned and executed by the core's planner and scheduler, and of the planner's best
+//! plans the one is taken that is executed fastest, as the plugin does.
 
+use crate::choose::choose_by;
 use crate::executor::{Outcome, Setup, Sharding, SimError, simulate};
 use crate::pipeline::StageCost;
-use crate::request::{Error, Memory, Rank, Request};
+use crate::request::{Error, Memory, Plans, Rank, Request};
 use crate::units::Shortfall;
 use serde::Serialize;
 use tierwise_core::layout::Layout;
@@ -27,6 +29,8 @@ pub struct Placed {
     pub recomputed_units: u64,
     /// Layers that could be.
     pub recomputable_units: u64,
+    /// Whether backward makes outputs of normalizations and gated products again, in the layers that keep the rest.
+    pub rematerialized: bool,
     /// Device memory at the planned peak, by purpose.
     pub device: DeviceBytes,
     /// Host memory, by purpose.
@@ -58,6 +62,7 @@ struct Stage {
     plan: Plan,
     sharding: Option<Sharding>,
     reserve_bytes: u64,
+    rematerialized: bool,
 }
 
 /// Plans and executes; the inner error says what does not fit.
@@ -85,7 +90,8 @@ pub fn step(request: &Request) -> Result<Result<Simulated, Shortfall>, Error> {
             Ok(stage) => stage,
             Err(shortfall) => return Ok(Err(shortfall)),
         };
-        let outcome = match execute(request, &stage) {
+        debug_assert_eq!(stage.plan.device.reserve, stage.reserve_bytes);
+        let outcome = match execute(request, &stage.rank, &stage.plan, stage.sharding.as_ref()) {
             Ok(outcome) => outcome,
             Err(SimError::Budget(error)) => {
                 return Ok(Err(Shortfall {
@@ -130,7 +136,8 @@ pub fn least_device_bytes(request: &Request) -> Result<u64, Error> {
     let mut least = 0;
     for number in 0..request.parallel.pipeline {
         let (rank, _, planned) = prepare(request, number)?;
-        least = least.max(minimum_device_bytes(&rank.built.layout, &rank.built.trace, &planned));
+        let of = |rank: &Rank| minimum_device_bytes(&rank.built.layout, &rank.built.trace, &planned);
+        least = least.max(variants(request, rank).iter().map(|(rank, _)| of(rank)).min().unwrap_or(u64::MAX));
     }
     Ok(least)
 }
@@ -199,16 +206,40 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
             rematerialize(&mut rank);
         }
         let plan = given.plan(&rank.built, planned.accumulation, planned.clip_mode).map_err(Error::Usage)?;
-        return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0 }));
+        let rematerialized = given.rematerialized;
+        return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0, rematerialized }));
     }
-    let plan = match plan(&rank.built.layout, &rank.built.trace, &planned) {
-        Ok(plan) => plan,
-        Err(PlanError::Device { op, needed, shortfall, .. }) => return Ok(Err(Shortfall::device(op, needed, shortfall))),
-        Err(PlanError::Host { needed, shortfall, .. }) => return Ok(Err(Shortfall::host(needed, shortfall))),
-        Err(PlanError::Nvme { needed, shortfall, .. }) => {
-            return Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }));
+    let mut best: Option<(f64, Rank, Plan, bool)> = None;
+    let mut refused = None;
+    for (rank, rematerialized) in variants(request, rank) {
+        let step = |plan: &Plan| execute(request, &rank, plan, sharding.as_ref()).map_or(f64::INFINITY, |outcome| outcome.step_ns as f64);
+        let (layout, trace) = (&rank.built.layout, &rank.built.trace);
+        let chosen = if request.plans == Plans::Compared {
+            choose_by(layout, trace, &planned, step)
+        } else {
+            plan(layout, trace, &planned).map(|plan| {
+                let seconds = plan.predicted_step_s;
+                (plan, seconds)
+            })
+        };
+        match chosen {
+            Ok((plan, step)) if best.as_ref().is_none_or(|(other, ..)| step < *other) => {
+                best = Some((step, rank, plan, rematerialized));
+            }
+            Ok(_) => {}
+            Err(error) => refused = Some(error),
         }
-        Err(PlanError::Invalid(message)) => return Err(Error::Usage(message)),
+    }
+    let Some((_, rank, plan, rematerialized)) = best else {
+        return match refused {
+            Some(PlanError::Device { op, needed, shortfall, .. }) => Ok(Err(Shortfall::device(op, needed, shortfall))),
+            Some(PlanError::Host { needed, shortfall, .. }) => Ok(Err(Shortfall::host(needed, shortfall))),
+            Some(PlanError::Nvme { needed, shortfall, .. }) => {
+                Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }))
+            }
+            Some(PlanError::Invalid(message)) => Err(Error::Usage(message)),
+            None => Err(Error::Usage("there is nothing to plan".to_owned())),
+        };
     };
     let streams = plan.chunks.iter().any(|c| c.home.is_streamed());
     if streams && sharding.is_some() && request.parallel.zero < 3 {
@@ -217,7 +248,18 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         let shortfall = needed.saturating_sub(request.device_budget);
         return Ok(Err(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, shortfall)));
     }
-    Ok(Ok(Stage { rank, plan, sharding, reserve_bytes }))
+    Ok(Ok(Stage { rank, plan, sharding, reserve_bytes, rematerialized }))
+}
+
+/// A rank that keeps what its layers save, and where there is any one whose backward makes outputs of cheap kernels again. A recorded run
+/// with fractions and without a plan did not fit as it was asked for: with everything kept.
+fn variants(request: &Request, rank: Rank) -> Vec<(Rank, bool)> {
+    if matches!(request.memory, Memory::Placed(_)) || rank.built.cheap_bytes.iter().all(|[saved, _]| *saved == 0) {
+        return vec![(rank, false)];
+    }
+    let mut again = rank.clone();
+    rematerialize(&mut again);
+    vec![(rank, false), (again, true)]
 }
 
 /// Backward makes outputs of cheap kernels again instead of keeping them.
@@ -235,18 +277,17 @@ fn whole_params(layout: &Layout) -> u64 {
     layout.ids().map(|c| layout.param_bytes(c)).sum()
 }
 
-fn execute(request: &Request, stage: &Stage) -> Result<Outcome, SimError> {
-    debug_assert_eq!(stage.plan.device.reserve, stage.reserve_bytes);
+fn execute(request: &Request, rank: &Rank, plan: &Plan, sharding: Option<&Sharding>) -> Result<Outcome, SimError> {
     simulate(&Setup {
-        layout: &stage.rank.built.layout,
-        trace: &stage.rank.built.trace,
-        plan: &stage.plan,
-        costs: &stage.rank.costs,
-        hardware: &stage.rank.hardware,
-        sharding: stage.sharding.as_ref(),
+        layout: &rank.built.layout,
+        trace: &rank.built.trace,
+        plan,
+        costs: &rank.costs,
+        hardware: &rank.hardware,
+        sharding,
         transient_bytes: match request.memory {
             Memory::Reserve(_) => None,
-            Memory::Placed(_) | Memory::Given(_) => Some(&stage.rank.built.transient_bytes),
+            Memory::Placed(_) | Memory::Given(_) => Some(&rank.built.transient_bytes),
         },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
@@ -289,6 +330,7 @@ fn placed(stage: &Stage) -> Placed {
         nvme_stepped_numel: numel(&|c| plan.chunks[c].class == OptimizerClass::Nvme, true),
         streamed_numel: numel(&|c| plan.chunks[c].home.is_streamed(), false),
         recomputed_units: recomputed(stage).count() as u64,
+        rematerialized: stage.rematerialized,
         recomputable_units: stage.rank.built.trace.units.iter().filter(|u| u.recomputable).count() as u64,
         device: plan.device,
         host: plan.host,

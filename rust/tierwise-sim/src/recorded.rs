@@ -6,7 +6,7 @@ use crate::models::{self, Model};
 use crate::parallel::Parallel;
 use crate::peers::Policy;
 use crate::report::{Report, simulate};
-use crate::request::{Error, Memory, Request};
+use crate::request::{Error, Memory, Plans, Request};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -284,6 +284,7 @@ impl File {
                 Recomputes::Auto => Recompute::Auto,
             },
             recompute_whole: run.recompute_whole,
+            plans: Plans::Compared,
             // A run that offloads activations has the plan that says which.
             offload: Offload::None,
             pageable: run.pageable,

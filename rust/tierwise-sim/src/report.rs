@@ -202,6 +202,7 @@ impl Report {
                 ("stepped from NVMe", billions(plan.nvme_stepped_numel)),
                 ("streamed", billions(plan.streamed_numel)),
                 ("recomputed layers", format!("{} of {}", plan.recomputed_units, plan.recomputable_units)),
+                ("cheap outputs", if plan.rematerialized { "made again in backward" } else { "kept" }.to_owned()),
             ]);
         }
         table(&rows)

@@ -41,6 +41,8 @@ pub struct Request {
     pub recompute: Recompute,
     /// Whether a recomputation runs a layer's whole forward, instead of stopping at the last tensor that backward needs.
     pub recompute_whole: bool,
+    /// Which of the planner's plans is taken.
+    pub plans: Plans,
     /// Which layers' activations are offloaded to host memory.
     pub offload: Offload,
     /// Whether a peer's host buffers are not pinned.
@@ -51,6 +53,15 @@ pub struct Request {
     pub clip_mode: ClipMode,
     /// Whether the gradient norm is above its limit in every step.
     pub clips: bool,
+}
+
+/// Which of the planner's plans is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plans {
+    /// The first, by its formulas.
+    First,
+    /// Of its best ones that whose step is executed fastest, as the plugin does.
+    Compared,
 }
 
 /// How memory is divided.

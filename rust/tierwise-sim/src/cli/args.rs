@@ -7,7 +7,7 @@ use crate::parallel::Parallel;
 use crate::peers::Policy;
 use crate::pipeline::Schedule;
 use crate::recorded;
-use crate::request::{Memory, Request};
+use crate::request::{Memory, Plans, Request};
 use crate::units::parse_bytes;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
@@ -191,6 +191,7 @@ impl StepArgs {
                 RecomputeArg::Full => Recompute::Full,
             },
             recompute_whole: self.recompute_whole,
+            plans: Plans::Compared,
             offload: match self.offload_activations {
                 OffloadArg::Auto => Offload::Auto,
                 OffloadArg::None => Offload::None,

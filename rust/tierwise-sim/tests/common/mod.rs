@@ -6,7 +6,7 @@ use tierwise_sim::hardware;
 use tierwise_sim::models::Model;
 use tierwise_sim::parallel::Parallel;
 use tierwise_sim::report::{Report, simulate};
-use tierwise_sim::request::{Memory, Request};
+use tierwise_sim::request::{Memory, Plans, Request};
 
 /// A data-parallel step of one sequence per micro-batch, with all that the machine has.
 pub fn request(model: Model, machine: &str, gpus: u64, tokens_per_step: u64) -> Request {
@@ -26,6 +26,7 @@ pub fn request(model: Model, machine: &str, gpus: u64, tokens_per_step: u64) -> 
         memory: Memory::Reserve(2_000_000_000),
         recompute: Recompute::Auto,
         recompute_whole: false,
+        plans: Plans::Compared,
         offload: Offload::None,
         pageable: false,
         cpu_share: 1.0,
