@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -78,6 +79,33 @@ def test_a_plain_module_uses_reset_parameters(kit: Any) -> None:
     assert model(torch.ones(2, 64)).isfinite().all()
     assert torch.equal(model.state_dict()["1.weight"], torch.ones(64))
     assert 0 < model.state_dict()["0.weight"].abs().max() <= 1 / 8
+
+
+@pytest.mark.parametrize("trained", ["bias", "weight"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_modules_that_are_trained_in_part_are_initialised_once(kit: Any, trained: str, precision: str) -> None:
+    """The same numbers are drawn whatever the placement; the frozen part's initialisation must not touch what is in place already."""
+
+    def train(placement: dict[str, Any], lazy: bool = True) -> Any:
+        torch.manual_seed(2)
+        with tierwise.lazy_init() if lazy else contextlib.nullcontext():
+            model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)))
+        for name, param in model.named_parameters():
+            param.requires_grad_(name.endswith(trained))
+        torch.manual_seed(3)
+        x = torch.linspace(-1, 1, 64).view(4, 16)
+        loss_of = lambda model, step: model(x).square().mean()  # noqa: E731
+        return kit.fit(model, loss_of, precision=precision, initial_scale=2.0**8, **placement)
+
+    static = {"placement_policy": "static"}
+    results = [
+        train({**static, **more}) for more in ({}, {"offload_optim_frac": 1.0}, {"offload_optim_frac": 1.0, "offload_param_frac": 1.0})
+    ]
+    for result in results[1:]:
+        result.same_as(results[0])
+    # A model with values keeps them, whatever is frozen in it.
+    results = [train({**static, **more}, lazy=False) for more in ({}, {"offload_optim_frac": 1.0, "offload_param_frac": 1.0})]
+    results[1].same_as(results[0])
 
 
 def test_what_nothing_initialises_is_an_error(kit: Any) -> None:

@@ -53,7 +53,8 @@ class Materializer:
         raise ValueError(f"{path} has no tensor {self._grouping.names[param][0]!r}; its first names are {sorted(self._reader.names)[:5]}")
 
     def _initialize(self, chunk: Chunk, device: torch.device) -> list[Tensor]:
-        """Runs the modules' own initialisation on real parameters that stand in for the meta ones; NaN shows what it left out.
+        """Runs the modules' own initialisation on real parameters that stand in for all of theirs; NaN shows what it left out. Those that
+        have values already, here or in another chunk, keep them: their stand-ins are copies.
 
         Raises TierwiseError for a parameter that nothing initialises.
         """
@@ -71,7 +72,8 @@ class Materializer:
                         continue
                     param = own
                     if param not in stand_ins:
-                        value = torch.full(param.shape, torch.nan, dtype=param.dtype, device=device) if param.is_meta else param.detach()
+                        fresh = torch.full(param.shape, torch.nan, dtype=param.dtype, device=device) if param.is_meta else None
+                        value = param.detach().clone() if fresh is None else fresh
                         stand_ins[param] = nn.Parameter(value, requires_grad=param.requires_grad)
                         if not param.is_meta:
                             stand_ins[param].__dict__["_is_hf_initialized"] = True
@@ -98,7 +100,7 @@ class Materializer:
                     f"nothing initialises {name!r}: {type(self._owners[param]).__name__} has no reset_parameters() that sets it; build the "
                     "model outside lazy_init, or give lazy_init a checkpoint"
                 )
-        return [stand_ins[param].detach() for param in chunk.params]
+        return [stand_ins[param].detach() if param.is_meta else param.detach() for param in chunk.params]
 
     def _children_first(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
         """The modules and those between them, which may refine what their children set (GPT-2 scales its projections so)."""
