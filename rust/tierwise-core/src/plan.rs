@@ -262,6 +262,9 @@ pub struct NvmePlan {
     pub grad_buffer_bytes: u64,
     /// Bytes of a block of the spill file.
     pub block_bytes: u64,
+    /// Bytes of parameters that a step fetches, all micro-batches and uses together; part of `read_bytes`.
+    #[serde(default)]
+    pub fetched_bytes: u64,
     /// Bytes of everything that is spilled.
     pub payload_bytes: u64,
     /// Size of the spill file: every piece, and as many again as are rewritten at once.

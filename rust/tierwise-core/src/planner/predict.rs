@@ -101,13 +101,14 @@ impl Point<'_> {
         // Sums leave for the host during the last backward.
         let late_sums = (row.cost.sum_bytes as f64 / speeds.d2h_bytes - (micro_batch - forward)).max(0.0);
         let stream = accumulation * row.cost.stream_bytes as f64 / speeds.h2d_bytes;
-        // The disk reads and writes what is spilled while the first forward waits for it, chunk by chunk. Gradients land there, or are added up,
+        // The disk reads and writes what is stepped while the first forward waits for it, chunk by chunk. Gradients land there, or are added up,
         // while each backward waits for room.
         let (disk, late_grads) = match (&row.nvme, &request.nvme) {
             (Some(plan), Some(nvme)) => {
                 let landing = spill::landing_seconds(plan, nvme);
                 let late = (landing - accumulation * (micro_batch - forward)).max(0.0);
-                ((spill::seconds(plan, nvme) - landing - forward).max(0.0), late)
+                // What is fetched comes while all micro-batches compute; it bounds the step only as far as the disk is always busy.
+                ((spill::seconds(plan, nvme) - landing - spill::fetching_seconds(plan, nvme) - forward).max(0.0), late)
             }
             _ => (0.0, 0.0),
         };

@@ -69,9 +69,9 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
             break;
         }
         if what == Spills::Fetched && plan.fetch_buffers == 0 {
-            let saved: u64 =
-                latest_first.iter().filter_map(|&c| spilled(memory, c, chunks[c]).map(|placed| host(chunks[c], c) - host(placed, c))).sum();
-            // The buffers for it would take more than they save.
+            let fetched = |c: usize| frozen_params(memory, c, chunks[c]).or_else(|| streamed_params(memory, c, chunks[c]));
+            let saved: u64 = latest_first.iter().filter_map(|&c| fetched(c).map(|placed| host(chunks[c], c) - host(placed, c))).sum();
+            // The buffers for all of it would take more than they save.
             if saved <= u64::from(FETCH_BUFFERS) * fetch_buffer_bytes {
                 continue;
             }
@@ -129,8 +129,8 @@ fn frozen_params(_: &Memory, _: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
     moves.then_some(ChunkPlan { home: ParamHome::Fetched, ..placed })
 }
 
-/// After the resident ones, which the disk need not read again for every use. A piece has as many parameters as states, so chunks that are
-/// frozen in part keep theirs in memory (no module's chunk is; one whose optimizer leaves out some of its parameters may be).
+/// After the resident ones, which the disk need not read again for every use. A piece has as many parameters as states: a chunk of which
+/// only a part has states, as no model that is boosted gives it, keeps its parameters in memory.
 fn streamed_params(memory: &Memory, chunk: usize, placed: ChunkPlan) -> Option<ChunkPlan> {
     let layout = &memory.layout.chunks[chunk];
     let moves = placed.class == OptimizerClass::Nvme && placed.home == ParamHome::Streamed && layout.numel == layout.state_numel;
@@ -242,6 +242,7 @@ fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
     // The same for gradients: both landing buffers are written at once, or as many pieces of sums as there are buffers.
     plan.file_bytes += if memory.accumulation > 1 { u64::from(plan.grad_buffers) * largest_grad } else { 2 * most_landing };
     (plan.read_bytes, plan.written_bytes) = (plan.payload_bytes + fetched, plan.payload_bytes);
+    plan.fetched_bytes = fetched;
     // Frozen parameters are not written again.
     plan.payload_bytes += grads + frozen;
     // The first micro-batch writes its sums, later ones read and write them; the step reads what is there then.
@@ -256,7 +257,12 @@ pub(super) fn landing_seconds(plan: &NvmePlan, request: &NvmeRequest) -> f64 {
     plan.grad_read_bytes as f64 / request.read_bytes + plan.grad_written_bytes as f64 / request.write_bytes
 }
 
-/// Seconds in which the disk reads and writes what a step rewrites; it does one or the other at any moment.
+/// The part of [`seconds`] in which parameters are read for their uses, all step long.
+pub(super) fn fetching_seconds(plan: &NvmePlan, request: &NvmeRequest) -> f64 {
+    plan.fetched_bytes as f64 / request.read_bytes
+}
+
+/// Seconds in which the disk reads and writes all that a step moves; it does one or the other at any moment.
 pub(super) fn seconds(plan: &NvmePlan, request: &NvmeRequest) -> f64 {
     plan.read_bytes as f64 / request.read_bytes + plan.written_bytes as f64 / request.write_bytes
 }
