@@ -10,8 +10,8 @@ so training runs in rounds of a few steps, and the raw loop before, between and 
 the mean of the raw loops on both sides of its round. The engine is measured while training runs, twice: its bytes over the whole step, and
 over the time in which the disk had something to do (`nvme_busy_ns`), because nothing can fill a disk that nobody asks. `depth` is how many
 blocks the disk had at once in that time, on average. A step can be no shorter than its compute, and than its disk bytes at the speed at
-which the raw loop reads and writes at once; `bound` is the larger of the two, compute being forward, backward and the way of the gradients,
-measured in the same process without a step.
+which the raw loop reads and writes at once: it is compared with the larger of the two, compute being forward, backward and the way of the
+gradients, measured in the same process without a step. The raw loop's file takes as much of the disk again as what is spilled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--offload-optim-frac", type=float, default=None, help="share of the states that leave the device; default: the planner's"
     )
     p.add_argument("--max-norm", type=float, default=1.0)
-    p.add_argument("--raw-bytes", type=int, default=None, help="size of the raw loop's file; default: of what is spilled")
+    p.add_argument(
+        "--raw-bytes", type=int, default=None, help="size of the raw loop's file; default: of what is spilled, or half of what is free"
+    )
     p.add_argument("--raw-seconds", type=float, default=8.0, help="time of each of its measurements")
     p.add_argument(
         "--compare-host-budget",
@@ -96,7 +98,9 @@ def raw_loop(a: argparse.Namespace, plan: dict[str, Any], setup: dict[str, Any])
     from tierwise._core import RawDisk
 
     block = plan["nvme"]["block_bytes"]
-    size = plan["nvme"]["payload_bytes"] // block * block if a.raw_bytes is None else a.raw_bytes
+    # The spill file has its room already.
+    free = shutil.disk_usage(a.nvme_path).free // 2
+    size = min(plan["nvme"]["payload_bytes"], free) // block * block if a.raw_bytes is None else a.raw_bytes
     memory = plan["host"]["nvme_staging"]
     disk = RawDisk(a.nvme_path, max(size, block), block, setup["queue_depth"], memory, setup["backend"] == "io_uring")
     return RawLoop(disk, max(plan["nvme"]["buffer_bytes"] // block, 1))
@@ -276,6 +280,10 @@ def judge(ours: dict[str, Any], same: bool | None) -> str:
 
 def main() -> None:
     a = parser().parse_args()
+    if a.rounds < 1 or a.steps < 2 or a.rounds * (a.steps - 1) < 2:
+        raise SystemExit(
+            f"--steps {a.steps} and --rounds {a.rounds} leave no step to time: the first of a round, and the first two of all, are not"
+        )
     a.recompute = "full"
     if a.compare_host_budget is not None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

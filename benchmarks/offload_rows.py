@@ -47,6 +47,14 @@ def checkpoint_layers(model: Any, a: argparse.Namespace) -> int:
     return int(count)
 
 
+CACHED_NUMEL = 50_000_000
+"""Parameters of a layer, 100 MB in bf16, that no device's cache holds."""
+
+
+def numel_of(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def share_weights(layers: Any) -> None:
     """Every layer gets parameters of its own (so gradients of its own) in the memory of the first layer's."""
     import torch
@@ -76,7 +84,7 @@ def row_floor(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, e
 
 def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: int, extra: dict[str, Any]) -> Row:
     """Our kernels on resident parameters, and nothing else: no engine, no chunks, no optimizer. All layers read the first layer's weights,
-    so that the floor of a plan that streams them fits; no cache of a device holds a layer of the sizes here. Recomputed layers keep all
+    so that the floor of a plan that streams them fits, unless a layer is so small that a cache would hold it. Recomputed layers keep all
     that they make again until their backward is over."""
     from torch.autograd.graph import saved_tensors_hooks
 
@@ -87,7 +95,8 @@ def row_floor_ours(a: argparse.Namespace, batch: dict[str, Any], accumulation: i
 
     model = build(a, "cuda")
     extra["numel"] = sum(p.numel() for p in model.parameters())
-    share_weights(model.model.layers)
+    if numel_of(model.model.layers[0]) > CACHED_NUMEL:
+        share_weights(model.model.layers)
     fused = FusedLoss.install(model)
     assert fused is not None
     fuse_normalization(model)

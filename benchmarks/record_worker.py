@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import re
 import statistics
@@ -26,9 +27,9 @@ OUTSIDE_BYTES = 2_500_000_000
 """Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
 LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
-PROBED_ON_CUDA, PROBED_ON_CPU, PROBE_S = 200_000_000, 200_000, 0.3
-"""Parameters, and seconds, of the host's Adam before and after every configuration: a shared machine's memory is faster in one minute than
-in the next."""
+PROBE_S = 0.3
+"""Of the host's Adam before and after every configuration, on as many parameters as it was calibrated on: a shared machine's memory is
+faster in one minute than in the next."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -50,7 +51,7 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
     """Says what this machine is, then answers configurations until None comes."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     pipe.send(machine(a))
-    bench = HostBench(PROBED_ON_CUDA if uses_cuda(a) else PROBED_ON_CPU)
+    bench = HostBench(json.loads(Path(a.hardware).read_text(encoding="utf-8"))["measured"]["host_numel"])
     resident = None
     while (run := pipe.recv()) is not None:
         try:

@@ -71,6 +71,12 @@ def frozen_bytes(booster: Any) -> int:
     return sum(runtime.layout.param_bytes(index) for index, chunk in chunks if chunk["class"] == "frozen")
 
 
+def smallest_frozen(booster: Any) -> int:
+    runtime = booster._runtime
+    placed = enumerate(runtime.memory.plan["chunks"])
+    return min(runtime.layout.param_bytes(i) for i, chunk in placed if chunk["home"] == "fetched" and chunk["class"] == "frozen")
+
+
 def test_what_is_frozen_in_a_layer_is_a_chunk_of_its_own(kit: Any) -> None:
     booster, *_ = kit.boosted(adapted(kit))
     runtime = booster._runtime
@@ -106,11 +112,11 @@ def test_a_frozen_model_on_the_disk_trains_the_same_adapters(kit: Any, tmp_path:
         stats = booster.stats()
         assert stats["host_peak_bytes"] <= stats["host_budget_bytes"]
         assert stats["nvme_bytes"] <= stats["nvme_file_bytes"]
-        # Read for every use, and written once.
+        # Read for every use, and written by no step: less than one of them beside the adapters' states.
         assert stats["nvme_fetched_bytes"] >= 5 * accumulation * frozen_bytes(booster) // 2
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         written = stats["nvme_written_bytes"] - at_start["nvme_written_bytes"]
-        assert written < frozen_bytes(booster) + 5 * 40 * trained, (written, trained)
+        assert written < 7 * 40 * trained + smallest_frozen(booster), (written, trained)
     assert list(tmp_path.iterdir()) == []
 
 

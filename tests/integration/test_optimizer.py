@@ -124,6 +124,16 @@ def test_what_cannot_be_boosted(kit: Any) -> None:
         copy.deepcopy(model)
 
 
+def test_gradients_that_no_optimizer_takes_are_warned_of(kit: Any) -> None:
+    model = kit.llama()
+    optimizer = torch.optim.AdamW(model.model.layers.parameters())
+    with pytest.warns(
+        UserWarning, match=r"3 parameters .* \(the first is 'model.embed_tokens.weight'\).*requires_grad_\(False\)"
+    ) as caught:
+        Booster(kit.plugin()).boost(model, optimizer)
+    assert [warning.filename for warning in caught] == [__file__], "it points to who called boost"
+
+
 def test_a_parameter_unfrozen_after_boosting_is_refused(kit: Any) -> None:
     model = kit.llama()
     model.model.norm.weight.requires_grad_(False)

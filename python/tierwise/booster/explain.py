@@ -74,6 +74,11 @@ def explain(runtime: Runtime) -> str:
             f"({format_bytes(nvme['payload_bytes'])} of {spilled} and room to rewrite them); "
             f"every step reads {format_bytes(nvme['read_bytes'])} and writes {format_bytes(nvme['written_bytes'])} "
             f"through {nvme['buffers']} buffers of {format_bytes(nvme['buffer_bytes'])}"
+            + (
+                f", parameters through {nvme['fetch_buffers']} of {format_bytes(nvme['fetch_buffer_bytes'])}"
+                if nvme["fetch_buffers"]
+                else ""
+            )
             + (f", gradients through {nvme['grad_buffers']} of {format_bytes(nvme['grad_buffer_bytes'])}" if nvme["grad_buffers"] else "")
         )
     disk = disk_speeds(runtime.plugin)

@@ -66,6 +66,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     with sections("host"):
         bench = HostBench(options.host_numel)
         measured["host"] = host.by_threads(bench, 2.5 * scale, log)
+        measured["host_numel"] = bench.numel
     from tierwise.calibration.sharing import beside
 
     with sections("links"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,13 @@ def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, d
                 f"{tuple(strangers[0].shape)}); build the optimizer from this model's parameters()"
             )
         hyper = Hyper(optimizer, isinstance(optimizer, torch.optim.AdamW))
+        left_out = [names[0] for param, names in grouping.names.items() if param.requires_grad and param not in trained]
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} parameters require gradients, but the optimizer does not hold them (the first is {left_out[0]!r}): their "
+                "gradients are computed and kept on the device, outside every budget; call requires_grad_(False) on what is not trained",
+                stacklevel=4,
+            )
     # Before the model is changed: there may be nothing to compile.
     compiler = LayerCompiler(grouping.units) if plugin.compile_layers else None
     fused = FusedLoss.install(model) if plugin.fused_loss else None

@@ -167,7 +167,7 @@ pub fn planning(py: Python<'_>, error: &PlanError) -> PyErr {
             budget: *budget,
             shortfall: *shortfall,
             breakdown: serde_json::json!({
-                "states": breakdown.payload_bytes,
+                "payload": breakdown.payload_bytes,
                 "copies_and_padding": breakdown.file_bytes - breakdown.payload_bytes,
             }),
         },

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct Measured {
     /// The host's kernels by number of threads, fewest first.
     pub host: Vec<HostRow>,
+    /// Parameters that those kernels were measured on.
+    #[serde(default)]
+    pub host_numel: Option<u64>,
     /// Links, host Adam and compute, alone and beside each other.
     #[serde(default)]
     pub sharing: Vec<Sharing>,
