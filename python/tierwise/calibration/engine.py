@@ -104,8 +104,10 @@ def _step_ns(device: torch.device, recompute: str) -> dict[int, dict[str, float]
                 optimizer.step()
                 optimizer.zero_grad()
                 marks.append(time.perf_counter())
-                if not cuda:
-                    # A step that waits for the one before is not launching.
+                # A forward that waits for the step before, or for its norm, is not launching.
+                if cuda:
+                    booster._boosted().engine.decision(wait=True)
+                else:
                     booster.flush()
                 if step >= _WARM:
                     for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
