@@ -215,20 +215,20 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
         booster.flush()
         without.append(time.perf_counter() - start)
     stats = booster.stats()
-    first = [i for i, _ in timed]
+    measured = [i for i, _ in timed]
     return {
         "model_parameters": sum(layout.numel(c) for c in range(layout.num_chunks)),
         "spilled_parameters": spilled,
         "spilled_bytes": plan["nvme"]["payload_bytes"] if raw is not None else 0,
         "planned_bytes": plan["nvme"]["read_bytes"] + plan["nvme"]["written_bytes"] if raw is not None else 0,
         "boost_s": boosted,
-        "step_s": statistics.median(times[i] for i in first),
+        "step_s": statistics.median(times[i] for i in measured),
         "steps_s": times,
         "compute_s": min(without),
-        "read_bytes": statistics.median(moved[i]["nvme_read_bytes"] for i in first),
-        "written_bytes": statistics.median(moved[i]["nvme_written_bytes"] for i in first),
-        "waits_s": statistics.median(moved[i]["nvme_wait_ns"] for i in first) / 1e9,
-        "busy_s": statistics.median(moved[i]["nvme_busy_ns"] for i in first) / 1e9,
+        "read_bytes": statistics.median(moved[i]["nvme_read_bytes"] for i in measured),
+        "written_bytes": statistics.median(moved[i]["nvme_written_bytes"] for i in measured),
+        "waits_s": statistics.median(moved[i]["nvme_wait_ns"] for i in measured) / 1e9,
+        "busy_s": statistics.median(moved[i]["nvme_busy_ns"] for i in measured) / 1e9,
         "timed": [
             {
                 "step_s": times[i],
@@ -239,7 +239,7 @@ def train(a: argparse.Namespace, disk: bool = True) -> dict[str, Any]:
             for i, round_ in timed
             if raws
         ],
-        "depth": statistics.median(moved[i]["nvme_transfer_ns"] / max(moved[i]["nvme_busy_ns"], 1) for i in first),
+        "depth": statistics.median(moved[i]["nvme_transfer_ns"] / max(moved[i]["nvme_busy_ns"], 1) for i in measured),
         "raw": raws,
         "raw_direct": raw is not None and raw.disk.direct,
         "block_bytes": plan["nvme"]["block_bytes"] if raw is not None else 0,

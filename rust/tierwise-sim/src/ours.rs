@@ -209,46 +209,53 @@ fn plan_stage(request: &Request, number: u64) -> Result<Result<Stage, Shortfall>
         let rematerialized = given.rematerialized;
         return Ok(Ok(Stage { rank, plan, sharding, reserve_bytes: 0, rematerialized }));
     }
+    // Whole parameters on the device are what the lower levels of sharding mean: they have to fit.
+    let whole = sharding.is_some() && request.parallel.zero < 3;
+    let refused = |plan: &Plan| whole && plan.chunks.iter().any(|c| c.home.is_streamed());
     let mut best: Option<(f64, Rank, Plan, bool)> = None;
-    let mut refused = None;
+    let mut shortfall = None;
     for (rank, rematerialized) in variants(request, rank) {
-        let step = |plan: &Plan| execute(request, &rank, plan, sharding.as_ref()).map_or(f64::INFINITY, |outcome| outcome.step_ns as f64);
         let (layout, trace) = (&rank.built.layout, &rank.built.trace);
-        let chosen = if request.plans == Plans::Compared {
-            choose_by(layout, trace, &planned, step)
-        } else {
-            plan(layout, trace, &planned).map(|plan| {
+        let chosen = match request.plans {
+            Plans::Compared => choose_by(layout, trace, &planned, |plan| {
+                let outcome = if refused(plan) { None } else { execute(request, &rank, plan, sharding.as_ref()).ok() };
+                outcome.map_or(f64::INFINITY, |outcome| outcome.step_ns as f64 / 1e9)
+            }),
+            Plans::First => plan(layout, trace, &planned).map(|plan| {
                 let seconds = plan.predicted_step_s;
                 (plan, seconds)
-            })
+            }),
         };
         match chosen {
-            Ok((plan, step)) if best.as_ref().is_none_or(|(other, ..)| step < *other) => {
-                best = Some((step, rank, plan, rematerialized));
+            Ok((plan, _)) if refused(&plan) => {
+                let needed = plan.device.total() - plan.device.stream_slab + whole_params(layout) - plan.device.resident_params;
+                let missing = needed.saturating_sub(request.device_budget);
+                shortfall = Some(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, missing));
+            }
+            Ok((plan, seconds)) if best.as_ref().is_none_or(|(other, ..)| seconds < *other) => {
+                best = Some((seconds, rank, plan, rematerialized));
             }
             Ok(_) => {}
-            Err(error) => refused = Some(error),
+            Err(error) => shortfall = Some(short_of(error)?),
         }
     }
-    let Some((_, rank, plan, rematerialized)) = best else {
-        return match refused {
-            Some(PlanError::Device { op, needed, shortfall, .. }) => Ok(Err(Shortfall::device(op, needed, shortfall))),
-            Some(PlanError::Host { needed, shortfall, .. }) => Ok(Err(Shortfall::host(needed, shortfall))),
-            Some(PlanError::Nvme { needed, shortfall, .. }) => {
-                Ok(Err(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall }))
-            }
-            Some(PlanError::Invalid(message)) => Err(Error::Usage(message)),
-            None => Err(Error::Usage("there is nothing to plan".to_owned())),
-        };
-    };
-    let streams = plan.chunks.iter().any(|c| c.home.is_streamed());
-    if streams && sharding.is_some() && request.parallel.zero < 3 {
-        // Whole parameters on the device are what these levels mean: they would have to fit.
-        let needed = plan.device.total() - plan.device.stream_slab + whole_params(&rank.built.layout) - plan.device.resident_params;
-        let shortfall = needed.saturating_sub(request.device_budget);
-        return Ok(Err(Shortfall::device(format!("resident parameters with zero {}", request.parallel.zero), needed, shortfall)));
+    Ok(match (best, shortfall) {
+        (Some((_, rank, plan, rematerialized)), _) => Ok(Stage { rank, plan, sharding, reserve_bytes, rematerialized }),
+        (None, Some(shortfall)) => Err(shortfall),
+        (None, None) => return Err(Error::Usage("there is nothing to plan".to_owned())),
+    })
+}
+
+/// What a plan lacks.
+fn short_of(error: PlanError) -> Result<Shortfall, Error> {
+    match error {
+        PlanError::Device { op, needed, shortfall, .. } => Ok(Shortfall::device(op, needed, shortfall)),
+        PlanError::Host { needed, shortfall, .. } => Ok(Shortfall::host(needed, shortfall)),
+        PlanError::Nvme { needed, shortfall, .. } => {
+            Ok(Shortfall { tier: "nvme".to_owned(), op: None, needed_bytes: needed, shortfall_bytes: shortfall })
+        }
+        PlanError::Invalid(message) => Err(Error::Usage(message)),
     }
-    Ok(Ok(Stage { rank, plan, sharding, reserve_bytes, rematerialized }))
 }
 
 /// A rank that keeps what its layers save, and where there is any one whose backward makes outputs of cheap kernels again. A recorded run

@@ -72,13 +72,13 @@ pub fn search(request: &Request) -> Result<Option<Found>, Error> {
         }
         let mut fits = false;
         for device_budget in budgets(&setting) {
-            let tried = Request { device_budget, ..setting.clone() };
-            let Ok((report, _)) = simulate(&tried)? else { break };
+            let within = Request { device_budget, ..setting.clone() };
+            let Ok((report, _)) = simulate(&within)? else { break };
             fits = true;
             let step = report.step.step_ns;
             least = least.min(step);
             if fastest.get(&device_budget).is_none_or(|(other, _)| step < *other) {
-                fastest.insert(device_budget, (step, tried));
+                fastest.insert(device_budget, (step, within));
             }
         }
         fitting += usize::from(fits);

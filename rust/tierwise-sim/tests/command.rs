@@ -206,6 +206,18 @@ fn validation_has_a_gate() {
     assert_eq!(missing.status.code(), Some(2));
 }
 
+/// Below `ZeRO` 3 parameters stay whole: a faster plan that streams them does not keep one that fits from being found.
+#[test]
+fn what_has_to_stay_whole_fits_if_any_of_the_compared_plans_keeps_it() {
+    for (micro_batch, zero, budget) in [(1, 1, "66GB"), (2, 2, "52GB"), (4, 2, "70GB")] {
+        let report = json(&sim(&format!(
+            "run --model llama2-7b --hardware dgx-a100-80 --gpus 8 --tokens-per-step 131072 --micro-batch {micro_batch} --zero {zero} \
+             --device-budget {budget} --format json"
+        )));
+        assert_eq!((report["fits"].as_bool(), report["plan"]["streamed_numel"].as_u64()), (Some(true), Some(0)), "{report}");
+    }
+}
+
 #[test]
 fn a_run_is_predicted_with_the_host_that_it_met() {
     let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
