@@ -122,6 +122,18 @@ def train(model: Any, steps: int = 20, synchronous: bool = False, rows: int = BA
     return Result(losses, weights, norms, booster, model, optimizer)
 
 
+def steps(booster: Any, model: Any, optimizer: Any, data: list[Any]) -> list[float]:
+    """A causal LM's losses over these batches, each of which is a micro-batch."""
+    losses = []
+    for ids in data:
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        booster.backward(loss, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
 def fit(model: Any, loss_of: Callable[[Any, int], Any], steps: int = 6, **options: Any) -> Result:
     """Trains any module; `loss_of(model, step)` gives the loss. The plan is made at the first forward."""
     booster, model, optimizer = boosted(model, **{"precision": "fp32", "micro_batch_size": None, "seq_len": None, **options})
@@ -165,5 +177,5 @@ def _free_engines() -> Iterator[None]:
 @pytest.fixture
 def kit() -> Any:
     """The helpers of this file (tests are imported by path, so they cannot import it)."""
-    functions = (Result, llama, batches, plugin, boosted, train, fit, plain_fit, tightest)
+    functions = (Result, llama, batches, plugin, boosted, train, steps, fit, plain_fit, tightest)
     return types.SimpleNamespace(BATCH=BATCH, SEQ=SEQ, VOCAB=VOCAB, **{function.__name__: function for function in functions})

@@ -50,14 +50,7 @@ def tightest_host(kit: Any, disk: Path, **options: Any) -> int:
 
 
 def steps(kit: Any, booster: Any, model: Any, optimizer: Any, count: int = 5, seed: int = 1) -> list[float]:
-    losses = []
-    accumulation = booster.plugin.gradient_accumulation_steps
-    for ids in kit.batches(count * accumulation, seed=seed):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.item())
-        booster.backward(loss, optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
+    losses: list[float] = kit.steps(booster, model, optimizer, kit.batches(count * booster.plugin.gradient_accumulation_steps, seed=seed))
     return losses
 
 

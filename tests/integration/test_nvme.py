@@ -253,18 +253,7 @@ def test_checkpoints_resume_exactly_between_memory_and_disk(
 ) -> None:
     options: dict[str, Any] = {"precision": precision, "max_norm": 0.5, "initial_scale": 2.0**10, **placement}
     spilling = {"host_budget": tightest_host(kit, disk, **options), "nvme_path": disk}
-    batches = kit.batches(10)
-
-    def steps(booster: Any, model: Any, optimizer: Any, which: list[Any]) -> list[float]:
-        losses = []
-        for ids in which:
-            loss = model(input_ids=ids, labels=ids).loss
-            losses.append(loss.item())
-            booster.backward(loss, optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses
-
+    batches, steps = kit.batches(10), kit.steps
     booster, model, optimizer = kit.boosted(kit.llama(), **options)
     expected = steps(booster, model, optimizer, batches)
     for number, (first, second) in enumerate([(spilling, spilling), (spilling, {}), ({}, spilling)]):
