@@ -122,6 +122,8 @@ def main() -> int:
     def elapsed() -> float:
         return time.monotonic() - started
 
+    if "host_numel" not in json.loads(Path(a.hardware).read_text(encoding="utf-8")).get("measured", {}):
+        raise SystemExit(f"{a.hardware} does not say on how many parameters the host was measured: make it anew with `tierwise calibrate`")
     result = begun(a)
     done = {run["name"] for runs in (result["runs"], *(json.loads(Path(path).read_text())["runs"] for path in a.skip)) for run in runs}
     wanted = [run for run in LISTS[a.list] if run.name not in done and (a.only is None or re.search(a.only, run.name))]

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def boost(plugin: GeminiPlugin, model: nn.Module, optimizer: Optimizer | None, dataloader: Iterable[Any] | None) -> Runtime:
     """Converts `model` and `optimizer` in place.
 
-    Raises ValueError for a model or optimizer that cannot be boosted, BudgetError if no plan fits the budgets.
+    Raises ValueError for a model or optimizer that cannot be boosted, BudgetError if no plan fits the budgets. Warns of parameters that
+    require gradients and are in no optimizer.
     """
     if find_runtime(model) is not None:
         raise ValueError("this model is boosted already")

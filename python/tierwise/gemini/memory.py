@@ -223,7 +223,7 @@ class ChunkMemory:
                 low = torch.empty(full.shape, dtype=torch.int16)
                 _core.split_master(full.data_ptr(), value.data_ptr(), low.data_ptr(), full.numel())
                 self.set_state(chunk, position, "master", low)
-        if self._is_spilled(chunk, "param") and (trainable or chunk not in self.resident):
+        if self._is_spilled(chunk, "param"):
             self._write_spilled(chunk, position, "param", value.to(device="cpu", dtype=self.dtype))
         host = self._host_payload(chunk, "param")
         if host is not None:
