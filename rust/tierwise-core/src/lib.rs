@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod budget;
+pub mod fetching;
 pub mod grad_buffers;
 pub mod layout;
 pub mod plan;

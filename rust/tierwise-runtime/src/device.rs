@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use std::sync::Arc;
+use tierwise_io::{Direction, Key};
 pub use tierwise_kernels::Addition;
 use tierwise_kernels::{AdamSegment, GradSpan};
 
@@ -104,7 +105,7 @@ pub enum WorkerId {
     Optimizer,
     /// Passes on that states are back on the host.
     States,
-    /// Steps spilled chunks; waits for the disk, so no virtual clock drives it.
+    /// Steps spilled chunks, piece by piece as the disk reads them.
     Spill,
     /// Waits for reads of the disk.
     Reads,
@@ -128,6 +129,12 @@ pub trait Clock: Send + Sync {
     fn job_done(&self, worker: WorkerId);
     /// A worker is about to move so many bytes through host memory; blocks while that would take.
     fn host_work(&self, bytes: u64);
+    /// The disk gets a transfer of so many bytes, which begins after `after`; gives its end. It is over when the store says so and this is.
+    fn disk(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> EventRef;
+    /// The calling worker waits until others have changed something. The engine's lock is held.
+    fn parks(&self);
+    /// Something has changed: every worker that waits for that looks again.
+    fn news(&self);
     /// The caller waits for something: lets the next thing happen.
     fn pass(&self) -> Result<()>;
 }

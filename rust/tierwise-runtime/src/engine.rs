@@ -199,11 +199,11 @@ impl Engine {
         let (landing_jobs, start_landing) = worker(WorkerId::Landing, device.clock());
         let (optimizer_jobs, start_optimizer) = worker(WorkerId::Optimizer, device.clock());
         let (states_jobs, start_states) = worker(WorkerId::States, device.clock());
-        let (spill_jobs, start_spill) = worker(WorkerId::Spill, None);
-        let (read_jobs, start_reads) = worker(WorkerId::Reads, None);
-        let (write_jobs, start_writes) = worker(WorkerId::Writes, None);
-        let (fetch_jobs, start_fetches) = worker(WorkerId::Fetches, None);
-        let (fetched_jobs, start_fetched) = worker(WorkerId::Fetched, None);
+        let (spill_jobs, start_spill) = worker(WorkerId::Spill, device.clock());
+        let (read_jobs, start_reads) = worker(WorkerId::Reads, device.clock());
+        let (write_jobs, start_writes) = worker(WorkerId::Writes, device.clock());
+        let (fetch_jobs, start_fetches) = worker(WorkerId::Fetches, device.clock());
+        let (fetched_jobs, start_fetched) = worker(WorkerId::Fetched, device.clock());
         let spills = state.spill.is_some();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),

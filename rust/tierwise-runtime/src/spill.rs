@@ -107,12 +107,12 @@ impl Spill {
 
     /// Whether parameters of a chunk are on their way from the disk into the slab, and their last copy is not submitted yet.
     pub fn fetches(&self, chunk: ChunkId) -> bool {
-        self.fetches.is_pending(chunk)
+        self.fetches.fetching.is_pending(chunk)
     }
 
     /// Whether something is being stepped, accessed or written.
     pub fn is_busy(&self) -> bool {
-        self.accessing || self.staging.is_busy() || self.fetches.is_busy() || self.grads.is_busy()
+        self.accessing || self.staging.is_busy() || self.fetches.fetching.is_busy() || self.grads.is_busy()
     }
 
     /// Whether a gradient of a chunk, or its sum, is on its way to the disk.
@@ -264,7 +264,9 @@ impl Shared {
         let Some(store) = &spill.store else { return Err(Error::Stopped("the spill file is closed".to_owned())) };
         let mut tickets = Vec::new();
         let mut outcome = Ok(());
+        let mut ends = None;
         for (key, address, bytes) in spill.extents(id, buffer) {
+            ends = self.disk_work(key, direction, bytes, copied.as_ref());
             // SAFETY: the store is closed before the slab is freed, and the staging machine leaves the buffer to this transfer until it is
             // told of its end.
             let mut bytes = unsafe { Buffer::new(address as *mut u8, bytes as usize) };
@@ -284,6 +286,7 @@ impl Shared {
         // A buffer that is written may also be on its way to the device; it is reused after both.
         self.disk_jobs[direction as usize].send(Job::new(copied, move |shared| {
             tickets.iter().try_for_each(Ticket::wait).map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
+            await_clock(ends.as_ref())?;
             shared.transferred(direction, buffer, piece, submitted)
         }))
     }
@@ -320,16 +323,15 @@ impl Shared {
     }
 }
 
+/// What ends when a clock says so, and not only with its ticket.
+fn await_clock(ends: Option<&EventRef>) -> Result<()> {
+    ends.map_or(Ok(()), |ends| ends.synchronize())
+}
+
 fn chunk_name(state: &State, chunk: ChunkId) -> &str {
     &state.scheduler.layout().chunks[chunk.index()].name
 }
 
 fn spill(state: &mut State) -> Result<&mut Spill> {
     state.spill.as_mut().ok_or_else(|| Error::Internal("nothing is spilled".to_owned()))
-}
-
-/// Waits for a change, or a moment.
-fn wait<'a>(shared: &'a Shared, state: std::sync::MutexGuard<'a, State>) -> std::sync::MutexGuard<'a, State> {
-    let waited = shared.changed.wait_timeout(state, std::time::Duration::from_millis(50));
-    waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
 }

@@ -5,21 +5,27 @@ mod virtual_device;
 
 use proptest::prelude::*;
 use std::sync::Arc;
-use tierwise_core::layout::{Layout, ParamSpec, Precision};
-use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
-use tierwise_core::planner::{Offload, Placement, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
+use std::time::Duration;
+use tierwise_core::layout::{Layout, ParamLayout, ParamSpec, Precision};
+use tierwise_core::plan::{ActivationPlan, ChunkPlan, ClipMode, NvmePlan, OptimizerClass, ParamHome, Plan};
+use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, Speeds, minimum_device_bytes, plan};
 use tierwise_core::scheduler::{Action, Event, Turn};
 use tierwise_core::streaming::pieces as visits;
 use tierwise_core::trace::{Op, Phase, Trace, Unit};
 use tierwise_core::{ChunkId, Tier};
+use tierwise_io::backend::Backend;
+use tierwise_io::backend::memory::Memory;
+use tierwise_io::queue::Limits;
+use tierwise_io::store::Store;
 use tierwise_kernels::AdamHyper;
 use tierwise_runtime::device::ComputeStream;
 use tierwise_runtime::engine::{Engine, EngineConfig, Hyper};
+use tierwise_runtime::spill::access::Access;
 use tierwise_sim::costs::{Costs, Launch};
 use tierwise_sim::executor::calls::{Call, calls};
 use tierwise_sim::executor::offload::{Need, Offload as Offloaded};
 use tierwise_sim::executor::{Setup, WARM_UP_STEPS, decisions};
-use tierwise_sim::hardware::{Hardware, preset};
+use tierwise_sim::hardware::{Disk, Hardware, preset};
 use virtual_device::VirtualDevice;
 
 const STREAM: ComputeStream = ComputeStream(0);
@@ -72,12 +78,25 @@ impl Case {
             memory.push(vec![0_u64; bytes.div_ceil(8).max(1) as usize]);
             memory.last().map_or(0, |m| m.as_ptr() as u64)
         };
-        let config =
-            EngineConfig { device_budget: PLENTY, host_budget: PLENTY, max_norm: Some(1.0), threads: Some(1), ..EngineConfig::default() };
-        let engine = Engine::new(self.layout.clone(), self.trace.clone(), self.plan.clone(), Arc::clone(&device) as _, &config).unwrap();
+        let config = EngineConfig {
+            device_budget: PLENTY,
+            host_budget: PLENTY,
+            nvme_budget: PLENTY,
+            max_norm: Some(1.0),
+            threads: Some(1),
+            ..EngineConfig::default()
+        };
+        let disk = |nvme: &NvmePlan, _| {
+            let (bytes, block_bytes) = (nvme.file_bytes as usize, nvme.block_bytes as usize);
+            let limits = Limits { queue_depth: 32, block_bytes, alignment: 4096, blocks: (bytes / block_bytes) as u32 };
+            let memory = move || Ok(Box::new(Memory::new(bytes, 32)) as Box<dyn Backend>);
+            Ok(Store::with_backend(limits, Duration::from_secs(60), memory).unwrap())
+        };
+        let (layout, trace, plan) = (self.layout.clone(), self.trace.clone(), self.plan.clone());
+        let engine = Engine::with_store(layout, trace, plan, Arc::clone(&device) as _, &config, disk).unwrap();
         for chunk in self.layout.ids() {
             let placed = self.plan.chunks[chunk.index()];
-            let resident = (placed.home == ParamHome::Resident).then(|| take(self.layout.param_bytes(chunk)));
+            let resident = placed.home.is_resident().then(|| take(self.layout.param_bytes(chunk)));
             let states = (placed.class == OptimizerClass::Device).then(|| take(self.layout.state_bytes(chunk)));
             let accumulator = self.plan.sums_on_device(chunk).then(|| take(self.layout.grad_acc_bytes(chunk)));
             engine.bind(chunk, resident, states, accumulator).unwrap();
@@ -96,6 +115,12 @@ impl Case {
             self.layout.chunks.iter().map(|c| c.params.iter().map(|p| of(p.numel)).collect()).collect()
         };
         let (two, zero) = (gradients(if self.clips { 0x4000 } else { 0 }), gradients(0));
+        for chunk in self.layout.ids().filter(|c| self.plan.chunks[c.index()].class == OptimizerClass::Frozen) {
+            if self.plan.chunks[chunk.index()].home == ParamHome::Fetched {
+                let (numel, values) = (self.layout.chunks[chunk.index()].numel, take(self.layout.param_bytes(chunk)));
+                engine.spilled(chunk, "param", (0, numel), Access::Write(values), &mut || true).unwrap();
+            }
+        }
         engine.record_decisions(true).unwrap();
         engine.start().unwrap();
         let mut patience = || true;
@@ -326,6 +351,15 @@ fn model(sizes: &[(u64, u64, bool)]) -> (Layout, Trace) {
     (Layout::new(Precision::Bf16, chunks), Trace { units, ops, outer_saved_bytes: 0 })
 }
 
+/// Some chunks are not trained.
+fn freeze((layout, trace): (Layout, Trace), frozen: impl Fn(usize) -> bool) -> (Layout, Trace) {
+    let specs = layout.chunks.iter().enumerate().map(|(at, chunk)| {
+        let spec = |p: &ParamLayout| ParamSpec { name: p.name.clone(), numel: p.numel, trainable: !frozen(at) };
+        (chunk.name.clone(), chunk.params.iter().map(spec).collect())
+    });
+    (Layout::new(Precision::Bf16, specs.collect()), trace)
+}
+
 /// Speeds at which copies, host steps and computing of such small models take about equally long.
 fn slow(scale: [f64; 4]) -> Hardware {
     let h100 = preset("h100").unwrap();
@@ -338,6 +372,7 @@ fn slow(scale: [f64; 4]) -> Hardware {
         host_stream_bytes_per_s: 6e9 * scale[2],
         host_adam_params_per_s: 2e8 * scale[2],
         device_memory_bytes_per_s: 4e10 * scale[3],
+        nvme: Some(Disk { read_bytes_per_s: 1.3e9 * scale[0], write_bytes_per_s: 1.9e9 * scale[1] }),
         launch_ns: (700.0 * scale[3]) as u64,
         ..h100
     }
@@ -369,7 +404,10 @@ fn request(placement: Placement, accumulation: u32, clip_mode: ClipMode, device_
 }
 
 fn case(sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, clips: bool) -> Case {
-    let (layout, trace) = model(sizes);
+    case_of(model(sizes), sizes, wanted, hardware, clips)
+}
+
+fn case_of((layout, trace): (Layout, Trace), sizes: &[(u64, u64, bool)], wanted: &PlanRequest, hardware: Hardware, clips: bool) -> Case {
     let plan = plan(&layout, &trace, wanted).unwrap();
     let forward_ns: Vec<u64> = sizes.iter().map(|(numel, saved, _)| numel + saved % 977 + 500).collect();
     let backward_ns: Vec<u64> = forward_ns.iter().map(|ns| 2 * ns + 13).collect();
@@ -531,6 +569,106 @@ fn activations_are_offloaded() {
     mixed.check();
 }
 
+/// A host budget between the least that a request with a disk needs (0) and what it needs without one (1).
+fn tightened((layout, trace): &(Layout, Trace), wanted: &PlanRequest, share: f64) -> PlanRequest {
+    let with = |host_budget| plan(layout, trace, &PlanRequest { host_budget, ..wanted.clone() });
+    let least = match with(0) {
+        Err(PlanError::Host { needed, .. }) => needed,
+        Ok(_) => 0,
+        Err(other) => panic!("{other}"),
+    };
+    let all = with(PLENTY).unwrap().host.total();
+    PlanRequest { host_budget: least + (share * all.saturating_sub(least) as f64) as u64, ..wanted.clone() }
+}
+
+fn spilling(placement: Placement, accumulation: u32) -> PlanRequest {
+    let nvme = NvmeRequest { budget: PLENTY, read_bytes: 1.3e9, write_bytes: 1.9e9 };
+    PlanRequest { nvme: Some(nvme), ..request(placement, accumulation, ClipMode::Defer, PLENTY) }
+}
+
+/// More than one piece each, of which the last is smaller.
+const LARGE: [(u64, u64, bool); 5] =
+    [(12_288, 9000, false), (20_480, 20_000, false), (20_480, 20_000, false), (20_480, 20_000, false), (9216, 5000, false)];
+
+/// Disks and links from far too slow to fast enough, much slower in one direction, and with a slow CPU.
+const DISKS: [[f64; 4]; 5] = [[1.0; 4], [0.2, 0.3, 1.0, 1.0], [3.0, 5.0, 0.5, 1.0], [20.0, 20.0, 2.0, 1.0], [10.0, 0.1, 1.0, 1.0]];
+
+#[test]
+fn states_are_on_the_disk() {
+    for optim in [1.0, 0.6] {
+        for share in [0.6, 0.8, 0.95] {
+            for scale in DISKS {
+                let wanted = tightened(&model(&LARGE), &spilling(fixed(optim, 0.0), 1), share);
+                let case = case(&LARGE, &wanted, slow(scale), true);
+                assert!(case.plan.chunks.iter().any(|c| c.class == OptimizerClass::Nvme), "{:?}", case.plan.chunks);
+                assert!(!case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
+                let turns = case.check();
+                assert!(count(&turns, |a| matches!(a, Action::Step { tier: Tier::Nvme, .. })) >= 3);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_on_the_disk() {
+    let many = [LARGE[1]; 9];
+    for share in [0.0, 0.04, 0.08] {
+        for scale in DISKS {
+            let wanted = tightened(&model(&many), &spilling(fixed(1.0, 0.0), 1), share);
+            let case = case(&many, &wanted, slow(scale), true);
+            assert!(case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
+            case.check();
+        }
+    }
+}
+
+#[test]
+fn sums_of_gradients_are_on_the_disk() {
+    for accumulation in [2, 3] {
+        for share in [0.0, 0.04, 0.08] {
+            for scale in DISKS {
+                let many = [LARGE[1]; 9];
+                let wanted = PlanRequest { accumulate: Some(Tier::Host), ..spilling(fixed(1.0, 0.0), accumulation) };
+                let case = case(&many, &tightened(&model(&many), &wanted, share), slow(scale), true);
+                assert!(case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
+                case.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn parameters_are_on_the_disk() {
+    for accumulation in [1, 2] {
+        for share in [0.0, 0.06, 0.12] {
+            for scale in DISKS {
+                let many = [LARGE[1]; 9];
+                let wanted = tightened(&model(&many), &spilling(fixed(1.0, 1.0), accumulation), share);
+                let case = case(&many, &wanted, slow(scale), true);
+                assert!(case.plan.chunks.iter().any(|c| c.home == ParamHome::Fetched), "{:?}", case.plan.chunks);
+                case.check();
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_frozen_is_on_the_disk() {
+    let many = [(36_864, 20_000, false); 18];
+    for accumulation in [1, 2] {
+        for share in [0.0, 0.2, 0.4] {
+            for scale in DISKS {
+                let model = freeze(model(&many), |chunk| !matches!(chunk, 1 | 5));
+                let wanted = tightened(&model, &spilling(fixed(1.0, 1.0), accumulation), share);
+                let case = case_of(model, &many, &wanted, slow(scale), true);
+                let fetched = case.plan.chunks.iter().filter(|c| c.home == ParamHome::Fetched && c.class == OptimizerClass::Frozen);
+                assert!(fetched.count() >= 3, "{:?}", case.plan.chunks);
+                case.check();
+            }
+        }
+    }
+}
+
 #[test]
 fn a_machine_that_takes_other_times_decides_otherwise() {
     // Else the comparison would say nothing about time.
@@ -577,6 +715,36 @@ proptest! {
         let mut case = case(&sizes, &wanted, slow(scale), clips);
         if let Some(numel) = piece_numel.filter(|_| case.plan.device.staging > 0) {
             case.plan.device.staging = 3 * 64 * numel * 10;
+        }
+        case.check();
+    }
+
+    #[test]
+    fn random_models_that_spill(
+        sizes in prop::collection::vec((1_u64..400, 100_u64..40_000, prop::bool::weighted(0.2)), 3..14),
+        frozen in prop::collection::vec(prop::bool::weighted(0.2), 14),
+        optim in 0.5..=1.0_f64,
+        param in 0.0..=1.0_f64,
+        share in prop_oneof![Just(0.0), 0.0..1.0_f64],
+        accumulation in 1_u32..4,
+        mode in 0_usize..3,
+        late_moments in prop::option::of(prop::bool::ANY),
+        accumulate in prop::option::of(prop::sample::select(vec![Tier::Device, Tier::Host])),
+        buffers in prop::option::of(2_u32..6),
+        scale in prop::array::uniform4(0.05..8.0_f64),
+        clips: bool,
+    ) {
+        let sizes: Vec<(u64, u64, bool)> = sizes.into_iter().map(|(n, saved, shares)| (64 * n, saved, shares)).collect();
+        let clip_mode = [ClipMode::Defer, ClipMode::Speculate, ClipMode::Auto][mode];
+        let wanted = PlanRequest { clip_mode, late_moments, accumulate, ..spilling(fixed(optim.max(param), param), accumulation) };
+        let model = freeze(model(&sizes), |chunk| frozen[chunk]);
+        prop_assume!(plan(&model.0, &model.1, &wanted).is_ok());
+        let wanted = tightened(&model, &wanted, share);
+        let mut case = case_of(model, &sizes, &wanted, slow(scale), clips);
+        if let (Some(nvme), Some(buffers)) = (&mut case.plan.nvme, buffers) {
+            nvme.buffers = buffers.min(nvme.buffers);
+            nvme.grad_buffers = buffers.min(nvme.grad_buffers);
+            nvme.fetch_buffers = buffers.min(nvme.fetch_buffers);
         }
         case.check();
     }

@@ -6,6 +6,7 @@
 mod actions;
 pub mod calls;
 mod collectives;
+mod landing;
 mod late;
 pub mod machine;
 pub mod offload;
@@ -31,11 +32,12 @@ use std::collections::{BTreeMap, VecDeque};
 use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
+use tierwise_core::fetching::FetchRequest;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
-use tierwise_core::staging::StagingError;
+use tierwise_core::staging::{PieceId, StagingError};
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, OpId, Tier};
 use window::Window;
@@ -121,8 +123,10 @@ enum Effect {
     Landed {
         bytes: u64,
     },
-    /// A gradient is in its buffer, to be added to its sum.
-    Arrived(ChunkId, late::Arrived),
+    /// A gradient has landed.
+    Arrived(landing::Arrived),
+    /// The landing worker is done with a gradient.
+    LandingEnded,
     /// Late moments were written.
     Moments(ChunkId),
     /// What landed while moments were written is added, one after the other.
@@ -138,6 +142,22 @@ enum Effect {
     GradRead(u32),
     /// The disk has all of a chunk's gradient, or of its sum.
     GradWritten(ChunkId),
+    /// The norm of a gradient was taken that the disk writes.
+    LandedOnDisk {
+        chunk: ChunkId,
+        writes: Vec<Token>,
+        landed: Option<Event>,
+    },
+    /// The disk has written a gradient buffer.
+    GradGivenBack(u32),
+    /// The disk has read a piece of a sum.
+    SumRead,
+    /// A piece was added to its sum.
+    SumAdded,
+    /// The disk has read a piece of fetched parameters into a buffer.
+    FetchRead(FetchRequest, PieceId, u32),
+    /// The link has taken it out.
+    Fetched(u32),
 }
 
 struct Run<'a> {
@@ -156,12 +176,15 @@ struct Run<'a> {
     peak: (String, u64, u64),
     /// Latest task after which a chunk's device parameters are current, and what kind of work it is.
     written: Vec<Option<(Token, Cause)>>,
+    /// What the next copy to the device comes after.
+    link_waits: Vec<Token>,
     /// Ranges of the slab whose last reader is this task.
     guards: Guards<Token>,
     release: Option<Token>,
     commit: Option<Token>,
     in_flight_bytes: u64,
     staging_free: u32,
+    landing: landing::Landing,
     waiting: late::Waiting,
     streaming: Streaming,
     /// Gradient bytes of each chunk that is stepped on the device that its step will read.
@@ -251,7 +274,7 @@ impl<'a> Run<'a> {
             calls: calls(trace, plan, &backward),
             scheduler: Scheduler::new(layout.clone(), trace.clone(), plan.clone(), Some(1.0)),
             machine: Machine::new(hardware).sustaining(costs.sustained),
-            thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None },
+            thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None, entered: false },
             blocks: Blocks::default(),
             fixed: device.used(),
             activations: 0,
@@ -260,11 +283,13 @@ impl<'a> Run<'a> {
             device,
             host,
             written: vec![None; chunks],
+            link_waits: Vec::new(),
             guards: Guards::default(),
             release: None,
             commit: None,
             in_flight_bytes: 0,
             staging_free: plan.landing_buffers,
+            landing: landing::Landing::default(),
             waiting: late::Waiting::new(),
             streaming: Streaming::new(chunks),
             held: vec![0; chunks],
@@ -353,7 +378,8 @@ impl<'a> Run<'a> {
                     self.in_flight_bytes -= bytes;
                     self.free_gradients(bytes);
                 }
-                Effect::Arrived(chunk, arrived) => self.arrived(chunk, arrived),
+                Effect::Arrived(arrived) => self.arrived(arrived)?,
+                Effect::LandingEnded => self.landing_ended()?,
                 Effect::Moments(chunk) => self.moments_ended(chunk)?,
                 Effect::AddWaiting(chunk) => self.add_waiting(chunk),
                 Effect::FreeStaging => self.staging_free += 1,
@@ -362,6 +388,12 @@ impl<'a> Run<'a> {
                 Effect::Stepped(buffer) => self.was_stepped(buffer)?,
                 Effect::GradRead(buffer) => self.grad_was_read(buffer),
                 Effect::GradWritten(chunk) => self.spilled.grad_was_written(chunk),
+                Effect::LandedOnDisk { chunk, writes, landed } => self.landed_on_disk(chunk, writes, landed)?,
+                Effect::GradGivenBack(buffer) => self.give_grad_back(buffer)?,
+                Effect::SumRead => self.add_pieces()?,
+                Effect::SumAdded => self.sum_was_added()?,
+                Effect::FetchRead(request, piece, buffer) => self.fetch_was_read(request, piece, buffer),
+                Effect::Fetched(buffer) => self.fetch_was_copied(buffer),
             }
         }
         Ok(())
@@ -402,7 +434,11 @@ impl<'a> Run<'a> {
             window.tally.ended(&ended, now);
         }
         let is_compute = ended.lane == Lane::Compute;
+        let wrote = ended.lane == Lane::DiskWrite;
         self.effects(ended.effects)?;
+        if wrote {
+            self.settle_writes()?;
+        }
         if is_compute {
             self.compute_ended += 1;
             let per_step = self.setup.trace.ops.len() as u64 * u64::from(self.setup.plan.accumulation);

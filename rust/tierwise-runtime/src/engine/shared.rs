@@ -18,6 +18,7 @@ use tierwise_core::ChunkId;
 use tierwise_core::budget::Budget;
 use tierwise_core::scheduler::{Decision, Event, Progress, Scheduler};
 use tierwise_core::slab::Guards;
+use tierwise_io::{Direction, Key};
 use tierwise_kernels::Pool;
 
 /// What several threads share.
@@ -110,7 +111,7 @@ impl Shared {
                 other => Error::Stopped(other.to_string()),
             });
         }
-        self.changed.notify_all();
+        self.notify();
     }
 
     /// A worker is about to move so many bytes through host memory.
@@ -120,8 +121,25 @@ impl Shared {
         }
     }
 
+    /// When a transfer that the disk gets now will have ended, where a clock says so.
+    pub(crate) fn disk_work(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> Option<EventRef> {
+        self.clock.as_ref().map(|clock| clock.disk(key, direction, bytes, after))
+    }
+
     pub(crate) fn notify(&self) {
+        if let Some(clock) = &self.clock {
+            clock.news();
+        }
         self.changed.notify_all();
+    }
+
+    /// A worker waits for a change, or a moment.
+    pub(crate) fn wait_for_news<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if let Some(clock) = &self.clock {
+            clock.parks();
+        }
+        let waited = self.changed.wait_timeout(state, POLL);
+        waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
     }
 
     /// Hands an event to the scheduler and carries out its actions.
@@ -132,7 +150,7 @@ impl Shared {
         let outcome = self.execute(state, &actions);
         self.or_stop(state, outcome)?;
         if !actions.is_empty() {
-            self.changed.notify_all();
+            self.notify();
         }
         Ok(progress?)
     }
@@ -142,7 +160,7 @@ impl Shared {
         let mut state = self.lock();
         self.apply(&mut state, event)?;
         drop(state);
-        self.changed.notify_all();
+        self.notify();
         Ok(())
     }
 

@@ -8,7 +8,8 @@
 //! Nobody waits for ever: landing buffers wait for writes only, writes for nobody; a step gives a gradient buffer back without needing
 //! another, and reads in the order in which pieces are stepped.
 
-use super::{Spill, chunk_name, spill, wait};
+use super::{Spill, await_clock, chunk_name, spill};
+use crate::device::EventRef;
 use crate::engine::{Shared, State};
 use crate::error::{Error, Result};
 use crate::workers::Job;
@@ -27,6 +28,8 @@ use tierwise_io::{Direction, Key, Priority};
 pub(super) struct GradTransfer {
     /// Or why it could not even be submitted.
     ticket: std::result::Result<Ticket, DiskError>,
+    /// When it ends by the clock, where there is one.
+    ends: Option<EventRef>,
     direction: Direction,
     chunk: ChunkId,
     /// For people: of what.
@@ -139,13 +142,14 @@ impl Shared {
             Direction::Read => store.read(key, generation, &mut buffer, Priority::Soon),
             Direction::Write => store.write(key, generation, &buffer, Priority::Soon),
         };
+        let ends = self.disk_work(key, direction, bytes, None);
         let what = format!("spilled gradient of `{}`, elements {first} to {}", chunk_name(state, chunk), first + numel);
-        Ok(GradTransfer { ticket, direction, chunk, what, bytes, submitted, path })
+        Ok(GradTransfer { ticket, ends, direction, chunk, what, bytes, submitted, path })
     }
 
     /// Waits for a transfer.
     pub(super) fn await_grad(&self, transfer: &GradTransfer) -> Result<()> {
-        let GradTransfer { ticket, direction, chunk, what, bytes, submitted, path } = transfer;
+        let GradTransfer { ticket, ends, direction, chunk, what, bytes, submitted, path } = transfer;
         let outcome = ticket.as_ref().map_err(DiskError::clone).and_then(Ticket::wait);
         let failed = |source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) };
         if let Err(source @ DiskError::NotStored { .. }) = outcome {
@@ -158,10 +162,11 @@ impl Shared {
                 if self.stopping() {
                     return Err(Error::Stopped("the engine is being dropped".to_owned()));
                 }
-                state = wait(self, state);
+                state = self.wait_for_news(state);
             }
         }
         outcome.map_err(failed)?;
+        await_clock(ends.as_ref())?;
         let mut state = self.lock();
         let verb = if *direction == Direction::Read { "read" } else { "write" };
         let name = format!("{verb} gradient {}", chunk_name(&state, *chunk));

@@ -1,6 +1,6 @@
 //! The optimizer step of a spilled chunk, piece by piece, while the disk reads ahead and writes back.
 
-use super::{Spill, chunk_name, spill, wait};
+use super::{Spill, chunk_name, spill};
 use crate::device::{EventRef, Queue, Transfer as Copy};
 use crate::engine::{Shared, State};
 use crate::error::{Error, Result};
@@ -124,6 +124,7 @@ impl SpilledStep {
                 };
                 (piece, self.segments(spill, piece, buffer, grads))
             };
+            shared.host_work(|| segments.iter().map(|s| s.numel as u64 * self.element_bytes()).sum());
             let start = shared.device.now_ns();
             // SAFETY: the buffer is lent to this step; gradients and parameters are in the slab that `shared` keeps alive, and the
             // scheduler lets nobody else touch a chunk that is being stepped.
@@ -158,8 +159,13 @@ impl SpilledStep {
                 return Ok(Some((id, buffer, grad)));
             }
             waited = true;
-            state = wait(shared, state);
+            state = shared.wait_for_news(state);
         }
+    }
+
+    /// Bytes that the step of an element reads and writes.
+    fn element_bytes(&self) -> u64 {
+        self.dtype.bytes() as u64 + 2 * (self.precision.param_bytes() + self.precision.state_bytes())
     }
 
     /// The parts of the changed parameters that lie in a piece; `grads` is the address of the chunk's gradient, as if all of it were there.
@@ -178,7 +184,7 @@ impl SpilledStep {
         let mut guard = shared.lock();
         let state = &mut *guard;
         let end = shared.device.now_ns();
-        state.recorder.span("host optimizer", format!("step {}", self.name), piece.numel * traffic(self.precision), start, end);
+        state.recorder.span("host optimizer, spilled", format!("step {}", self.name), piece.numel * traffic(self.precision), start, end);
         if let Some(device) = self.device {
             let (src, element) = spill(state)?.payload(piece, buffer, 0);
             let bytes = piece.numel * element;

@@ -4,7 +4,7 @@
 //! are added in their order. It takes as many buffers as are free, and waits only while it has none.
 
 use super::grads::{GradTransfer, touched_pieces};
-use super::{spill, wait};
+use super::spill;
 use crate::engine::{Shared, State};
 use crate::error::Result;
 use crate::gradients::added_bytes;
@@ -102,7 +102,8 @@ impl SpilledSum {
                 Addition { dst: at(first), sums, src: GradSpan { ptr, dtype, numel: numel as usize }, overwrite }
             };
             let additions: Vec<Addition> = part.added.iter().map(addition).collect();
-            shared.host_work(|| additions.iter().map(added_bytes).sum());
+            let normed: u64 = part.norm.iter().map(|&(_, _, numel)| numel * sums.bytes() as u64).sum();
+            shared.host_work(|| normed + additions.iter().map(added_bytes).sum::<u64>());
             // SAFETY: the buffer was borrowed from the slab that `shared` keeps alive; the landing buffer is taken until the caller frees it.
             unsafe { accumulate::add(&shared.pool, &additions) };
             for &(index, first, numel) in &part.norm {
@@ -151,7 +152,7 @@ fn read_ahead(shared: &Arc<Shared>, left: &mut VecDeque<Part>, ahead: &mut VecDe
             if !ahead.is_empty() {
                 break;
             }
-            guard = wait(shared, guard);
+            guard = shared.wait_for_news(guard);
             continue;
         };
         let (address, generation) = (grads.address(buffer), grads.buffers.generation(part.id));

@@ -5,15 +5,17 @@
 //! the engine's threads are real.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::ThreadId;
+use tierwise_io::{Direction, Key};
 use tierwise_kernels::{AdamSegment, GradSpan, Pool, accumulate, adam, norm};
 use tierwise_runtime::device::{Addition, Clock, ComputeStream, Device, Event, EventRef, Queue, Transfer, WorkerId};
 use tierwise_runtime::error::{Error, Result};
 use tierwise_sim::executor::machine::{LANES, Lane, Machine, Task, Token};
 use tierwise_sim::hardware::Hardware;
 
-const WORKERS: usize = 5;
+const WORKERS: usize = 10;
 
 thread_local! {
     /// Which worker this thread is.
@@ -38,12 +40,16 @@ struct Inner {
     /// What every event ever recorded comes after.
     events: Vec<Vec<Token>>,
     workers: [Worker; WORKERS],
+    /// The latest write of every payload, which its reads come after.
+    written: BTreeMap<Key, Token>,
 }
 
 #[derive(Default)]
 struct Worker {
     jobs: usize,
     waits_for: Option<Vec<Token>>,
+    /// Whether it waits for what the others do.
+    parks: bool,
 }
 
 /// An address that moves into a task's memory work.
@@ -92,7 +98,7 @@ impl Inner {
     }
 
     fn at_rest(&self) -> bool {
-        self.workers.iter().all(|w| w.jobs == 0 || w.waits_for.as_ref().is_some_and(|tokens| !self.done(tokens)))
+        self.workers.iter().all(|w| w.jobs == 0 || w.parks || w.waits_for.as_ref().is_some_and(|tokens| !self.done(tokens)))
     }
 }
 
@@ -118,6 +124,7 @@ impl VirtualDevice {
                 waits: Default::default(),
                 events: Vec::new(),
                 workers: Default::default(),
+                written: BTreeMap::new(),
             }),
             changed: Condvar::new(),
             driver: std::thread::current().id(),
@@ -341,10 +348,42 @@ impl Clock for VirtualDevice {
         let lane = match WORKER.get() {
             Some(WorkerId::Adam) => Lane::HostAdam,
             Some(WorkerId::Landing) => Lane::Landing,
+            Some(WorkerId::Spill) => Lane::SpillAdam,
             other => panic!("no host work is expected of {other:?}"),
         };
         let token = self.lock().push(lane, bytes as f64, None);
         self.wait(&[token]).unwrap();
+    }
+
+    fn disk(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> EventRef {
+        let mut inner = self.lock();
+        let lane = if direction == Direction::Read { Lane::DiskRead } else { Lane::DiskWrite };
+        let before = after.map(|event| inner.events[event.cuda_event().expect("its own event") as usize].clone());
+        inner.waits[lane as usize].extend(before.into_iter().flatten());
+        if direction == Direction::Read {
+            let written = inner.written.get(&key).copied();
+            inner.waits[lane as usize].extend(written);
+        }
+        let token = inner.push(lane, bytes as f64, None);
+        if direction == Direction::Write {
+            inner.written.insert(key, token);
+        }
+        inner.events.push(vec![token]);
+        let id = inner.events.len() - 1;
+        drop(inner);
+        self.event(id)
+    }
+
+    fn parks(&self) {
+        let worker = WORKER.get().expect("only workers park") as usize;
+        self.lock().workers[worker].parks = true;
+        self.changed.notify_all();
+    }
+
+    fn news(&self) {
+        for worker in &mut self.lock().workers {
+            worker.parks = false;
+        }
     }
 
     fn pass(&self) -> Result<()> {

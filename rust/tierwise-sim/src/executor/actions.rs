@@ -1,6 +1,6 @@
 //! Carrying out the scheduler's actions, and the way of gradients: the counterpart of the runtime's `execute.rs` and `gradients.rs`.
 
-use super::late::Arrived;
+use super::landing::{Arrived, What};
 use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
@@ -77,6 +77,10 @@ impl Run<'_> {
         on_end: Vec<Effect>,
     ) -> Token {
         let name = format!("{what} {}", self.chunk_name(chunk));
+        let mut waits = waits;
+        if lane == Lane::HostToDevice {
+            waits.append(&mut self.link_waits);
+        }
         self.machine.push(lane, Task { name, bytes, work, waits, on_start, on_end })
     }
 
@@ -89,10 +93,12 @@ impl Run<'_> {
 
     fn fetch(&mut self, chunk: ChunkId, offset: u64, demand: bool) {
         let end = offset + self.setup.layout.param_bytes(chunk);
-        let mut waits = self.guards.reuse(offset, end);
+        let waits = self.guards.reuse(offset, end);
         if self.setup.plan.chunks[chunk.index()].home == ParamHome::Fetched {
-            let bytes = self.setup.layout.param_bytes(chunk);
-            waits.push(self.enqueue(Lane::DiskRead, "fetch", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), Vec::new()));
+            // Whatever is copied next comes after them, and so do its own copies.
+            self.link_waits.extend(waits);
+            self.fetch_spilled(chunk, offset);
+            return;
         }
         self.copy_params(chunk, if demand { "demand fetch" } else { "fetch" }, waits, Cause::Fetch);
     }
@@ -159,27 +165,17 @@ impl Run<'_> {
         if leaves {
             self.in_flight_bytes += bytes;
             self.staging_free -= u32::from(lands);
-            let mut arrived = vec![Effect::Landed { bytes }];
-            if accumulates && plan.late_moments && !spilled {
-                arrived.push(Effect::Arrived(chunk, Arrived { added, landed: landed.clone() }));
-            }
-            let copied = self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), arrived);
+            let what = match (spilled, accumulates) {
+                (true, true) => What::AddOnDisk { first: self.is_first_micro_batch() },
+                (true, false) => What::Write,
+                (false, true) => What::Add { added },
+                (false, false) => What::Norm,
+            };
             if spilled {
-                self.land_on_disk(chunk, copied, landed.map(Effect::Post));
-                return Ok(None);
+                self.spilled.set_landing(chunk);
             }
-            if accumulates && plan.late_moments {
-                return Ok(None);
-            }
-            if accumulates {
-                let freed = vec![Effect::FreeStaging];
-                let work = self.setup.hardware.addition_work(added);
-                self.enqueue(Lane::Landing, "accumulate", chunk, added, work, vec![copied], Vec::new(), freed);
-            }
-            if let Some(landed) = landed {
-                let read = self.final_grad_bytes(chunk);
-                self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, vec![copied], Vec::new(), vec![Effect::Post(landed)]);
-            }
+            let arrived = vec![Effect::Landed { bytes }, Effect::Arrived(Arrived { chunk, what, landed })];
+            self.enqueue(Lane::DeviceToHost, "gradients", chunk, bytes, bytes as f64, produced, Vec::new(), arrived);
         } else {
             if accumulates {
                 self.leaving_bytes += bytes;

@@ -31,12 +31,14 @@ pub enum Lane {
     StatesIn,
     /// The copy stream of optimizer states that go back; work is bytes.
     StatesOut,
+    /// The host's Adam over what is spilled, on the same threads; work is bytes of host memory traffic.
+    SpillAdam,
     /// The training thread of another system, which enqueues and blocks; work is nanoseconds.
     Thread,
 }
 
 /// All lanes, in the order in which tasks begin and end that do so at the same moment.
-pub const LANES: [Lane; 13] = [
+pub const LANES: [Lane; 14] = [
     Lane::Compute,
     Lane::HostToDevice,
     Lane::DeviceToHost,
@@ -49,6 +51,7 @@ pub const LANES: [Lane; 13] = [
     Lane::DiskWrite,
     Lane::StatesIn,
     Lane::StatesOut,
+    Lane::SpillAdam,
     Lane::Thread,
 ];
 
@@ -61,6 +64,7 @@ impl Lane {
             Lane::DeviceToHost => "d2h",
             Lane::Optimizer => "device optimizer",
             Lane::HostAdam => "host optimizer",
+            Lane::SpillAdam => "host optimizer, spilled",
             Lane::Gather => "all-gather",
             Lane::Reduce => "reduce",
             Lane::Landing => "host norm",

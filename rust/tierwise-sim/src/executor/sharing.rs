@@ -87,17 +87,18 @@ impl<'a> Speeds<'a> {
     }
 
     fn as_measured(&self, table: &[Actors; 16], busy: &impl Fn(Lane) -> bool) -> Rates {
-        let host = busy(Lane::HostAdam) || busy(Lane::Landing);
+        let turns = host_turns(busy);
         let set = usize::from(busy(Lane::HostToDevice))
             | usize::from(busy(Lane::DeviceToHost)) << 1
-            | usize::from(host) << 2
+            | usize::from(turns > 0.0) << 2
             | usize::from(busy(Lane::Compute)) << 3;
         let with = |bit: usize| &table[set | bit];
-        // Both kinds of host work run on the same threads, half each; either is slowed down by the others as Adam is.
-        let half = if busy(Lane::HostAdam) && busy(Lane::Landing) { 0.5 } else { 1.0 };
+        // All host work runs on the same threads, in turns; each is slowed down by the device's as Adam is.
+        let share = 1.0 / turns.max(1.0);
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
-        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, with(4).adam * half, 1.0, 1.0, landing * half, 0.0, 0.0, 0.0, 0.0, 1.0]
+        let adam = with(4).adam * share;
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, adam, 1.0, 1.0, landing * share, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
     }
 
     fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
@@ -106,7 +107,8 @@ impl<'a> Speeds<'a> {
         if busy(Lane::DeviceToHost) {
             compute -= h.d2h_compute_tax;
         }
-        if busy(Lane::HostAdam) {
+        let steps = [Lane::HostAdam, Lane::SpillAdam].into_iter().filter(|&lane| busy(lane)).count();
+        if steps > 0 {
             compute -= h.host_adam_compute_tax;
         }
         let duplex = busy(Lane::HostToDevice) && busy(Lane::DeviceToHost);
@@ -114,12 +116,19 @@ impl<'a> Speeds<'a> {
         // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
         let left = h.host_memory_bytes_per_s - if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
         let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
-        let wanted = [(Lane::HostToDevice, h2d), (Lane::HostAdam, adam), (Lane::Landing, h.host_stream_bytes_per_s)];
-        let total: f64 = wanted.iter().map(|&(lane, rate)| if busy(lane) { rate } else { 0.0 }).sum();
+        let wanted = [(busy(Lane::HostToDevice), h2d), (steps > 0, adam), (busy(Lane::Landing), h.host_stream_bytes_per_s)];
+        let total: f64 = wanted.iter().map(|&(is_busy, rate)| if is_busy { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam * share / 1e9, 1.0, 1.0, landing, 0.0, 0.0, 0.0, 0.0, 1.0]
+        // Both kinds of steps run on the same threads, in turns.
+        let adam = adam * share / 1e9 / steps.max(1) as f64;
+        [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam, 1.0, 1.0, landing, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
     }
+}
+
+/// How many kinds of host work take turns on the host's threads.
+fn host_turns(busy: &impl Fn(Lane) -> bool) -> f64 {
+    [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().filter(|&lane| busy(lane)).count() as f64
 }
 
 /// The measurements by set of actors; none unless every set was measured.

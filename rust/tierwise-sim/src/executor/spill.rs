@@ -1,14 +1,19 @@
 //! Spilled states in virtual time: the core's staging machine with lanes instead of a disk; the counterpart of the runtime's `spill`.
 
+mod fetch;
+mod sums;
+
 use super::machine::{Lane, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, Setup, SimError};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use sums::Adding;
 use tierwise_core::budget::Budget;
+use tierwise_core::fetching::Fetching;
 use tierwise_core::grad_buffers::{GradBuffers, GradRead};
 use tierwise_core::plan::ParamHome;
 use tierwise_core::scheduler::Event;
-use tierwise_core::staging::{PieceId, Pieces, Staging, Transfer};
+use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
 use tierwise_core::{ChunkId, Tier};
 
 /// A step that takes pieces as they come.
@@ -17,6 +22,17 @@ struct Step {
     left: usize,
     /// A copy that may still read the parameters that are about to be rewritten.
     waits: Vec<Token>,
+}
+
+/// What of a piece is an extent of its own on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Extent {
+    /// States, and parameters where they are not read alone.
+    States,
+    /// Parameters that are fetched.
+    Params,
+    /// A gradient or its sum.
+    Gradient,
 }
 
 /// What is spilled, and where it is on its way.
@@ -29,9 +45,15 @@ pub(super) struct Spilled {
     /// The piece that is being stepped, and the buffer of its gradient, if that is spilled.
     stepping: Option<(PieceId, Option<u32>)>,
     grads: GradBuffers,
-    /// Per chunk: whether what was handed over last is not all on the disk yet, and the task that writes it.
+    /// Per chunk: whether what was handed over last is not all on the disk yet.
     landing: Vec<bool>,
-    grad_written: Vec<Option<Token>>,
+    /// A sum on the disk that is being added to.
+    adding: Option<Adding>,
+    fetching: Fetching,
+    /// The latest write of every extent, which its reads come after.
+    written: BTreeMap<(PieceId, Extent), Token>,
+    /// The worker that waits for writes: what each means, in the order in which it was told of them.
+    writes: VecDeque<(Vec<Token>, Vec<Effect>)>,
     /// Per buffer: the copy to the device that reads it.
     copied: Vec<Option<Token>>,
 }
@@ -39,32 +61,38 @@ pub(super) struct Spilled {
 impl Spilled {
     pub fn new(setup: &Setup) -> Result<Spilled, SimError> {
         let pieces = Pieces::new(setup.layout, setup.trace, setup.plan);
-        let buffers = setup.plan.nvme.map_or(0, |nvme| nvme.buffers);
-        if let Some(nvme) = setup.plan.nvme {
+        let nvme = setup.plan.nvme.unwrap_or_default();
+        if setup.plan.nvme.is_some() {
             if setup.hardware.nvme.is_none() {
                 return Err(SimError::Mismatch(format!("the plan spills {} bytes, the machine has no disk", nvme.payload_bytes)));
             }
             Budget::new(Tier::Nvme, setup.nvme_budget).reserve(nvme.file_bytes, "the spill file")?;
         }
-        let staging = Staging::new(pieces.len(), pieces.stepped(), buffers);
-        let grad_buffers = setup.plan.nvme.map_or(0, |nvme| nvme.grad_buffers);
         let chunks = setup.layout.chunks.len();
         Ok(Spilled {
-            grads: GradBuffers::new(pieces.len(), grad_buffers),
+            staging: Staging::new(pieces.len(), pieces.stepped(), nvme.buffers),
+            grads: GradBuffers::new(pieces.len(), nvme.grad_buffers),
+            fetching: Fetching::new(chunks, nvme.fetch_buffers),
             pieces,
-            staging,
             steps: VecDeque::new(),
             taken: None,
             stepping: None,
             landing: vec![false; chunks],
-            grad_written: vec![None; chunks],
-            copied: vec![None; buffers as usize],
+            adding: None,
+            written: BTreeMap::new(),
+            writes: VecDeque::new(),
+            copied: vec![None; nvme.buffers as usize],
         })
     }
 
     /// Whether a gradient of a chunk, or its sum, is on its way to the disk.
     pub fn lands(&self, chunk: ChunkId) -> bool {
         self.landing[chunk.index()]
+    }
+
+    /// A gradient of a chunk was handed over that goes to the disk.
+    pub fn set_landing(&mut self, chunk: ChunkId) {
+        self.landing[chunk.index()] = true;
     }
 
     /// The disk has all of it.
@@ -88,13 +116,47 @@ impl Run<'_> {
         self.step_piece();
     }
 
+    /// Bytes of an element's gradient, or of its sum.
+    fn grad_element(&self) -> u64 {
+        self.setup.layout.final_grad_element(self.setup.plan.accumulation)
+    }
+
+    /// Gives the disk a read, which begins after the latest write of the same.
+    fn disk_read(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64, done: Vec<Effect>) -> Token {
+        let waits = self.spilled.written.get(&(id, extent)).copied().into_iter().collect();
+        let chunk = self.spilled.pieces.get(id).chunk;
+        self.enqueue(Lane::DiskRead, what, chunk, bytes, bytes as f64, waits, Vec::new(), done)
+    }
+
+    fn disk_write(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64, waits: Vec<Token>) -> Token {
+        let chunk = self.spilled.pieces.get(id).chunk;
+        let token = self.enqueue(Lane::DiskWrite, what, chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
+        self.spilled.written.insert((id, extent), token);
+        token
+    }
+
+    /// The worker that waits for writes is told of some, and of what their end means.
+    fn await_writes(&mut self, writes: Vec<Token>, meaning: Vec<Effect>) -> Result<(), SimError> {
+        self.spilled.writes.push_back((writes, meaning));
+        self.settle_writes()
+    }
+
+    /// Passes on which writes have ended.
+    pub(super) fn settle_writes(&mut self) -> Result<(), SimError> {
+        while let Some((writes, _)) = self.spilled.writes.front()
+            && writes.iter().all(|token| self.machine.ended_ns(*token).is_some())
+        {
+            if let Some((_, meaning)) = self.spilled.writes.pop_front() {
+                self.effects(meaning)?;
+            }
+        }
+        Ok(())
+    }
+
     fn read_grads(&mut self, reads: &[GradRead]) {
         for read in reads {
-            let piece = self.spilled.pieces.get(read.piece);
-            let bytes = piece.numel * self.setup.layout.final_grad_element(self.setup.plan.accumulation);
-            let waits = self.spilled.grad_written[piece.chunk.index()].into_iter().collect();
-            let done = vec![Effect::GradRead(read.buffer)];
-            self.enqueue(Lane::DiskRead, "read gradient", piece.chunk, bytes, bytes as f64, waits, Vec::new(), done);
+            let bytes = self.spilled.pieces.get(read.piece).numel * self.grad_element();
+            self.disk_read("read gradient", read.piece, Extent::Gradient, bytes, vec![Effect::GradRead(read.buffer)]);
         }
     }
 
@@ -103,33 +165,35 @@ impl Run<'_> {
         self.step_piece();
     }
 
-    /// A chunk's gradient has `copied` to where it lands: the norm is taken there while the disk writes it, or it is added to the sum that the
-    /// disk reads and writes again. `landed` is what the norm's end means.
-    pub(super) fn land_on_disk(&mut self, chunk: ChunkId, copied: Token, landed: Option<Effect>) {
-        let plan = self.setup.plan;
-        let bytes = self.setup.layout.grad_bytes(chunk);
-        let sum = self.setup.layout.final_grad_bytes(chunk, plan.accumulation);
-        self.spilled.landing[chunk.index()] = true;
-        let mut waits = vec![copied];
-        let mut freed = vec![Effect::GradWritten(chunk)];
-        if plan.accumulation > 1 {
-            let first = self.is_first_micro_batch();
-            if !first {
-                let mut before = vec![copied];
-                before.extend(self.spilled.grad_written[chunk.index()]);
-                waits.push(self.enqueue(Lane::DiskRead, "read sum", chunk, sum, sum as f64, before, Vec::new(), Vec::new()));
-            }
-            let added = bytes + if first { sum } else { 2 * sum };
-            let done = vec![Effect::FreeStaging];
-            waits = vec![self.enqueue(Lane::Landing, "accumulate", chunk, added, added as f64, waits, Vec::new(), done)];
-        } else {
-            freed.push(Effect::FreeStaging);
-        }
-        let write = self.enqueue(Lane::DiskWrite, "write gradient", chunk, sum, sum as f64, waits, Vec::new(), freed);
-        self.spilled.grad_written[chunk.index()] = Some(write);
+    /// A gradient buffer is free again; those that wait for one are read, for steps first.
+    pub(super) fn give_grad_back(&mut self, buffer: u32) -> Result<(), SimError> {
+        let mut reads = Vec::new();
+        self.spilled.grads.give_back(buffer, &mut reads);
+        self.read_grads(&reads);
+        self.add_pieces()
+    }
+
+    /// The disk writes a chunk's gradient from where it has landed, while its norm is taken.
+    pub(super) fn write_landed(&mut self, chunk: ChunkId, landed: Option<Event>) {
+        let element = self.grad_element();
+        let pieces: Vec<PieceId> = self.spilled.pieces.of_chunk(chunk).collect();
+        let write = |id: PieceId| {
+            let bytes = self.spilled.pieces.get(id).numel * element;
+            self.disk_write("write gradient", id, Extent::Gradient, bytes, Vec::new())
+        };
+        let writes = pieces.into_iter().map(write).collect();
+        let read = self.final_grad_bytes(chunk);
+        let done = vec![Effect::LandedOnDisk { chunk, writes, landed }];
+        self.enqueue(Lane::Landing, "norm", chunk, read, read as f64, Vec::new(), Vec::new(), done);
+    }
+
+    /// The norm of a gradient was taken where it landed; that is free when the disk has all of it too.
+    pub(super) fn landed_on_disk(&mut self, chunk: ChunkId, writes: Vec<Token>, landed: Option<Event>) -> Result<(), SimError> {
+        self.await_writes(writes, vec![Effect::FreeStaging, Effect::GradWritten(chunk)])?;
         if let Some(landed) = landed {
-            self.enqueue(Lane::Landing, "norm", chunk, sum, sum as f64, vec![copied], Vec::new(), vec![landed]);
+            self.apply(&landed)?;
         }
+        self.landing_ended()
     }
 
     /// Steps the next piece if it is there and no other is being stepped.
@@ -152,18 +216,13 @@ impl Run<'_> {
         spilled.stepping = Some((id, grad));
         let share = spilled.pieces.get(id).numel as f64 / self.setup.layout.chunks[chunk.index()].state_numel as f64;
         let bytes = (self.step_bytes(chunk) as f64 * share) as u64;
-        self.enqueue(Lane::HostAdam, "step", chunk, bytes, bytes as f64, waits, Vec::new(), vec![Effect::Stepped(buffer)]);
+        self.enqueue(Lane::SpillAdam, "step", chunk, bytes, bytes as f64, waits, Vec::new(), vec![Effect::Stepped(buffer)]);
     }
 
     pub(super) fn was_stepped(&mut self, buffer: u32) -> Result<(), SimError> {
         let Some((id, grad)) = self.spilled.stepping.take() else {
             return Err(SimError::Mismatch("a piece was stepped that nobody took".to_owned()));
         };
-        if let Some(grad) = grad {
-            let mut reads = Vec::new();
-            self.spilled.grads.give_back(grad, &mut reads);
-            self.read_grads(&reads);
-        }
         let piece = self.spilled.pieces.get(id);
         if self.setup.plan.chunks[piece.chunk.index()].home == ParamHome::Spilled {
             let bytes = piece.numel * self.setup.layout.precision.param_bytes();
@@ -171,6 +230,9 @@ impl Run<'_> {
             let copied = self.enqueue(Lane::HostToDevice, "refresh", piece.chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
             self.written[piece.chunk.index()] = Some((copied, Cause::Optimizer));
             self.spilled.copied[buffer as usize] = Some(copied);
+        }
+        if let Some(grad) = grad {
+            self.give_grad_back(grad)?;
         }
         let mut transfers = Vec::new();
         self.spilled.staging.give_back(buffer, true, &mut transfers)?;
@@ -202,20 +264,39 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// What is transferred for a piece.
+    fn extents(&self, piece: Piece) -> Vec<(Extent, u64)> {
+        if self.setup.plan.chunks[piece.chunk.index()].home != ParamHome::Fetched {
+            return vec![(Extent::States, piece.bytes)];
+        }
+        let params = piece.numel * self.setup.layout.precision.param_bytes();
+        let mut extents = vec![(Extent::Params, params)];
+        if piece.bytes > params {
+            extents.push((Extent::States, piece.bytes - params));
+        }
+        extents
+    }
+
     fn transfer(&mut self, transfers: &[Transfer]) {
         for transfer in transfers {
             match *transfer {
                 Transfer::Zero { .. } => {}
-                Transfer::Read { piece, buffer, .. } => {
-                    let piece = self.spilled.pieces.get(piece);
-                    let done = vec![Effect::Read(buffer)];
-                    self.enqueue(Lane::DiskRead, "read", piece.chunk, piece.bytes, piece.bytes as f64, Vec::new(), Vec::new(), done);
+                Transfer::Read { piece: id, buffer, .. } => {
+                    let extents = self.extents(self.spilled.pieces.get(id));
+                    let last = extents.len() - 1;
+                    for (at, (extent, bytes)) in extents.into_iter().enumerate() {
+                        let done = if at == last { vec![Effect::Read(buffer)] } else { Vec::new() };
+                        self.disk_read("read", id, extent, bytes, done);
+                    }
                 }
-                Transfer::Write { piece, buffer, .. } => {
-                    let piece = self.spilled.pieces.get(piece);
-                    let waits = self.spilled.copied[buffer as usize].take().into_iter().collect();
-                    let done = vec![Effect::Written(buffer)];
-                    self.enqueue(Lane::DiskWrite, "write", piece.chunk, piece.bytes, piece.bytes as f64, waits, Vec::new(), done);
+                Transfer::Write { piece: id, buffer, .. } => {
+                    let waits: Vec<Token> = self.spilled.copied[buffer as usize].take().into_iter().collect();
+                    let mut writes = Vec::new();
+                    for (extent, bytes) in self.extents(self.spilled.pieces.get(id)) {
+                        writes.push(self.disk_write("write", id, extent, bytes, waits.clone()));
+                    }
+                    // Nothing of it has ended yet.
+                    self.spilled.writes.push_back((writes, vec![Effect::Written(buffer)]));
                 }
             }
         }

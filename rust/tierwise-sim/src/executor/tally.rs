@@ -44,7 +44,7 @@ impl Tally {
             Lane::DiskRead => self.nvme_read_bytes += ended.bytes,
             Lane::DiskWrite => self.nvme_written_bytes += ended.bytes,
             Lane::Gather | Lane::Reduce => self.communicated_ns += ended.work as u64,
-            Lane::Optimizer | Lane::HostAdam | Lane::Landing | Lane::Thread => {}
+            Lane::Optimizer | Lane::HostAdam | Lane::SpillAdam | Lane::Landing | Lane::Thread => {}
         }
         *self.busy_ns.entry(ended.lane.track().to_owned()).or_default() += busy;
         self.span(ended.lane.track(), &ended.name, start, now, ended.bytes);

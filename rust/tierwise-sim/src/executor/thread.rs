@@ -24,6 +24,8 @@ pub struct Thread {
     pub at: usize,
     pub ready_ns: u64,
     pub blocked: Option<(u64, Cause)>,
+    /// Whether the operation that it stands at was entered, and only waits for its parameters to come from the disk.
+    pub entered: bool,
 }
 
 impl Run<'_> {
@@ -32,7 +34,10 @@ impl Run<'_> {
         let mut progress = false;
         while self.thread.step <= WARM_UP_STEPS && self.thread.ready_ns <= self.machine.now_ns() {
             let call = self.calls[self.thread.at];
+            let entered = self.thread.entered;
             if let Some(cause) = self.call(call)? {
+                // What was entered and still waits has asked for its parameters.
+                progress |= self.thread.entered != entered;
                 if self.thread.blocked.is_none() {
                     self.thread.blocked = Some((self.machine.now_ns(), cause));
                 }
@@ -129,6 +134,24 @@ impl Run<'_> {
     }
 
     pub(super) fn enter(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
+        if !self.thread.entered
+            && let Some(cause) = self.enter_unit(op)?
+        {
+            return Ok(Some(cause));
+        }
+        // Nobody can wait for the end of a copy that was not submitted yet.
+        self.thread.entered = self.setup.trace.chunks(op).iter().any(|&chunk| self.spilled.fetches(chunk));
+        if self.thread.entered {
+            return Ok(Some(Cause::Fetch));
+        }
+        if self.offload.is_none() {
+            self.work(op, Vec::new())?;
+        }
+        Ok(None)
+    }
+
+    /// Tells the scheduler, as soon as there is room; gives what it waits for.
+    fn enter_unit(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
         let (unit, phase) = self.op(op);
         let (saved, born) = self.needs(op);
         let leaves = if phase == Phase::Forward { self.offloaded_bytes(unit) } else { 0 };
@@ -141,9 +164,6 @@ impl Run<'_> {
         self.release = self.machine.record(Lane::Compute);
         if self.apply(&Event::Enter { unit, phase })? != Progress::Done {
             return Ok(Some(if self.scheduler.is_undecided() { Cause::Gradients } else { Cause::Optimizer }));
-        }
-        if self.offload.is_none() {
-            self.work(op, Vec::new())?;
         }
         Ok(None)
     }
@@ -164,8 +184,8 @@ impl Run<'_> {
 
     /// What the training thread takes while the host's kernels have every core.
     fn launch_ns(&self, ns: u64) -> u64 {
-        let busy =
-            self.setup.hardware.measured.is_some() && [Lane::HostAdam, Lane::Landing].into_iter().any(|lane| self.machine.is_busy(lane));
+        let busy = self.setup.hardware.measured.is_some()
+            && [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().any(|lane| self.machine.is_busy(lane));
         if busy { (ns as f64 * CROWDED).round() as u64 } else { ns }
     }
 
