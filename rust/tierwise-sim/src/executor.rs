@@ -196,6 +196,8 @@ struct Run<'a> {
     /// Kinds of the compute tasks' waits, in order of their enqueueing.
     wait_causes: BTreeMap<usize, Cause>,
     compute_ended: u64,
+    /// Compute tasks of a step.
+    computes: u64,
     /// Latest compute tasks: a gathered chunk takes the buffer of the last but one.
     latest_compute: [Option<Token>; 2],
     window: Option<Window>,
@@ -203,8 +205,8 @@ struct Run<'a> {
     /// Activations that leave the device, if the plan has any, and the device bytes that they take.
     offload: Option<Offload<Token>>,
     offloaded_live: u64,
-    /// Per unit: the latest copy of its activations back, until its backward waits for it.
-    activations_back: Vec<Option<Token>>,
+    /// By unit and storage: the latest copy of activations back, until the backward waits for it.
+    activations_back: BTreeMap<(u32, u64), Token>,
     /// Compute tasks that were enqueued and had not ended when it was last looked, with their kernels; and the kernels of all of them.
     queue: VecDeque<(Token, u64)>,
     queued_kernels: u64,
@@ -270,8 +272,12 @@ impl<'a> Run<'a> {
                 seen.1 = op;
             }
         }
+        let calls = calls(trace, plan, &backward);
+        let offload = Offload::new(trace, plan);
+        let enqueues = |call: &&Call| if offload.is_some() { matches!(call, Call::Work(..)) } else { matches!(call, Call::Enter(_)) };
+        let computes = calls.iter().filter(enqueues).count() as u64;
         Ok(Run {
-            calls: calls(trace, plan, &backward),
+            calls,
             scheduler: Scheduler::new(layout.clone(), trace.clone(), plan.clone(), Some(1.0)),
             machine: Machine::new(hardware).sustaining(costs.sustained),
             thread: Thread { step: 0, at: 0, ready_ns: 0, blocked: None, entered: false },
@@ -297,12 +303,13 @@ impl<'a> Run<'a> {
             backward,
             wait_causes: BTreeMap::new(),
             compute_ended: 0,
+            computes,
             latest_compute: [None; 2],
             window: None,
             spilled,
-            offload: Offload::new(trace, plan),
+            offload,
             offloaded_live: 0,
-            activations_back: vec![None; units],
+            activations_back: BTreeMap::new(),
             queue: VecDeque::new(),
             queued_kernels: 0,
             setup,
@@ -441,7 +448,7 @@ impl<'a> Run<'a> {
         }
         if is_compute {
             self.compute_ended += 1;
-            let per_step = self.setup.trace.ops.len() as u64 * u64::from(self.setup.plan.accumulation);
+            let per_step = self.computes;
             if self.compute_ended == per_step * WARM_UP_STEPS {
                 self.open_window(now);
             } else if self.compute_ended == per_step * (WARM_UP_STEPS + 1) {

@@ -1,5 +1,6 @@
 //! The calls of one optimizer step, as the module hooks make them.
 
+use super::offload::PARTS;
 use tierwise_core::plan::{ActivationPlan, Plan};
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, OpId};
@@ -13,8 +14,9 @@ pub enum Call {
     Enter(OpId),
     /// The backward of an operation asks for activations in host memory, its own and those that come after.
     AskBack(OpId),
-    /// An operation has room for what it saves, or has back what it saved, and its work is enqueued.
-    Work(OpId),
+    /// A part of an operation has room for what it saves, or has back what it saved, and its work is enqueued. Only the operations of units
+    /// that offload have more than one part.
+    Work(OpId, u64),
     /// An operation's work is enqueued.
     Leave(OpId),
     /// The micro-batch's backward begins.
@@ -43,7 +45,8 @@ pub fn calls(trace: &Trace, plan: &Plan, backward: &[Option<(OpId, OpId)>]) -> V
         micro_batch.push(Call::Enter(op));
         if offloads {
             micro_batch.extend(is_backward.then_some(Call::AskBack(op)));
-            micro_batch.push(Call::Work(op));
+            let offloaded = plan.activations[trace.ops[op.index()].unit as usize] == ActivationPlan::Offload;
+            micro_batch.extend((0..if offloaded { PARTS } else { 1 }).map(|part| Call::Work(op, part)));
         }
         if is_backward {
             // Gradients are complete when autograd has accumulated them, which is before the unit is left.

@@ -1,6 +1,6 @@
 //! Offloaded activations: which units' saved bytes leave in forward and come back in backward, and what waits for room in the window.
 //!
-//! The counterpart of Python's `gemini/offload.py`, one storage per forward of an offloaded unit; `H` stands for its copy to the host.
+//! The counterpart of Python's `gemini/offload.py`, [`PARTS`] storages per forward of an offloaded unit; `H` stands for its copy to the host.
 
 use std::collections::VecDeque;
 use tierwise_core::plan::{ActivationPlan, Plan};
@@ -23,9 +23,18 @@ enum State {
     Freed,
 }
 
+/// Storages of a unit, of equal size: enough that they leave, come back and are used one while others move, as the dozen of a real layer do.
+pub const PARTS: u64 = 8;
+
+/// What of a whole belongs to a part; all parts together are the whole.
+pub fn part_of(whole: u64, part: u64) -> u64 {
+    whole * (part + 1) / PARTS - whole * part / PARTS
+}
+
 #[derive(Debug, Clone)]
 struct Visit<H> {
     unit: u32,
+    part: u64,
     state: State,
     copy: Option<H>,
 }
@@ -33,14 +42,16 @@ struct Visit<H> {
 /// All offloaded activations of a micro-batch.
 #[derive(Debug, Clone)]
 pub struct Offload<H> {
-    /// Per unit: bytes that its storage takes in the window, in host memory and on the links, and those that it takes on the device.
+    /// Per unit: bytes that its storages take in the window, in host memory and on the links, and those that they take on the device.
     sizes: Vec<Option<[u64; 2]>>,
     window_bytes: u64,
     /// Bytes of the window in use, and of the device.
     live: [u64; 2],
-    /// One per forward of any unit, in their order.
+    /// One per storage of any unit's forward, in their order.
     visits: Vec<Visit<H>>,
     leaving: VecDeque<usize>,
+    /// What is wanted back, in its order.
+    ahead: VecDeque<usize>,
     /// Bytes of the host's region, and of those in use.
     region: [u64; 2],
 }
@@ -56,8 +67,8 @@ impl<H: Clone> Offload<H> {
             .collect();
         let window_bytes = plan.offload_window_bytes;
         let region = [plan.host.activations, 0];
-        let (live, visits, leaving) = ([0; 2], Vec::new(), VecDeque::new());
-        sizes.iter().any(Option::is_some).then(|| Offload { sizes, window_bytes, live, visits, leaving, region })
+        let (live, visits, leaving, ahead) = ([0; 2], Vec::new(), VecDeque::new(), VecDeque::new());
+        sizes.iter().any(Option::is_some).then(|| Offload { sizes, window_bytes, live, visits, leaving, ahead, region })
     }
 
     /// Whether a unit's activations are offloaded.
@@ -65,9 +76,19 @@ impl<H: Clone> Offload<H> {
         self.sizes[unit as usize].is_some()
     }
 
+    /// How many storages a unit has.
+    pub fn parts(&self, unit: u32) -> u64 {
+        if self.has(unit) { PARTS } else { 1 }
+    }
+
     /// Bytes of a unit's storage on the links.
-    pub fn bytes(&self, unit: u32) -> u64 {
-        self.sizes[unit as usize].map_or(0, |[bytes, _]| bytes)
+    pub fn bytes(&self, unit: u32, part: u64) -> u64 {
+        self.sizes[unit as usize].map_or(0, |[bytes, _]| part_of(bytes, part))
+    }
+
+    /// The same on the device.
+    pub fn on_device(&self, unit: u32, part: u64) -> u64 {
+        self.sizes[unit as usize].map_or(0, |[_, bytes]| part_of(bytes, part))
     }
 
     /// Device bytes of all storages.
@@ -78,13 +99,14 @@ impl<H: Clone> Offload<H> {
     /// Device bytes that copies to the host will free.
     pub fn leaving_bytes(&self) -> u64 {
         let leaving = self.leaving.iter().map(|&at| &self.visits[at]).filter(|visit| visit.state != State::Reclaimed);
-        leaving.map(|visit| self.sizes[visit.unit as usize].map_or(0, |[_, device]| device)).sum()
+        leaving.map(|visit| self.on_device(visit.unit, visit.part)).sum()
     }
 
     /// A micro-batch begins: storages of the one before that still leave are all that is left of it.
     pub fn begin(&mut self) {
         self.visits = self.leaving.iter().map(|&at| self.visits[at].clone()).collect();
         self.leaving = (0..self.visits.len()).collect();
+        self.ahead.clear();
     }
 
     /// Takes storages off the device whose copies have ended.
@@ -94,138 +116,136 @@ impl<H: Clone> Offload<H> {
                 return;
             }
             self.leaving.pop_front();
-            match self.visits[at].state {
+            let Visit { unit, part, state, .. } = self.visits[at];
+            match state {
                 State::Reclaimed => self.visits[at].state = State::Back,
                 State::Freed => {
-                    self.count(self.visits[at].unit, false);
-                    self.region[1] -= self.bytes(self.visits[at].unit);
+                    self.count(unit, part, false);
+                    self.region[1] -= self.bytes(unit, part);
                 }
                 _ => {
-                    self.count(self.visits[at].unit, false);
+                    self.count(unit, part, false);
                     self.visits[at].state = State::Out;
                 }
             }
         }
     }
 
-    /// The copy that a unit's forward has to wait for before it saves anything.
-    pub fn room_for(&self, unit: u32) -> Option<&H> {
-        let full = self.live[0] + self.bytes(unit) > self.window_bytes;
+    /// The copy that a unit's forward has to wait for before it saves a storage.
+    pub fn room_for(&self, unit: u32, part: u64) -> Option<&H> {
+        let full = self.live[0] + self.bytes(unit, part) > self.window_bytes;
         self.leaving.front().filter(|_| full).and_then(|&at| self.visits[at].copy.as_ref())
     }
 
-    /// A unit's forward saves.
-    pub fn save(&mut self, unit: u32) {
-        self.count(unit, true);
+    /// A unit's forward saves a storage.
+    pub fn save(&mut self, unit: u32, part: u64) {
+        self.count(unit, part, true);
     }
 
-    /// Whether what a unit's forward saved can be sent: the region may still hold what the micro-batch before left there.
-    pub fn may_send(&self, unit: u32) -> bool {
+    /// Whether a storage that a unit's forward saved can be sent: the region may still hold what the micro-batch before left there.
+    pub fn may_send(&self, unit: u32, part: u64) -> bool {
         let [bytes, used] = self.region;
-        self.has(unit) && used + self.bytes(unit) <= bytes
+        self.has(unit) && used + self.bytes(unit, part) <= bytes
     }
 
-    /// A unit's forward is over; `copy` is what was enqueued if something was sent.
-    pub fn leave(&mut self, unit: u32, copy: Option<H>) {
+    /// A unit's forward is over; of a storage, `copy` is what was enqueued if it was sent. Storages are told of in their order.
+    pub fn leave(&mut self, unit: u32, part: u64, copy: Option<H>) {
         let state = if copy.is_some() {
-            self.region[1] += self.bytes(unit);
+            self.region[1] += self.bytes(unit, part);
             self.leaving.push_back(self.visits.len());
             State::Leaving
         } else {
             // What stays takes nothing of the window.
-            self.live[0] -= self.bytes(unit);
+            self.live[0] -= self.bytes(unit, part);
             State::Kept
         };
-        self.visits.push(Visit { unit, state, copy });
+        self.visits.push(Visit { unit, part, state, copy });
     }
 
-    /// A unit's backward is entered: what it and the units before it saved stays where it is still there. Gives the others in the order in
-    /// which they are wanted back, each with whether it is this unit's own.
-    pub fn enter_backward(&mut self, unit: u32) -> Vec<usize> {
-        let mut wanted = Vec::new();
+    /// A unit's backward is entered: what it and the units before it saved stays where it is still there; the others are wanted back, as far
+    /// as the window reaches.
+    pub fn enter_backward(&mut self, unit: u32) {
+        self.ahead.clear();
         let mut reach = 0;
-        let Some(own) = self.own(unit) else { return wanted };
-        for at in (0..=own).rev() {
-            if reach > self.window_bytes {
+        let own = self.visits.iter().rposition(|visit| visit.unit == unit && visit.state != State::Freed);
+        for at in (0..own.map_or(0, |own| own + 1)).rev() {
+            // A whole unit is looked at before the next.
+            if reach > self.window_bytes && self.visits[at].part == PARTS - 1 {
                 break;
             }
             match self.visits[at].state {
                 State::Leaving => self.visits[at].state = State::Reclaimed,
                 State::Out => {
-                    reach += self.bytes(self.visits[at].unit);
-                    wanted.push(at);
+                    reach += self.bytes(self.visits[at].unit, self.visits[at].part);
+                    self.ahead.push_back(at);
                 }
                 State::Kept | State::Reclaimed | State::Back | State::Freed => {}
             }
         }
-        wanted
     }
 
-    /// The unit of a storage.
-    pub fn unit(&self, at: usize) -> u32 {
-        self.visits[at].unit
+    /// Whether a storage is in host memory only.
+    pub fn is_out(&self, unit: u32, part: u64) -> bool {
+        self.own(unit, part).is_some_and(|at| self.visits[at].state == State::Out)
     }
 
-    /// Whether what a unit saved is in host memory only.
-    pub fn is_out(&self, unit: u32) -> bool {
-        self.own(unit).is_some_and(|at| self.visits[at].state == State::Out)
-    }
-
-    /// Asks for a storage back if the window has room for it; gives its unit and the copy that took it away.
-    pub fn fetch_ahead(&mut self, at: usize) -> Option<(u32, H)> {
-        if self.live[0] + self.bytes(self.visits[at].unit) > self.window_bytes {
-            return None;
+    /// The next storage that is wanted back, if the window has room for it, and `room` says that the device has: its unit, its part and the
+    /// copy that took it away.
+    pub fn fetch_ahead(&mut self, room: impl Fn(u64) -> bool) -> Option<(u32, u64, H)> {
+        while let Some(&at) = self.ahead.front() {
+            let Visit { unit, part, state, .. } = self.visits[at];
+            if state == State::Out {
+                if self.live[0] + self.bytes(unit, part) > self.window_bytes || !room(self.on_device(unit, part)) {
+                    return None;
+                }
+                self.ahead.pop_front();
+                return self.fetch(at).map(|copy| (unit, part, copy));
+            }
+            self.ahead.pop_front();
         }
-        self.fetch(at)
+        None
     }
 
-    fn fetch(&mut self, at: usize) -> Option<(u32, H)> {
-        let Visit { unit, state, copy } = self.visits[at].clone();
-        if state != State::Out {
-            return None;
-        }
-        self.count(unit, true);
+    fn fetch(&mut self, at: usize) -> Option<H> {
+        let Visit { unit, part, copy, .. } = self.visits[at].clone();
+        self.count(unit, part, true);
         self.visits[at].state = State::Back;
-        Some((unit, copy?))
+        copy
     }
 
-    /// What a unit's backward needs before it can begin.
-    pub fn need(&mut self, unit: u32) -> Need<H> {
-        let Some(at) = self.own(unit).filter(|_| self.is_out(unit)) else { return Need::Nothing };
-        if let Some(copy) = self.room_for(unit) {
+    /// What a unit's backward needs before it can use a storage.
+    pub fn need(&mut self, unit: u32, part: u64) -> Need<H> {
+        let Some(at) = self.own(unit, part).filter(|_| self.is_out(unit, part)) else { return Need::Nothing };
+        if let Some(copy) = self.room_for(unit, part) {
             return Need::Wait(copy.clone());
         }
-        match self.fetch(at) {
-            Some((unit, copy)) => Need::Fetch(unit, copy),
-            None => Need::Nothing,
-        }
+        self.fetch(at).map_or(Need::Nothing, Need::Fetch)
     }
 
-    /// A unit's backward is over: what it saved is gone, at the latest when its copy to the host is done.
-    pub fn leave_backward(&mut self, unit: u32) {
-        let Some(at) = self.own(unit) else { return };
+    /// A unit's backward has used a storage: it is gone, at the latest when its copy to the host is done.
+    pub fn used(&mut self, unit: u32, part: u64) {
+        let Some(at) = self.own(unit, part) else { return };
         match self.visits[at].state {
             State::Back => {
-                self.count(unit, false);
-                self.region[1] -= self.bytes(unit);
+                self.count(unit, part, false);
+                self.region[1] -= self.bytes(unit, part);
             }
-            State::Out => self.region[1] -= self.bytes(unit),
-            State::Kept => self.live[1] -= self.sizes[unit as usize].map_or(0, |[_, device]| device),
+            State::Out => self.region[1] -= self.bytes(unit, part),
+            State::Kept => self.live[1] -= self.on_device(unit, part),
             // They go with their copy.
             State::Leaving | State::Reclaimed | State::Freed => {}
         }
         self.visits[at].state = State::Freed;
     }
 
-    /// The latest visit of a unit that is still needed.
-    fn own(&self, unit: u32) -> Option<usize> {
-        self.visits.iter().rposition(|visit| visit.unit == unit && visit.state != State::Freed)
+    /// The latest visit of a storage that is still needed.
+    fn own(&self, unit: u32, part: u64) -> Option<usize> {
+        self.visits.iter().rposition(|visit| visit.unit == unit && visit.part == part && visit.state != State::Freed)
     }
 
-    fn count(&mut self, unit: u32, more: bool) {
-        let Some(sizes) = self.sizes[unit as usize] else { return };
-        for (live, bytes) in self.live.iter_mut().zip(sizes) {
-            *live = if more { *live + bytes } else { *live - bytes };
+    fn count(&mut self, unit: u32, part: u64, more: bool) {
+        for (live, bytes) in [self.bytes(unit, part), self.on_device(unit, part)].into_iter().enumerate() {
+            self.live[live] = if more { self.live[live] + bytes } else { self.live[live] - bytes };
         }
     }
 }
@@ -237,6 +257,6 @@ pub enum Need<H> {
     Nothing,
     /// This copy to the host has to be done first.
     Wait(H),
-    /// A unit's storage has to come back now, after this copy.
-    Fetch(u32, H),
+    /// The storage has to come back now, after this copy.
+    Fetch(H),
 }

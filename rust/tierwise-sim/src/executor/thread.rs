@@ -2,7 +2,7 @@
 
 use super::calls::Call;
 use super::machine::{Lane, Task, Token};
-use super::offload::Offload;
+use super::offload::{Offload, part_of};
 use super::stalls::Cause;
 use super::{Run, SimError, WARM_UP_STEPS};
 use tierwise_core::OpId;
@@ -67,7 +67,7 @@ impl Run<'_> {
             }
             Call::Enter(op) => return self.enter(op),
             Call::AskBack(op) => self.ask_back(op)?,
-            Call::Work(op) => return self.work_offloading(op),
+            Call::Work(op, part) => return self.work_offloading(op, part),
             Call::Leave(op) => {
                 let (unit, phase) = self.op(op);
                 self.leave_offloading(unit, phase);
@@ -154,7 +154,8 @@ impl Run<'_> {
     fn enter_unit(&mut self, op: OpId) -> Result<Option<Cause>, SimError> {
         let (unit, phase) = self.op(op);
         let (saved, born) = self.needs(op);
-        let leaves = if phase == Phase::Forward { self.offloaded_bytes(unit) } else { 0 };
+        // What leaves the device takes its room storage by storage.
+        let leaves = self.offload.as_ref().filter(|_| phase == Phase::Forward).map_or(0, |offload| offload.on_device(unit, 0));
         if self.waits_for_memory(saved + born + leaves) {
             return Ok(Some(Cause::Memory));
         }
@@ -196,11 +197,23 @@ impl Run<'_> {
     }
 
     /// Enqueues an operation's work, which waits for its parameters, and for `waits` too.
-    pub(super) fn work(&mut self, op: OpId, mut waits: Vec<(Token, Cause)>) -> Result<(), SimError> {
-        let (unit, phase) = self.op(op);
-        let (trace, plan, costs) = (self.setup.trace, self.setup.plan, self.setup.costs);
-        let index = unit as usize;
-        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
+    pub(super) fn work(&mut self, op: OpId, waits: Vec<(Token, Cause)>) -> Result<(), SimError> {
+        let waits = self.reads(op, waits)?;
+        self.launch(op, waits, |whole| whole);
+        Ok(())
+    }
+
+    /// The same for a part of an operation; the first waits for the parameters.
+    pub(super) fn work_part(&mut self, op: OpId, part: u64, waits: Vec<(Token, Cause)>) -> Result<(), SimError> {
+        let waits = if part == 0 { self.reads(op, waits)? } else { waits };
+        self.launch(op, waits, |whole| part_of(whole, part));
+        Ok(())
+    }
+
+    /// Takes what an operation keeps, and gives what it waits for beside `waits`.
+    fn reads(&mut self, op: OpId, mut waits: Vec<(Token, Cause)>) -> Result<Vec<(Token, Cause)>, SimError> {
+        let (unit, _) = self.op(op);
+        let (trace, index) = (self.setup.trace, unit as usize);
         let (saved, born) = self.needs(op);
         self.reserve(saved, born, op)?;
         for chunk in &trace.units[index].chunks {
@@ -213,15 +226,23 @@ impl Run<'_> {
             }
         }
         waits.extend(self.gather_for_use(op));
+        Ok(waits)
+    }
+
+    /// Enqueues so much of an operation's work.
+    fn launch(&mut self, op: OpId, waits: Vec<(Token, Cause)>, share: impl Fn(u64) -> u64) {
+        let (unit, phase) = self.op(op);
+        let (plan, costs, index) = (self.setup.plan, self.setup.costs, unit as usize);
+        let recomputed = plan.activations[index] == ActivationPlan::Recompute;
         let ns = match phase {
             Phase::Forward => costs.forward_ns[index],
             Phase::Backward => costs.backward_ns[index] + if recomputed { costs.recompute_ns[index] } else { 0 },
         };
-        let token = self.compute(op, ns, waits);
-        self.queued_kernels += self.kernels(op);
-        self.queue.push_back((token, self.kernels(op)));
-        self.thread.ready_ns = self.machine.now_ns() + self.launch_ns(costs.launch[index].ns(phase, recomputed));
-        Ok(())
+        let token = self.compute(op, share(ns), waits);
+        let kernels = share(self.kernels(op));
+        self.queued_kernels += kernels;
+        self.queue.push_back((token, kernels));
+        self.thread.ready_ns = self.machine.now_ns() + self.launch_ns(share(costs.launch[index].ns(phase, recomputed)));
     }
 
     pub(super) fn compute(&mut self, op: OpId, ns: u64, waits: Vec<(Token, Cause)>) -> Token {
