@@ -837,6 +837,34 @@ fn all_frozen(layout: &Layout, trace: &Trace) -> (Layout, Trace) {
 }
 
 #[test]
+fn what_a_large_piece_moves_is_whole_blocks() {
+    let (layout, trace) = llama_7b(16_384);
+    let disk = NvmeRequest { budget: 1 << 40, read_bytes: 6e9, write_bytes: 3e9 };
+    // States alone, with parameters that stay on the device, with streamed ones, and with gradients.
+    for (host_budget, fraction, home) in [
+        (60 * GIB, 0.0, ParamHome::Resident),
+        (12 * GIB, 0.0, ParamHome::Spilled),
+        (12 * GIB, 1.0, ParamHome::Fetched),
+        (2 * GIB, 0.0, ParamHome::Spilled),
+    ] {
+        let placement =
+            Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: fraction, stream_optim_frac: 0.0 };
+        let request = PlanRequest { placement, nvme: Some(disk), ..h100(72 * GIB, host_budget) };
+        let found = plan(&layout, &trace, &request).unwrap();
+        check_memory(&layout, &trace, &request, &found);
+        let nvme = found.nvme.unwrap();
+        assert!(found.chunks.iter().any(|c| c.class == OptimizerClass::Nvme && c.home == home), "{:?}", found.chunks);
+        assert_eq!(nvme.block_bytes, 4 << 20);
+        // A buffer has no place of what is not spilled.
+        let spills_params = found.chunks.iter().any(|c| c.home.is_spilled());
+        assert_eq!(nvme.buffer_bytes, nvme.piece_numel * if spills_params { 12 } else { 10 });
+        for payload_bytes in [2, 10, 12].map(|element| nvme.piece_numel * element) {
+            assert!(payload_bytes.is_multiple_of(nvme.block_bytes), "{payload_bytes} of {}", nvme.piece_numel);
+        }
+    }
+}
+
+#[test]
 fn a_frozen_model_that_no_memory_holds_streams_from_the_disk() {
     let (layout, trace) = adapted_70b();
     let disk = NvmeRequest { budget: 1 << 40, read_bytes: 6e9, write_bytes: 3e9 };

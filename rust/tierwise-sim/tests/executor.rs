@@ -353,7 +353,7 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
                     Some(NvmeRequest { budget: 1 << 40, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s });
             })
         };
-        let case = tight(1_600_000_000).unwrap();
+        let case = tight(1_450_000_000).unwrap();
         let nvme = case.plan.nvme.unwrap();
         assert!(case.plan.chunks.iter().all(tierwise_core::plan::ChunkPlan::spills_grads), "{:?}", case.plan.host);
         let outcome = run(&case, &hardware, true).unwrap();

@@ -20,7 +20,7 @@ const GRAD_BUFFERS: u32 = 8;
 const STAGING_SHARE: u64 = 16;
 /// Largest staging buffer: beyond it a disk gains nothing.
 const MAX_BUFFER_BYTES: u64 = 32 << 20;
-/// A piece is a multiple of this many elements, so that every payload in it is aligned.
+/// A piece is a multiple of this many elements, so that every payload in it is aligned. A power of two.
 const PIECE_ALIGN: u64 = 4096;
 /// Largest block of the spill file.
 const MAX_BLOCK_BYTES: u64 = 4 << 20;
@@ -95,6 +95,13 @@ pub(super) fn spill(memory: &Memory, chunks: &mut [ChunkPlan]) -> Option<NvmePla
     }
     if !chunks.iter().any(ChunkPlan::spills_grads) {
         (plan.grad_buffers, plan.grad_buffer_bytes) = (0, 0);
+    }
+    if !chunks.iter().any(|placed| placed.home.is_spilled()) {
+        // Without the place of parameters there is room for more buffers.
+        used -= plan.staging_bytes();
+        plan.buffer_bytes = (stepped_numel(memory, plan.piece_numel) * memory.layout.precision.state_bytes()).next_multiple_of(BLOCK_ALIGN);
+        plan.block_bytes = plan.block_bytes.min(plan.buffer_bytes);
+        used += plan.staging_bytes();
     }
     count(memory, chunks, &mut plan);
     if plan.payload_bytes == 0 {
@@ -182,10 +189,11 @@ fn sizes(memory: &Memory) -> NvmePlan {
     let wanted = (staging / BUFFERS).min(MAX_BUFFER_BYTES);
     let stepped = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0).next_multiple_of(PIECE_ALIGN);
     let largest = memory.layout.chunks.iter().map(frozen).max().unwrap_or(0).next_multiple_of(PIECE_ALIGN).max(stepped);
-    let piece_numel = ((wanted / element).min(largest) / PIECE_ALIGN * PIECE_ALIGN).max(PIECE_ALIGN);
+    // A power of two: states, parameters and gradients of a large piece are whole blocks then, each of them.
+    let piece_numel = power_of_two_within(wanted / element).min(largest).max(PIECE_ALIGN);
     // Where little of a large model is trained, pieces are as large as the disk likes them, and buffers as the states.
-    let stepped_numel = piece_numel.min(stepped.max(PIECE_ALIGN));
-    let buffer_bytes = (piece_numel * precision.param_bytes() + stepped_numel * precision.state_bytes()).next_multiple_of(BLOCK_ALIGN);
+    let states = stepped_numel(memory, piece_numel) * precision.state_bytes();
+    let buffer_bytes = (piece_numel * precision.param_bytes() + states).next_multiple_of(BLOCK_ALIGN);
     let pieces: u64 = memory.layout.chunks.iter().map(|c| c.state_numel.div_ceil(piece_numel)).sum();
     let block_bytes = buffer_bytes.min(MAX_BLOCK_BYTES);
     let frozen_blocks = (piece_numel * precision.param_bytes() / block_bytes).max(1);
@@ -197,6 +205,17 @@ fn sizes(memory: &Memory) -> NvmePlan {
         block_bytes,
         ..NvmePlan::default()
     }
+}
+
+/// Elements of the largest piece that has states.
+fn stepped_numel(memory: &Memory, piece_numel: u64) -> u64 {
+    let largest = memory.layout.chunks.iter().map(|c| c.state_numel).max().unwrap_or(0);
+    piece_numel.min(largest.next_multiple_of(PIECE_ALIGN).max(PIECE_ALIGN))
+}
+
+/// The largest power of two that is no more than `most`, at least 1.
+fn power_of_two_within(most: u64) -> u64 {
+    1 << most.max(1).ilog2()
 }
 
 fn count(memory: &Memory, chunks: &[ChunkPlan], plan: &mut NvmePlan) {
