@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use std::sync::Arc;
-use tierwise_io::{Direction, Key};
+use tierwise_io::{Direction, Key, Priority};
 pub use tierwise_kernels::Addition;
 use tierwise_kernels::{AdamSegment, GradSpan};
 
@@ -129,8 +129,8 @@ pub trait Clock: Send + Sync {
     fn job_done(&self, worker: WorkerId);
     /// A worker is about to move so many bytes through host memory; blocks while that would take.
     fn host_work(&self, bytes: u64);
-    /// The disk gets a transfer of so many bytes, which begins after `after`; gives its end. It is over when the store says so and this is.
-    fn disk(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> EventRef;
+    /// The disk gets a transfer of so many bytes; gives its end. It is over when the store says so and this is.
+    fn disk(&self, key: Key, direction: Direction, bytes: u64, priority: Priority) -> EventRef;
     /// The calling worker waits until others have changed something. The engine's lock is held.
     fn parks(&self);
     /// Something has changed: every worker that waits for that looks again.

@@ -266,7 +266,7 @@ impl Shared {
         let mut outcome = Ok(());
         let mut ends = None;
         for (key, address, bytes) in spill.extents(id, buffer) {
-            ends = self.disk_work(key, direction, bytes, copied.as_ref());
+            ends = self.disk_work(key, direction, bytes, Priority::Soon);
             // SAFETY: the store is closed before the slab is freed, and the staging machine leaves the buffer to this transfer until it is
             // told of its end.
             let mut bytes = unsafe { Buffer::new(address as *mut u8, bytes as usize) };

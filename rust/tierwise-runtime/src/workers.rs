@@ -89,19 +89,18 @@ impl Unstarted {
                 if job.last {
                     break;
                 }
-                if shared.stopping() {
-                    continue;
-                }
-                let outcome = catch_unwind(AssertUnwindSafe(|| {
-                    if let Some(event) = &job.after {
-                        event.synchronize()?;
+                if !shared.stopping() {
+                    let outcome = catch_unwind(AssertUnwindSafe(|| {
+                        if let Some(event) = &job.after {
+                            event.synchronize()?;
+                        }
+                        (job.run)(&shared)
+                    }));
+                    match outcome {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => shared.fail(&error),
+                        Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
                     }
-                    (job.run)(&shared)
-                }));
-                match outcome {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => shared.fail(&error),
-                    Err(panic) => shared.fail(&Error::Stopped(panic_message(&*panic))),
                 }
                 if let Some(clock) = &self.clock {
                     clock.job_done(self.id);

@@ -71,8 +71,9 @@ impl Case {
         .unwrap()
     }
 
-    /// The same steps by the engine. Gradients are such that every parameter's sum of squares is the simulator's: 4 or 0.
-    fn executed(&self) -> Vec<Turn> {
+    /// The same steps by the engine, or so many calls of them, after which it is dropped in the middle. Gradients are such that every
+    /// parameter's sum of squares is the simulator's: 4 or 0.
+    fn executed(&self, most: usize) -> Vec<Turn> {
         let device = VirtualDevice::new(&self.hardware);
         let mut memory = Vec::new();
         let mut take = |bytes: u64| {
@@ -128,8 +129,8 @@ impl Case {
         let step = calls(&self.trace, &self.plan, &self.backward());
         let mut away = Away::new(&engine, self);
         let first_micro_batch = (step.len() - 1) / self.plan.accumulation as usize;
-        for _ in 0..=WARM_UP_STEPS {
-            for (at, call) in step.iter().enumerate() {
+        for number in 0..=WARM_UP_STEPS as usize {
+            for (at, call) in step.iter().enumerate().take(most.saturating_sub(number * step.len())) {
                 match *call {
                     Call::Begin => away.begin(),
                     Call::Enter(op) => {
@@ -167,7 +168,9 @@ impl Case {
                 }
             }
         }
-        device.drain();
+        if most == usize::MAX {
+            device.drain();
+        }
         let turns = engine.decisions().unwrap();
         drop(engine);
         turns
@@ -187,7 +190,7 @@ impl Case {
 
     /// Compares turn by turn, and gives them.
     fn check(&self) -> Vec<Turn> {
-        let (simulated, executed) = (self.simulated(), self.executed());
+        let (simulated, executed) = (self.simulated(), self.executed(usize::MAX));
         for (at, (predicted, happened)) in simulated.iter().zip(&executed).enumerate() {
             let before: Vec<_> = simulated[at.saturating_sub(3)..at].iter().map(|turn| &turn.event).collect();
             assert_eq!(predicted, happened, "turn {at} of {}, after {before:?}", simulated.len());
@@ -692,6 +695,17 @@ fn what_is_frozen_is_on_the_disk() {
                 case.check();
             }
         }
+    }
+}
+
+/// A test that fails in the middle of a step says so, and does not hang.
+#[test]
+fn an_engine_is_dropped_in_the_middle_of_a_step() {
+    let many = [LARGE[1]; 9];
+    let wanted = PlanRequest { accumulate: Some(Tier::Host), ..spilling(fixed(1.0, 0.0), 2) };
+    let case = case(&many, &tightened(&model(&many), &wanted, 0.0), slow([1.0; 4]), true);
+    for most in [1, 21, 40, 60, 90, 130] {
+        case.executed(most);
     }
 }
 

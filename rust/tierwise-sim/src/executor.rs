@@ -32,12 +32,11 @@ use std::collections::{BTreeMap, VecDeque};
 use streaming::Streaming;
 use thread::Thread;
 use tierwise_core::budget::{Budget, BudgetExceeded};
-use tierwise_core::fetching::FetchRequest;
 use tierwise_core::layout::Layout;
 use tierwise_core::plan::{OptimizerClass, Plan};
 use tierwise_core::scheduler::{Event, Progress, ScheduleError, Scheduler, Turn};
 use tierwise_core::slab::Guards;
-use tierwise_core::staging::{PieceId, StagingError};
+use tierwise_core::staging::StagingError;
 use tierwise_core::trace::{Phase, Trace};
 use tierwise_core::{ChunkId, OpId, Tier};
 use window::Window;
@@ -155,7 +154,7 @@ enum Effect {
     /// A piece was added to its sum.
     SumAdded,
     /// The disk has read a piece of fetched parameters into a buffer.
-    FetchRead(FetchRequest, PieceId, u32),
+    FetchRead,
     /// The link has taken it out.
     Fetched(u32),
 }
@@ -399,7 +398,7 @@ impl<'a> Run<'a> {
                 Effect::GradGivenBack(buffer) => self.give_grad_back(buffer)?,
                 Effect::SumRead => self.add_pieces()?,
                 Effect::SumAdded => self.sum_was_added()?,
-                Effect::FetchRead(request, piece, buffer) => self.fetch_was_read(request, piece, buffer),
+                Effect::FetchRead => self.settle_fetches(),
                 Effect::Fetched(buffer) => self.fetch_was_copied(buffer),
             }
         }
@@ -441,9 +440,9 @@ impl<'a> Run<'a> {
             window.tally.ended(&ended, now);
         }
         let is_compute = ended.lane == Lane::Compute;
-        let wrote = ended.lane == Lane::DiskWrite;
+        let may_free = matches!(ended.lane, Lane::DiskWrite | Lane::HostToDevice);
         self.effects(ended.effects)?;
-        if wrote {
+        if may_free {
             self.settle_writes()?;
         }
         if is_compute {

@@ -4,7 +4,7 @@ use tierwise_core::Tier;
 use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, Plan};
 use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
-use tierwise_sim::executor::{Outcome, Setup, SimError, simulate};
+use tierwise_sim::executor::{Outcome, Setup, Sharding, SimError, simulate};
 use tierwise_sim::hardware::{Hardware, preset, presets};
 use tierwise_sim::models::{self, Built};
 
@@ -40,6 +40,10 @@ fn case(model: &str, micro_batch: u64, hardware: &Hardware, change: impl FnOnce(
 }
 
 fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimError> {
+    run_sharded(case, hardware, clips, None)
+}
+
+fn run_sharded(case: &Case, hardware: &Hardware, clips: bool, sharding: Option<&Sharding>) -> Result<Outcome, SimError> {
     let costs = Costs::new(&case.built, hardware);
     simulate(&Setup {
         layout: &case.built.layout,
@@ -47,7 +51,7 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
         plan: &case.plan,
         costs: &costs,
         hardware,
-        sharding: None,
+        sharding,
         transient_bytes: None,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
@@ -327,6 +331,12 @@ fn what_is_spilled_moves_once_in_each_direction_and_bounds_the_step() {
         let nvme = case.plan.nvme.unwrap();
         let spilled = |c: &&tierwise_core::plan::ChunkPlan| c.class == OptimizerClass::Nvme;
         assert!(case.plan.chunks.iter().filter(spilled).any(|c| c.home == *home), "{:?}", case.plan.host);
+        // Where every rank keeps all parameters, each chunk is gathered once after its step, whatever its home.
+        let chunks = case.plan.chunks.len();
+        let (gather_ns, reduce_ns) = (vec![1_000_000; chunks], vec![0; chunks]);
+        let sharding = Sharding { gathers_before_use: false, reduces_every_micro_batch: false, gather_ns, reduce_ns };
+        let gathered = run_sharded(case, &hardware, true, Some(&sharding)).unwrap().communicated_ns;
+        assert!(*home == ParamHome::Streamed || gathered == 1_000_000 * chunks as u64, "{gathered} ns for {chunks} chunks");
         let outcome = run(case, &hardware, true).unwrap();
         // The window begins at the end of a backward pass: what is read ahead may lie on either side.
         let ahead = u64::from(nvme.buffers) * nvme.buffer_bytes;

@@ -18,7 +18,7 @@ use tierwise_core::ChunkId;
 use tierwise_core::budget::Budget;
 use tierwise_core::scheduler::{Decision, Event, Progress, Scheduler};
 use tierwise_core::slab::Guards;
-use tierwise_io::{Direction, Key};
+use tierwise_io::{Direction, Key, Priority};
 use tierwise_kernels::Pool;
 
 /// What several threads share.
@@ -122,8 +122,8 @@ impl Shared {
     }
 
     /// When a transfer that the disk gets now will have ended, where a clock says so.
-    pub(crate) fn disk_work(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> Option<EventRef> {
-        self.clock.as_ref().map(|clock| clock.disk(key, direction, bytes, after))
+    pub(crate) fn disk_work(&self, key: Key, direction: Direction, bytes: u64, priority: Priority) -> Option<EventRef> {
+        self.clock.as_ref().map(|clock| clock.disk(key, direction, bytes, priority))
     }
 
     pub(crate) fn notify(&self) {

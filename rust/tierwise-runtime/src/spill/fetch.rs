@@ -80,7 +80,7 @@ impl Shared {
             let key = param_key(spill.key(id));
             let ticket = store.read(key, generation, &mut target, Priority::Demand);
             let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
-            let ends = self.disk_work(key, Direction::Read, bytes, None);
+            let ends = self.disk_work(key, Direction::Read, bytes, Priority::Demand);
             let submitted = self.device.now_ns();
             self.fetch_jobs[0].send(Job::new(None, move |shared| {
                 ticket.wait().map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;

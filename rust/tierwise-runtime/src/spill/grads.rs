@@ -142,7 +142,7 @@ impl Shared {
             Direction::Read => store.read(key, generation, &mut buffer, Priority::Soon),
             Direction::Write => store.write(key, generation, &buffer, Priority::Soon),
         };
-        let ends = self.disk_work(key, direction, bytes, None);
+        let ends = self.disk_work(key, direction, bytes, Priority::Soon);
         let what = format!("spilled gradient of `{}`, elements {first} to {}", chunk_name(state, chunk), first + numel);
         Ok(GradTransfer { ticket, ends, direction, chunk, what, bytes, submitted, path })
     }

@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::ThreadId;
-use tierwise_io::{Direction, Key};
+use tierwise_io::{Direction, Key, Priority};
 use tierwise_kernels::{AdamSegment, GradSpan, Pool, accumulate, adam, norm};
 use tierwise_runtime::device::{Addition, Clock, ComputeStream, Device, Event, EventRef, Queue, Transfer, WorkerId};
 use tierwise_runtime::error::{Error, Result};
@@ -42,6 +42,8 @@ struct Inner {
     workers: [Worker; WORKERS],
     /// The latest write of every payload, which its reads come after.
     written: BTreeMap<Key, Token>,
+    /// Nobody drives any more: what has not happened never will.
+    over: bool,
 }
 
 #[derive(Default)]
@@ -69,9 +71,13 @@ impl Inner {
         tokens.iter().all(|token| self.machine.ended_ns(*token).is_some())
     }
 
-    fn push(&mut self, lane: Lane, work: f64, memory: Option<Memory>) -> Token {
+    fn task(&mut self, lane: Lane, work: f64, memory: Option<Memory>) -> Task<Memory> {
         let waits = std::mem::take(&mut self.waits[lane as usize]);
-        let task = Task { name: String::new(), bytes: 0, work, waits, on_start: Vec::new(), on_end: memory.into_iter().collect() };
+        Task { name: String::new(), bytes: 0, work, waits, on_start: Vec::new(), on_end: memory.into_iter().collect() }
+    }
+
+    fn push(&mut self, lane: Lane, work: f64, memory: Option<Memory>) -> Token {
+        let task = self.task(lane, work, memory);
         self.machine.push(lane, task)
     }
 
@@ -125,6 +131,7 @@ impl VirtualDevice {
                 events: Vec::new(),
                 workers: Default::default(),
                 written: BTreeMap::new(),
+                over: false,
             }),
             changed: Condvar::new(),
             driver: std::thread::current().id(),
@@ -181,9 +188,9 @@ impl VirtualDevice {
         let mut inner = self.lock();
         inner.workers[worker].waits_for = Some(tokens.to_vec());
         self.changed.notify_all();
-        let mut inner = self.changed.wait_while(inner, |inner| !inner.done(tokens)).unwrap();
+        let mut inner = self.changed.wait_while(inner, |inner| !inner.done(tokens) && !inner.over).unwrap();
         inner.workers[worker].waits_for = None;
-        Ok(())
+        if inner.done(tokens) { Ok(()) } else { Err(Error::Stopped("the test ended before".to_owned())) }
     }
 
     fn event(&self, id: usize) -> EventRef {
@@ -321,7 +328,10 @@ impl Device for VirtualDevice {
     fn unregister_host(&self, _ptr: *mut u8) {}
 
     fn synchronize(&self) -> Result<()> {
+        // The engine is being dropped.
         self.drain();
+        self.lock().over = true;
+        self.changed.notify_all();
         Ok(())
     }
 
@@ -355,16 +365,15 @@ impl Clock for VirtualDevice {
         self.wait(&[token]).unwrap();
     }
 
-    fn disk(&self, key: Key, direction: Direction, bytes: u64, after: Option<&EventRef>) -> EventRef {
+    fn disk(&self, key: Key, direction: Direction, bytes: u64, priority: Priority) -> EventRef {
         let mut inner = self.lock();
         let lane = if direction == Direction::Read { Lane::DiskRead } else { Lane::DiskWrite };
-        let before = after.map(|event| inner.events[event.cuda_event().expect("its own event") as usize].clone());
-        inner.waits[lane as usize].extend(before.into_iter().flatten());
         if direction == Direction::Read {
             let written = inner.written.get(&key).copied();
             inner.waits[lane as usize].extend(written);
         }
-        let token = inner.push(lane, bytes as f64, None);
+        let task = inner.task(lane, bytes as f64, None);
+        let token = if priority == Priority::Demand { inner.machine.push_urgent(lane, task) } else { inner.machine.push(lane, task) };
         if direction == Direction::Write {
             inner.written.insert(key, token);
         }

@@ -1,10 +1,10 @@
-//! The machine in virtual time: one FIFO lane per CUDA stream and worker, with rates that depend on which of them are busy.
+//! The machine in virtual time: one lane per CUDA stream and worker, first in, first out but for the disk's reads, with rates that depend on which of them are busy.
 
 use super::sharing::{Rates, Speeds};
 use crate::hardware::Hardware;
 use std::collections::VecDeque;
 
-/// What works one task after the other.
+/// What works one task after the other, in the order in which they were enqueued; the disk's reads in the order of their priorities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
     /// The compute stream; work is nanoseconds.
@@ -56,7 +56,7 @@ pub const LANES: [Lane; 14] = [
 ];
 
 impl Lane {
-    /// Its track of the timeline, named as the runtime names it.
+    /// Its track of the timeline, named as the runtime names it (which has a track of its own for fetches, "nvme fetch").
     pub fn track(self) -> &'static str {
         match self {
             Lane::Compute => "compute",
@@ -140,6 +140,7 @@ pub struct Ended<E> {
 struct Queued<E> {
     token: Token,
     enqueued_ns: u64,
+    urgent: bool,
     task: Task<E>,
 }
 
@@ -152,6 +153,8 @@ struct Running<E> {
 struct State<E> {
     queue: VecDeque<Queued<E>>,
     running: Option<Running<E>>,
+    /// How many of the queue are urgent.
+    urgent: usize,
     last: Option<Token>,
     idle_since_ns: u64,
 }
@@ -194,7 +197,7 @@ impl Power {
 impl<'a, E> Machine<'a, E> {
     /// Idle at time 0.
     pub fn new(hardware: &'a Hardware) -> Self {
-        let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, last: None, idle_since_ns: 0 });
+        let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, urgent: 0, last: None, idle_since_ns: 0 });
         let power = Power { sustained: 1.0, busy: 0.0 };
         Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new(), power }
     }
@@ -213,11 +216,22 @@ impl<'a, E> Machine<'a, E> {
 
     /// Enqueues a task.
     pub fn push(&mut self, lane: Lane, task: Task<E>) -> Token {
+        self.enqueue(lane, task, false)
+    }
+
+    /// Enqueues a read of the disk that goes before all that are not urgent.
+    pub fn push_urgent(&mut self, lane: Lane, task: Task<E>) -> Token {
+        debug_assert_eq!(lane, Lane::DiskRead, "only the disk's reads have priorities");
+        self.enqueue(lane, task, true)
+    }
+
+    fn enqueue(&mut self, lane: Lane, task: Task<E>, urgent: bool) -> Token {
         let token = Token(self.ended_ns.len());
         self.ended_ns.push(None);
         let state = &mut self.lanes[lane as usize];
         state.last = Some(token);
-        state.queue.push_back(Queued { token, enqueued_ns: self.now_ns, task });
+        state.urgent += usize::from(urgent);
+        state.queue.push_back(Queued { token, enqueued_ns: self.now_ns, urgent, task });
         token
     }
 
@@ -227,7 +241,7 @@ impl<'a, E> Machine<'a, E> {
         self.ended_ns.push(None);
         let state = &mut self.lanes[lane as usize];
         state.last = state.last.or(Some(token));
-        state.queue.push_front(Queued { token, enqueued_ns: self.now_ns, task });
+        state.queue.push_front(Queued { token, enqueued_ns: self.now_ns, urgent: false, task });
     }
 
     /// Where a lane is: the latest task enqueued on it.
@@ -249,12 +263,19 @@ impl<'a, E> Machine<'a, E> {
     pub fn begin_one(&mut self) -> Option<Began<E>> {
         for lane in LANES {
             let state = &mut self.lanes[lane as usize];
-            let ready =
-                state.running.is_none() && state.queue.front().is_some_and(|q| q.task.waits.iter().all(|w| self.ended_ns[w.0].is_some()));
-            if !ready {
+            if state.running.is_some() || state.queue.is_empty() {
                 continue;
             }
-            let Some(mut queued) = state.queue.pop_front() else { continue };
+            let ready = |q: &Queued<E>| q.task.waits.iter().all(|w| self.ended_ns[w.0].is_some());
+            let next = if lane == Lane::DiskRead {
+                // A read that waits for a write holds up no other.
+                let urgent = if state.urgent > 0 { state.queue.iter().position(|q| q.urgent && ready(q)) } else { None };
+                urgent.or_else(|| state.queue.iter().position(ready))
+            } else {
+                state.queue.front().is_some_and(ready).then_some(0)
+            };
+            let Some(mut queued) = next.and_then(|at| state.queue.remove(at)) else { continue };
+            state.urgent -= usize::from(queued.urgent);
             let began = Began {
                 lane,
                 enqueued_ns: queued.enqueued_ns,

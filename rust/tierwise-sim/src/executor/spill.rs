@@ -3,13 +3,13 @@
 mod fetch;
 mod sums;
 
-use super::machine::{Lane, Token};
+use super::machine::{Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, Setup, SimError};
 use std::collections::{BTreeMap, VecDeque};
 use sums::Adding;
 use tierwise_core::budget::Budget;
-use tierwise_core::fetching::Fetching;
+use tierwise_core::fetching::{FetchRequest, Fetching};
 use tierwise_core::grad_buffers::{GradBuffers, GradRead};
 use tierwise_core::plan::ParamHome;
 use tierwise_core::scheduler::Event;
@@ -50,6 +50,8 @@ pub(super) struct Spilled {
     /// A sum on the disk that is being added to.
     adding: Option<Adding>,
     fetching: Fetching,
+    /// The worker that waits for fetched parameters: the reads, in the order in which they were asked for.
+    fetches: VecDeque<(Token, FetchRequest, PieceId, u32)>,
     /// The latest write of every extent, which its reads come after.
     written: BTreeMap<(PieceId, Extent), Token>,
     /// The worker that waits for writes: what each means, in the order in which it was told of them.
@@ -79,6 +81,7 @@ impl Spilled {
             stepping: None,
             landing: vec![false; chunks],
             adding: None,
+            fetches: VecDeque::new(),
             written: BTreeMap::new(),
             writes: VecDeque::new(),
             copied: vec![None; nvme.buffers as usize],
@@ -121,16 +124,21 @@ impl Run<'_> {
         self.setup.layout.final_grad_element(self.setup.plan.accumulation)
     }
 
-    /// Gives the disk a read, which begins after the latest write of the same.
-    fn disk_read(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64, done: Vec<Effect>) -> Token {
+    /// A read of the disk, which begins after the latest write of the same.
+    fn read_task(&self, what: &str, id: PieceId, extent: Extent, bytes: u64, done: Vec<Effect>) -> Task<Effect> {
         let waits = self.spilled.written.get(&(id, extent)).copied().into_iter().collect();
-        let chunk = self.spilled.pieces.get(id).chunk;
-        self.enqueue(Lane::DiskRead, what, chunk, bytes, bytes as f64, waits, Vec::new(), done)
+        let name = format!("{what} {}", self.setup.layout.chunks[self.spilled.pieces.get(id).chunk.index()].name);
+        Task { name, bytes, work: bytes as f64, waits, on_start: Vec::new(), on_end: done }
     }
 
-    fn disk_write(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64, waits: Vec<Token>) -> Token {
+    fn disk_read(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64, done: Vec<Effect>) -> Token {
+        let task = self.read_task(what, id, extent, bytes, done);
+        self.machine.push(Lane::DiskRead, task)
+    }
+
+    fn disk_write(&mut self, what: &str, id: PieceId, extent: Extent, bytes: u64) -> Token {
         let chunk = self.spilled.pieces.get(id).chunk;
-        let token = self.enqueue(Lane::DiskWrite, what, chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
+        let token = self.enqueue(Lane::DiskWrite, what, chunk, bytes, bytes as f64, Vec::new(), Vec::new(), Vec::new());
         self.spilled.written.insert((id, extent), token);
         token
     }
@@ -179,7 +187,7 @@ impl Run<'_> {
         let pieces: Vec<PieceId> = self.spilled.pieces.of_chunk(chunk).collect();
         let write = |id: PieceId| {
             let bytes = self.spilled.pieces.get(id).numel * element;
-            self.disk_write("write gradient", id, Extent::Gradient, bytes, Vec::new())
+            self.disk_write("write gradient", id, Extent::Gradient, bytes)
         };
         let writes = pieces.into_iter().map(write).collect();
         let read = self.final_grad_bytes(chunk);
@@ -228,7 +236,9 @@ impl Run<'_> {
             let bytes = piece.numel * self.setup.layout.precision.param_bytes();
             let waits = self.commit.into_iter().collect();
             let copied = self.enqueue(Lane::HostToDevice, "refresh", piece.chunk, bytes, bytes as f64, waits, Vec::new(), Vec::new());
-            self.written[piece.chunk.index()] = Some((copied, Cause::Optimizer));
+            let last = self.spilled.steps.front().is_some_and(|step| step.left == 1);
+            let gathered = if last { self.gather_after_step(piece.chunk, copied) } else { None };
+            self.written[piece.chunk.index()] = Some(gathered.unwrap_or((copied, Cause::Optimizer)));
             self.spilled.copied[buffer as usize] = Some(copied);
         }
         if let Some(grad) = grad {
@@ -290,10 +300,10 @@ impl Run<'_> {
                     }
                 }
                 Transfer::Write { piece: id, buffer, .. } => {
-                    let waits: Vec<Token> = self.spilled.copied[buffer as usize].take().into_iter().collect();
-                    let mut writes = Vec::new();
+                    // It may also be on its way to the device; the buffer is reused after both.
+                    let mut writes: Vec<Token> = self.spilled.copied[buffer as usize].take().into_iter().collect();
                     for (extent, bytes) in self.extents(self.spilled.pieces.get(id)) {
-                        writes.push(self.disk_write("write", id, extent, bytes, waits.clone()));
+                        writes.push(self.disk_write("write", id, extent, bytes));
                     }
                     // Nothing of it has ended yet.
                     self.spilled.writes.push_back((writes, vec![Effect::Written(buffer)]));

@@ -35,7 +35,10 @@ impl Run<'_> {
                 continue;
             }
             let bytes = self.fetched_bytes(id);
-            self.disk_read("fetch", id, Extent::Params, bytes, vec![Effect::FetchRead(request, id, buffer)]);
+            // Compute waits for it, or will soon; states are read far ahead.
+            let read = self.read_task("fetch", id, Extent::Params, bytes, vec![Effect::FetchRead]);
+            let read = self.machine.push_urgent(Lane::DiskRead, read);
+            self.spilled.fetches.push_back((read, request, id, buffer));
         }
     }
 
@@ -43,10 +46,15 @@ impl Run<'_> {
         self.spilled.pieces.get(id).numel * self.setup.layout.precision.param_bytes()
     }
 
-    /// A piece was read.
-    pub(in super::super) fn fetch_was_read(&mut self, request: FetchRequest, id: PieceId, buffer: u32) {
-        if !self.copy_fetched(request, id, buffer) {
-            self.read_fetched();
+    /// A piece was read: passes on those that were, in their order.
+    pub(in super::super) fn settle_fetches(&mut self) {
+        while let Some(&(read, request, id, buffer)) = self.spilled.fetches.front()
+            && self.machine.ended_ns(read).is_some()
+        {
+            self.spilled.fetches.pop_front();
+            if !self.copy_fetched(request, id, buffer) {
+                self.read_fetched();
+            }
         }
     }
 

@@ -86,7 +86,7 @@ impl Run<'_> {
         adding.adds = false;
         if let Some((id, buffer, _)) = adding.now.take() {
             let bytes = self.spilled.pieces.get(id).numel * self.grad_element();
-            let write = self.disk_write("write sum", id, Extent::Gradient, bytes, Vec::new());
+            let write = self.disk_write("write sum", id, Extent::Gradient, bytes);
             self.spilled.writes.push_back((vec![write], vec![Effect::GradGivenBack(buffer)]));
         }
         self.add_pieces()
