@@ -76,11 +76,6 @@ impl<H: Clone> Offload<H> {
         self.sizes[unit as usize].is_some()
     }
 
-    /// How many storages a unit has.
-    pub fn parts(&self, unit: u32) -> u64 {
-        if self.has(unit) { PARTS } else { 1 }
-    }
-
     /// Bytes of a unit's storage on the links.
     pub fn bytes(&self, unit: u32, part: u64) -> u64 {
         self.sizes[unit as usize].map_or(0, |[bytes, _]| part_of(bytes, part))

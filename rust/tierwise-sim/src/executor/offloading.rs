@@ -58,8 +58,7 @@ impl Run<'_> {
             return Ok(Some(Cause::Memory));
         }
         let Some(offload) = &mut self.offload else { return Ok(None) };
-        let parts = offload.parts(unit);
-        if parts == 1 {
+        if !offload.has(unit) {
             return self.work(op, Vec::new()).map(|()| None);
         }
         if phase == Phase::Forward {
