@@ -622,79 +622,60 @@ const LARGE: [(u64, u64, bool); 5] =
 /// Disks and links from far too slow to fast enough, much slower in one direction, and with a slow CPU.
 const DISKS: [[f64; 4]; 5] = [[1.0; 4], [0.2, 0.3, 1.0, 1.0], [3.0, 5.0, 0.5, 1.0], [20.0, 20.0, 2.0, 1.0], [10.0, 0.1, 1.0, 1.0]];
 
+/// Compares on every disk, with host memory tightened to each share; every plan has to have what the test is about.
+fn on_every_disk(
+    model: &(Layout, Trace),
+    sizes: &[(u64, u64, bool)],
+    wanted: &PlanRequest,
+    shares: [f64; 3],
+    has: impl Fn(&Plan) -> bool,
+) -> Vec<Vec<Turn>> {
+    let cases = shares.into_iter().flat_map(|share| DISKS.map(|scale| (share, scale)));
+    let check = |(share, scale)| {
+        let case = case_of(model.clone(), sizes, &tightened(model, wanted, share), slow(scale), true);
+        assert!(has(&case.plan), "{share}: {:?}", case.plan.chunks);
+        case.check()
+    };
+    cases.map(check).collect()
+}
+
 #[test]
 fn states_are_on_the_disk() {
     for optim in [1.0, 0.6] {
-        for share in [0.6, 0.8, 0.95] {
-            for scale in DISKS {
-                let wanted = tightened(&model(&LARGE), &spilling(fixed(optim, 0.0), 1), share);
-                let case = case(&LARGE, &wanted, slow(scale), true);
-                assert!(case.plan.chunks.iter().any(|c| c.class == OptimizerClass::Nvme), "{:?}", case.plan.chunks);
-                assert!(!case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
-                let turns = case.check();
-                assert!(count(&turns, |a| matches!(a, Action::Step { tier: Tier::Nvme, .. })) >= 3);
-            }
+        let has =
+            |plan: &Plan| plan.chunks.iter().any(|c| c.class == OptimizerClass::Nvme) && !plan.chunks.iter().any(ChunkPlan::spills_grads);
+        for turns in on_every_disk(&model(&LARGE), &LARGE, &spilling(fixed(optim, 0.0), 1), [0.6, 0.8, 0.95], has) {
+            assert!(count(&turns, |a| matches!(a, Action::Step { tier: Tier::Nvme, .. })) >= 3);
         }
     }
 }
 
 #[test]
-fn gradients_are_on_the_disk() {
+fn gradients_and_their_sums_are_on_the_disk() {
     let many = [LARGE[1]; 9];
-    for share in [0.0, 0.04, 0.08] {
-        for scale in DISKS {
-            let wanted = tightened(&model(&many), &spilling(fixed(1.0, 0.0), 1), share);
-            let case = case(&many, &wanted, slow(scale), true);
-            assert!(case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
-            case.check();
-        }
-    }
-}
-
-#[test]
-fn sums_of_gradients_are_on_the_disk() {
-    for accumulation in [2, 3] {
-        for share in [0.0, 0.04, 0.08] {
-            for scale in DISKS {
-                let many = [LARGE[1]; 9];
-                let wanted = PlanRequest { accumulate: Some(Tier::Host), ..spilling(fixed(1.0, 0.0), accumulation) };
-                let case = case(&many, &tightened(&model(&many), &wanted, share), slow(scale), true);
-                assert!(case.plan.chunks.iter().any(ChunkPlan::spills_grads), "{:?}", case.plan.chunks);
-                case.check();
-            }
-        }
+    for accumulation in [1, 2, 3] {
+        let wanted = PlanRequest { accumulate: Some(Tier::Host), ..spilling(fixed(1.0, 0.0), accumulation) };
+        on_every_disk(&model(&many), &many, &wanted, [0.0, 0.04, 0.08], |plan| plan.chunks.iter().any(ChunkPlan::spills_grads));
     }
 }
 
 #[test]
 fn parameters_are_on_the_disk() {
+    let many = [LARGE[1]; 9];
+    let has = |plan: &Plan| plan.chunks.iter().any(|c| c.home == ParamHome::Fetched);
     for accumulation in [1, 2] {
-        for share in [0.0, 0.06, 0.12] {
-            for scale in DISKS {
-                let many = [LARGE[1]; 9];
-                let wanted = tightened(&model(&many), &spilling(fixed(1.0, 1.0), accumulation), share);
-                let case = case(&many, &wanted, slow(scale), true);
-                assert!(case.plan.chunks.iter().any(|c| c.home == ParamHome::Fetched), "{:?}", case.plan.chunks);
-                case.check();
-            }
-        }
+        on_every_disk(&model(&many), &many, &spilling(fixed(1.0, 1.0), accumulation), [0.0, 0.06, 0.12], has);
     }
 }
 
 #[test]
 fn what_is_frozen_is_on_the_disk() {
     let many = [(36_864, 20_000, false); 18];
+    let model = freeze(model(&many), |chunk| !matches!(chunk, 1 | 5));
+    let fetched = |c: &&ChunkPlan| c.home == ParamHome::Fetched && c.class == OptimizerClass::Frozen;
     for accumulation in [1, 2] {
-        for share in [0.0, 0.2, 0.4] {
-            for scale in DISKS {
-                let model = freeze(model(&many), |chunk| !matches!(chunk, 1 | 5));
-                let wanted = tightened(&model, &spilling(fixed(1.0, 1.0), accumulation), share);
-                let case = case_of(model, &many, &wanted, slow(scale), true);
-                let fetched = case.plan.chunks.iter().filter(|c| c.home == ParamHome::Fetched && c.class == OptimizerClass::Frozen);
-                assert!(fetched.count() >= 3, "{:?}", case.plan.chunks);
-                case.check();
-            }
-        }
+        let has = |plan: &Plan| plan.chunks.iter().filter(fetched).count() >= 3;
+        on_every_disk(&model, &many, &spilling(fixed(1.0, 1.0), accumulation), [0.0, 0.2, 0.4], has);
     }
 }
 
