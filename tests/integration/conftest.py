@@ -122,14 +122,16 @@ def train(model: Any, steps: int = 20, synchronous: bool = False, rows: int = BA
     return Result(losses, weights, norms, booster, model, optimizer)
 
 
-def steps(booster: Any, model: Any, optimizer: Any, data: list[Any]) -> list[float]:
-    """A causal LM's losses over these batches, each of which is a micro-batch."""
+def steps(booster: Any, model: Any, optimizer: Any, data: list[Any], scheduler: Any = None) -> list[float]:
+    """A causal LM's losses over these batches, each of which is a micro-batch; a learning rate scheduler steps after each."""
     losses = []
     for ids in data:
         loss = model(input_ids=ids, labels=ids).loss
         losses.append(loss.item())
         booster.backward(loss, optimizer)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         optimizer.zero_grad()
     return losses
 

@@ -22,18 +22,6 @@ STREAMED: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 
 VISITING: dict[str, Any] = {"placement_policy": "static", "offload_optim_frac": 1.0, "stream_optim_frac": 0.6}
 
 
-def run(booster: Any, model: Any, optimizer: Any, scheduler: Any, data: list[Any]) -> list[float]:
-    losses = []
-    for ids in data:
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.item())
-        booster.backward(loss, optimizer)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    return losses
-
-
 def build(kit: Any, seed: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
     model = kit.llama(seed=seed, tied=True)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -48,26 +36,26 @@ def build(kit: Any, seed: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
 def test_training_goes_on_to_the_bit(kit: Any, tmp_path: Path, precision: str, shard: bool, placement: dict[str, Any]) -> None:
     data = kit.batches(8)
     booster, model, optimizer, scheduler = build(kit, precision=precision, **placement)
-    run(booster, model, optimizer, scheduler, data[:4])
+    kit.steps(booster, model, optimizer, data[:4], scheduler)
     names = ("model", "optimizer") if shard else ("model.safetensors", "optimizer.safetensors")
     booster.save_model(model, tmp_path / names[0], shard=shard)
     booster.save_optimizer(optimizer, tmp_path / names[1], shard=shard)
     booster.save_lr_scheduler(scheduler, tmp_path / "scheduler.json")
-    expected = run(booster, model, optimizer, scheduler, data[4:])
+    expected = kit.steps(booster, model, optimizer, data[4:], scheduler)
     # Another placement, another seed; the order of loading does not matter.
     for order, elsewhere in enumerate([{}, VISITING]):
         other, fresh, restarted, rescheduled = build(kit, seed=9, precision=precision, **elsewhere)
-        run(other, fresh, restarted, rescheduled, data[:1])
+        kit.steps(other, fresh, restarted, data[:1], rescheduled)
         loads = [(other.load_model, fresh, names[0]), (other.load_optimizer, restarted, names[1])]
         for load, what, name in loads if order else reversed(loads):
             load(what, tmp_path / name)
         other.load_lr_scheduler(rescheduled, tmp_path / "scheduler.json")
-        assert run(other, fresh, restarted, rescheduled, data[4:]) == expected
+        assert kit.steps(other, fresh, restarted, data[4:], rescheduled) == expected
 
 
 def test_hugging_face_reads_it(kit: Any, tmp_path: Path) -> None:
     booster, model, optimizer, scheduler = build(kit, precision="bf16", **STREAMED)
-    run(booster, model, optimizer, scheduler, kit.batches(2))
+    kit.steps(booster, model, optimizer, kit.batches(2), scheduler)
     booster.save_model(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     stored = load_file(tmp_path / "model.safetensors")
@@ -134,7 +122,7 @@ def test_pickles_are_neither_written_nor_read(kit: Any, tmp_path: Path) -> None:
 
 def test_another_optimizer_is_refused(kit: Any, tmp_path: Path) -> None:
     booster, model, optimizer, scheduler = build(kit, precision="bf16")
-    run(booster, model, optimizer, scheduler, kit.batches(1))
+    kit.steps(booster, model, optimizer, kit.batches(1), scheduler)
     booster.save_optimizer(optimizer, tmp_path)
     other, _, larger = kit.boosted(kit.llama(layers=4), precision="bf16")
     with pytest.raises(ValueError, match=r"lacks .*'model.layers.3"):

@@ -205,12 +205,7 @@ def test_tied_weights_and_streamed_ones(kit: Any) -> None:
 
     def run(**more: Any) -> Any:
         booster, model, optimizer = kit.boosted(kit.llama(tied=True), **{k: v for k, v in options.items() if k != "steps"}, **more)
-        losses = []
-        for ids in data:
-            loss = model(input_ids=ids, labels=ids).loss
-            losses.append(loss.item())
-            booster.backward(loss, optimizer)
-            optimizer.step()
+        losses = kit.steps(booster, model, optimizer, data)
         return kit.Result(losses, dict(model.state_dict()), [], booster, model, optimizer)
 
     kept = run(**KEPT)
