@@ -1,4 +1,5 @@
-//! The machine in virtual time: one lane per CUDA stream and worker, first in, first out but for the disk's reads, with rates that depend on which of them are busy.
+//! The machine in virtual time: one lane per CUDA stream and worker, first in, first out but for the disk's reads, with rates that depend on
+//! which of them are busy.
 
 use super::sharing::{Rates, Speeds};
 use crate::hardware::Hardware;
