@@ -28,8 +28,8 @@ OUTSIDE_BYTES = 2_500_000_000
 LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
 PROBE_S = 0.3
-"""Of the host's Adam before and after every configuration, on as many parameters as it was calibrated on: a shared machine's memory is
-faster in one minute than in the next."""
+"""Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, before and after every configuration: a
+shared machine is faster in one minute than in the next."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -50,17 +50,24 @@ class Answer:
 def serve(pipe: Connection, a: argparse.Namespace) -> None:
     """Says what this machine is, then answers configurations until None comes."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    import torch
+
+    from tierwise.calibration.thread import LaunchProbe
+
     pipe.send(machine(a))
     bench = HostBench(json.loads(Path(a.hardware).read_text(encoding="utf-8"))["measured"]["host_numel"])
+    thread: LaunchProbe | None = None
     resident = None
     while (run := pipe.recv()) is not None:
         try:
             wait_for_memory(a)
             resident = resident_bytes() if resident is None else resident
-            before = bench.rate("adam", PROBE_S)
+            thread = thread or LaunchProbe(torch.device("cuda" if uses_cuda(a) else "cpu"))
+            before = bench.rate("adam", PROBE_S), thread.ns(PROBE_S)
             recorded = record(run, a)
             if recorded["recorded"]["fits"]:
-                recorded["host_adam_params_per_s"] = [before, bench.rate("adam", PROBE_S)]
+                recorded["host_adam_params_per_s"] = [before[0], bench.rate("adam", PROBE_S)]
+                recorded["launch_probe_ns"] = [before[1], thread.ns(PROBE_S)]
             answer = Answer(run=recorded)
         except Exception as error:
             answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
@@ -165,15 +172,23 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     boosted = time.perf_counter()
     ids = torch.randint(0, run.model()["vocab_size"], (run.micro_batch, run.seq), device="cuda" if cuda else "cpu")
     clock = Clock(cuda)
+    thread: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
 
     def step() -> None:
         for _ in range(run.accumulation):
+            begin = time.perf_counter()
             loss = model(input_ids=ids, labels=ids).loss
+            forward = time.perf_counter()
             booster.backward(loss, optimizer)
             del loss
+            backward = time.perf_counter()
+            thread["forward"].append(forward - begin)
+            thread["backward"].append(backward - forward)
         clock.mark()
+        begin = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
+        thread["step"].append(time.perf_counter() - begin)
 
     def rest() -> None:
         if cuda:
@@ -217,6 +232,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         **observed_device,
         "process_peak_bytes": peak_rss_bytes(),
         "boost_s": round(boosted - started, 2),
+        "thread_s": {name: round(statistics.median(values), 6) for name, values in thread.items()},
         "per_step": {name: (after[name] - before[name]) / steps for name in counters},
         "spans": summary(spans),
     }

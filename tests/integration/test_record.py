@@ -39,6 +39,7 @@ def test_a_calibrated_machine_is_simulated(hardware: Path) -> None:
             # A CPU has no power limit to meet.
             assert all(value > 0 for name, value in row.items() if name != "sustained_s"), (table, row)
     assert measured["launch"]["backward_ns"] > 1
+    assert measured["launch"]["probe_ns"] > 1
     result = tierwise.simulate("llama2-7b", hardware=hardware, host_budget="200GB", device_budget="100GB")
     assert isinstance(result, tierwise.sim.Simulation)
     assert result.hardware == "here"

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tierwise.calibration.thread import LaunchProbe
+
+_PROBE_S = 0.15
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 8, 24
@@ -24,8 +27,11 @@ _STEPPED_ON_CUDA = (2048, 5504, 16)
 
 def launches(device: torch.device) -> dict[str, int]:
     """Nanoseconds in which the training thread enqueues a unit's forward and backward, with and without recomputation, and what a step
-    takes beside its units: from a model so small that the device waits for Python. Raises ImportError without transformers."""
-    plain, again = _step_ns(device, "none"), _step_ns(device, "full")
+    takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile. Raises ImportError
+    without transformers."""
+    probe = LaunchProbe(device)
+    probes: list[float] = []
+    plain, again = _step_ns(device, "none", probe, probes), _step_ns(device, "full", probe, probes)
 
     def line(times: dict[int, dict[str, float]], what: str) -> tuple[int, int]:
         """Per layer, and beside all layers."""
@@ -43,6 +49,7 @@ def launches(device: torch.device) -> dict[str, int]:
         "outside_forward_ns": outside_forward,
         "outside_backward_ns": outside_backward,
         "step_ns": _positive(plain[_MANY]["step"]),
+        "probe_ns": _positive(statistics.median(probes)),
     }
 
 
@@ -86,15 +93,16 @@ def _tokens(device: torch.device) -> int:
     return _TOKENS_ON_CUDA if device.type == "cuda" else _TOKENS_ON_CPU
 
 
-def _step_ns(device: torch.device, recompute: str) -> dict[int, dict[str, float]]:
-    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both. On CUDA steps follow each other
-    as in training, where the engine's threads call the driver beside the training thread."""
+def _step_ns(device: torch.device, recompute: str, probe: LaunchProbe, probes: list[float]) -> dict[int, dict[str, float]]:
+    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both, and the probe before each turn.
+    On CUDA steps follow each other as in training, where the engine's threads call the driver beside the training thread."""
     cuda = device.type == "cuda"
     boosted = {layers: _boosted(device, layers, _ON_CUDA if cuda else _ON_CPU, recompute) for layers in (_FEW, _MANY)}
     ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
     times: dict[int, dict[str, list[float]]] = {layers: {"forward": [], "backward": [], "step": []} for layers in boosted}
     for _ in range(_ROUNDS):
         for layers, (booster, model, optimizer) in boosted.items():
+            probes.append(probe.ns(_PROBE_S))
             for step in range(_STEPS):
                 marks = [time.perf_counter()]
                 loss = model(input_ids=ids, labels=ids).loss

@@ -109,6 +109,10 @@ pub struct Run {
     /// are scaled by their mean: a shared machine's memory is faster in one minute than in the next.
     #[serde(default)]
     host_adam_params_per_s: Vec<f64>,
+    /// Nanoseconds of a fixed piece of work of a training thread around the run, the calibrated hardware's `measured.launch.probe_ns`. What
+    /// the training thread takes is scaled by their mean: other programs have a part of its core's caches, or of its time.
+    #[serde(default)]
+    launch_probe_ns: Vec<f64>,
     /// The plan that ran. Without one the planner is asked.
     #[serde(default)]
     executed: Option<GivenPlan>,
@@ -212,6 +216,10 @@ pub fn find_hardware(name: &str, network: Option<&str>, folder: &Path) -> Result
     Ok(hardware.on_network(found))
 }
 
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
 fn read_file(what: &str, path: &Path, known: &str) -> Result<String, String> {
     std::fs::read_to_string(path)
         .map_err(|error| format!("unknown {what} `{}` and no such file ({error}); known are {known}", path.display()))
@@ -249,7 +257,11 @@ impl File {
         let hardware = find_hardware(&run.hardware, run.network.as_deref(), folder)?;
         let hardware = match run.host_adam_params_per_s.as_slice() {
             [] => hardware,
-            probes => hardware.with_host_adam(probes.iter().sum::<f64>() / probes.len() as f64)?,
+            probes => hardware.with_host_adam(mean(probes))?,
+        };
+        let hardware = match run.launch_probe_ns.as_slice() {
+            [] => hardware,
+            probes => hardware.with_launch_probe(mean(probes))?,
         };
         let policy = match run.policy.as_str() {
             "tierwise" => None,

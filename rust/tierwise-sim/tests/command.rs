@@ -219,6 +219,49 @@ fn what_has_to_stay_whole_fits_if_any_of_the_compared_plans_keeps_it() {
 }
 
 #[test]
+fn a_run_is_predicted_with_the_training_thread_that_it_met() {
+    let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
+    let read =
+        |name: &str| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(format!("{folder}/{name}")).unwrap()).unwrap() };
+    let scratch = std::env::temp_dir().join(format!("tierwise-sim-launched-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).unwrap();
+    let mut hardware = read("h100-2026-11-27-b.json");
+    hardware["measured"]["launch"]["probe_ns"] = 4_000_000.into();
+    std::fs::write(scratch.join("probed.json"), hardware.to_string()).unwrap();
+    let mut file = read("ours-h100-b.json");
+    let named =
+        |file: &serde_json::Value, name: &str| file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone();
+    // Python bounds the first, the device the second.
+    let runs = ["350m device 1x4096 4k none defer fires", "7b auto:78GB 4x4096 16k auto defer fires"].map(|name| named(&file, name));
+    let probed = |run: &serde_json::Value, hardware: &str, probes: &[f64]| {
+        let mut run = run.clone();
+        run["hardware"] = hardware.into();
+        run["launch_probe_ns"] = probes.into();
+        run
+    };
+    let probes = [vec![], vec![3.5e6, 4.5e6], vec![8e6]];
+    file["runs"] = runs.iter().flat_map(|run| probes.iter().map(|probes| probed(run, "probed.json", probes))).collect();
+    file["gate"] = serde_json::json!({});
+    let path = scratch.join("runs.json");
+    std::fs::write(&path, file.to_string()).unwrap();
+    let report = json(&sim(&format!("validate {} --format json", path.display())));
+    let steps: Vec<f64> =
+        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect();
+    assert!(steps[1].to_bits() == steps[0].to_bits() && (steps[2] / steps[0] - 2.0).abs() < 0.05, "{steps:?}");
+    assert!((steps[5] / steps[3] - 1.0).abs() < 0.02, "{steps:?}");
+    for (hardware, probe, problem) in
+        [("h100", 4e6, "has no `measured.launch.probe_ns`"), ("probed.json", 0.0, "is 0; it was calibrated as 4000000")]
+    {
+        file["runs"] = vec![probed(&runs[0], hardware, &[probe])].into();
+        std::fs::write(&path, file.to_string()).unwrap();
+        let refused = sim(&format!("validate {}", path.display()));
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(String::from_utf8(refused.stderr).unwrap().contains(problem));
+    }
+    std::fs::remove_dir_all(&scratch).unwrap();
+}
+
+#[test]
 fn a_run_is_predicted_with_the_host_that_it_met() {
     let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
     let mut file: serde_json::Value =

@@ -250,6 +250,7 @@ mod tests {
             outside_forward_ns: ns,
             outside_backward_ns: ns,
             step_ns: ns,
+            probe_ns: None,
         };
         // The layer takes 8 ms.
         for (ns, factor) in [(1_900_000, 9.0 / 8.0), (2_100_000, 1.0)] {

@@ -171,6 +171,26 @@ pub struct Launch {
     pub outside_backward_ns: u64,
     /// The call of `optimizer.step()` and `zero_grad()`.
     pub step_ns: u64,
+    /// A fixed piece of work of a training thread, measured beside these: recorded runs measure it again.
+    #[serde(default)]
+    pub probe_ns: Option<u64>,
+}
+
+impl Launch {
+    /// The same of a training thread that takes `factor` times as long.
+    fn with_thread(&self, factor: f64) -> Launch {
+        let longer = |ns: u64| (ns as f64 * factor).round() as u64;
+        Launch {
+            forward_ns: longer(self.forward_ns),
+            backward_ns: longer(self.backward_ns),
+            checkpointed_forward_ns: longer(self.checkpointed_forward_ns),
+            checkpointed_backward_ns: longer(self.checkpointed_backward_ns),
+            outside_forward_ns: longer(self.outside_forward_ns),
+            outside_backward_ns: longer(self.outside_backward_ns),
+            step_ns: longer(self.step_ns),
+            probe_ns: self.probe_ns.map(longer),
+        }
+    }
 }
 
 /// A directory as the NVMe tier.
@@ -199,6 +219,11 @@ impl Measured {
         }
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
         faster
+    }
+
+    /// The same with a training thread that takes `factor` times as long.
+    pub(super) fn with_thread(&self, factor: f64) -> Measured {
+        Measured { launch: self.launch.map(|launch| launch.with_thread(factor)), ..self.clone() }
     }
 
     /// Whether every figure can be divided by.
