@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tierwise.calibration.thread import LaunchProbe
+from tierwise.calibration.timing import free
 
 _PROBE_S = 0.15
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
@@ -79,7 +80,7 @@ def _boosted(
         placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
         micro_batch_size=1, seq_len=_tokens(device),
         recompute=recompute,  # type: ignore[arg-type]
-        device="cuda" if cuda else "emulated", device_budget="10GB" if cuda else "1GB",
+        device="cuda" if cuda else "emulated", device_budget="12GB" if cuda else "1GB",
         host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True, max_norm=1.0,
     )  # fmt: skip
     booster = Booster(plugin=plugin)
@@ -121,6 +122,10 @@ def _step_ns(device: torch.device, recompute: str, probe: LaunchProbe, probes: l
                     for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
                         times[layers][name].append(1e9 * (end - start))
             booster.flush()
+    boosted.clear()
+    del booster, model, optimizer, loss
+    # Models of the next measurement would not fit beside these.
+    free(cuda)
     return {layers: {name: statistics.median(values) for name, values in of.items()} for layers, of in times.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import platform
@@ -123,9 +122,11 @@ class _Sections:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        from tierwise.calibration.timing import free
+
         begun = time.perf_counter()
         yield
-        _free(self.cuda)
+        free(self.cuda)
         self.took[name] = time.perf_counter() - begun
 
     def summary(self) -> str:
@@ -164,11 +165,3 @@ def _disk(directory: str | None) -> Any:
         return None
     found = json.loads(_core.probe_disk(directory))
     return {"write_bytes_per_s": 1e6 * found["write_mb_per_s"], "read_bytes_per_s": 1e6 * found["read_mb_per_s"]}
-
-
-def _free(cuda: bool) -> None:
-    import torch
-
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
