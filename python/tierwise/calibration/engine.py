@@ -129,10 +129,15 @@ def _step_ns(device: torch.device, recompute: str, probe: LaunchProbe, probes: l
     return {layers: {name: statistics.median(values) for name, values in of.items()} for layers, of in times.items()}
 
 
-def adam_params_per_s(device: torch.device) -> tuple[float | None, float | None]:
+_WHOLE_BYTES, _PARAMS_BYTES = 26, 18
+"""Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
+
+
+def adam_params_per_s(device: torch.device, host: dict[str, Any]) -> tuple[float | None, float | None]:
     """Parameters per second of the optimizer step as the engine runs it, from its timeline: on the device the median of its chunks; on the
-    host, with nothing beside it, the fastest, because others share the memory with copies of what was stepped before them. None where the
-    timeline has none."""
+    host the median of the first chunk of every step, because the others share the memory with copies of what was stepped before them.
+    Where the engine takes two passes, the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`).
+    None where the timeline has none."""
     booster, model, optimizer = _boosted(device, 4, _STEPPED_ON_CUDA if device.type == "cuda" else _ON_CPU, "none", offload_optim_frac=0.5)
     ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
     for step in range(6):
@@ -146,10 +151,18 @@ def adam_params_per_s(device: torch.device) -> tuple[float | None, float | None]
     events = json.loads(booster._boosted().engine.timeline())["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
 
-    def rates(track: str) -> list[float]:
-        """Of every step of a layer's chunk."""
-        spans = [e for e in events if e["ph"] == "X" and tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
-        return [event["args"]["bytes"] / 26 / (event["dur"] / 1e6) for event in spans]
+    def spans(track: str, kind: str) -> list[dict[str, Any]]:
+        """Of layers' chunks, as they began."""
+        found = [e for e in events if e["ph"] == "X" and tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
+        return sorted((e for e in found if e["name"].startswith(kind)), key=lambda e: float(e["ts"]))
 
-    on_device, on_host = rates("device optimizer"), rates("host optimizer")
-    return statistics.median(on_device) if on_device else None, max(on_host) if on_host else None
+    def rate(of: list[dict[str, Any]], bytes_per_param: int) -> float | None:
+        return statistics.median(e["args"]["bytes"] / bytes_per_param / (e["dur"] / 1e6) for e in of) if of else None
+
+    on_host = spans("host optimizer", "step")
+    first = on_host[:: max(len({e["name"] for e in on_host}), 1)]
+    passes = bool(spans("host optimizer", "moments"))
+    found = rate(first, _PARAMS_BYTES if passes else _WHOLE_BYTES)
+    if passes and found is not None:
+        found *= host["adam_params_per_s"] / host["params_first_per_s"]
+    return rate(spans("device optimizer", "step"), _WHOLE_BYTES), found

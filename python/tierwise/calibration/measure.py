@@ -77,7 +77,10 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
     with sections("Adam"):
-        on_device, on_host = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device), log) or (None, None)
+        on_device, on_host = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device, measured["host"][-1]), log) or (
+            None,
+            None,
+        )
     measured |= {"device_adam_params_per_s": on_device, "host_adam_params_per_s": on_host}
     log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
     if not cuda:
