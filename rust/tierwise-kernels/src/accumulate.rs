@@ -38,7 +38,7 @@ pub unsafe fn add_at(pool: &Pool, level: Level, additions: &[Addition]) {
     }
     let supported = Supported::new(level);
     let grains = Grains::new(additions.iter().map(|addition| addition.src.numel), GRAIN_NUMEL);
-    pool.for_each_grain_first(grains.count(), |grain| {
+    pool.for_each_grain(grains.count(), |grain| {
         let (which, start, numel) = grains.locate(grain);
         let addition = &additions[which];
         // SAFETY: the caller keeps both arrays alive; grains do not overlap, and each is taken by one thread. The dtype says what `src` points

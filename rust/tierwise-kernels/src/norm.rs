@@ -40,7 +40,7 @@ pub unsafe fn sum_squares_at(pool: &Pool, level: Level, spans: &[GradSpan]) -> V
     let supported = Supported::new(level);
     let blocks = Grains::new(spans.iter().map(|span| span.numel), BLOCK_NUMEL);
     let sums: Vec<AtomicU32> = (0..blocks.count()).map(|_| AtomicU32::new(0)).collect();
-    pool.for_each_grain_first(blocks.count(), |block| {
+    pool.for_each_grain(blocks.count(), |block| {
         let (span, start, numel) = blocks.locate(block);
         let GradSpan { ptr, dtype, .. } = spans[span];
         // SAFETY: the caller keeps the span alive and unwritten; the dtype says what the address points to.

@@ -1,7 +1,6 @@
 //! The kernels' own threads and the shared queue of grains they take work from.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Name of the environment variable that sets the number of threads.
 pub const NUM_THREADS_ENV: &str = "TIERWISE_NUM_THREADS";
@@ -16,7 +15,6 @@ pub const GRAIN_NUMEL: usize = 65_536;
 #[derive(Debug)]
 pub struct Pool {
     pool: rayon::ThreadPool,
-    first: First,
 }
 
 impl Pool {
@@ -36,7 +34,7 @@ impl Pool {
             .thread_name(|index| format!("tierwise-{index}"))
             .build()
             .map_err(|error| format!("cannot start {threads} kernel threads: {error}"))?;
-        Ok(Self { pool, first: First::default() })
+        Ok(Self { pool })
     }
 
     /// How many threads [`Pool::try_new`] starts.
@@ -57,103 +55,27 @@ impl Pool {
     /// Calls `f` once for each of `0..grains` and returns when all calls have returned.
     ///
     /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer.
-    /// Between two grains it lets those of [`Pool::for_each_grain_first`] go first. A panic of `f` propagates to the caller.
+    /// A panic of `f` propagates to the caller.
     pub fn for_each_grain(&self, grains: usize, f: impl Fn(usize) + Sync) {
-        let next = AtomicUsize::new(0);
-        while next.load(Ordering::Relaxed) < grains {
-            self.first.wait();
-            self.run(grains, || {
-                // Threads are given back, not kept waiting: what goes first is queued on them already, or about to be.
-                while !self.first.is_there() {
-                    let grain = next.fetch_add(1, Ordering::Relaxed);
-                    if grain >= grains {
-                        break;
-                    }
-                    f(grain);
-                }
-            });
-        }
-    }
-
-    /// The same for what somebody waits for, as the norm that decides a step: it does not wait for a kernel that runs, only for one grain.
-    pub fn for_each_grain_first(&self, grains: usize, f: impl Fn(usize) + Sync) {
         if grains == 0 {
             return;
         }
         let next = AtomicUsize::new(0);
-        let turn = Turn::new(&self.first);
-        self.run(grains, || {
+        let work = || {
             loop {
                 let grain = next.fetch_add(1, Ordering::Relaxed);
                 if grain >= grains {
                     break;
                 }
-                if grain + 1 == grains {
-                    turn.end();
-                }
                 f(grain);
             }
-        });
-    }
-
-    fn run(&self, grains: usize, work: impl Fn() + Sync) {
+        };
         if grains == 1 {
             // One grain needs one thread; waking all of them costs more than a small parameter's step.
-            self.pool.install(&work);
+            self.pool.install(work);
         } else {
             self.pool.broadcast(|_| work());
         }
-    }
-}
-
-/// Kernels that go first and have grains which no thread has taken yet.
-#[derive(Debug, Default)]
-struct First {
-    count: AtomicUsize,
-    /// Held while the count becomes zero, so that nobody misses it.
-    lock: Mutex<()>,
-    none: Condvar,
-}
-
-impl First {
-    fn is_there(&self) -> bool {
-        self.count.load(Ordering::Relaxed) > 0
-    }
-
-    /// Returns when there is none: asking the threads again and again would keep them from it.
-    fn wait(&self) {
-        if self.is_there() {
-            let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            drop(self.none.wait_while(lock, |()| self.is_there()));
-        }
-    }
-}
-
-/// One of them, until its last grain is taken or it panics: counted once.
-struct Turn<'a> {
-    first: &'a First,
-    ended: AtomicBool,
-}
-
-impl<'a> Turn<'a> {
-    fn new(first: &'a First) -> Self {
-        first.count.fetch_add(1, Ordering::Relaxed);
-        Self { first, ended: AtomicBool::new(false) }
-    }
-
-    fn end(&self) {
-        if !self.ended.swap(true, Ordering::Relaxed) {
-            let lock = self.first.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            self.first.count.fetch_sub(1, Ordering::Relaxed);
-            drop(lock);
-            self.first.none.notify_all();
-        }
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.end();
     }
 }
 
@@ -257,44 +179,6 @@ impl<T> Shared<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_goes_first_waits_for_one_grain() {
-        let pool = Pool::new(Some(1));
-        let (first, begun) = (AtomicUsize::new(0), AtomicBool::new(false));
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                pool.for_each_grain(3, |grain| {
-                    begun.store(true, Ordering::Relaxed);
-                    while grain == 0 && !pool.first.is_there() {
-                        std::thread::yield_now();
-                    }
-                    assert_eq!(first.load(Ordering::Relaxed), if grain == 0 { 0 } else { 5 }, "grain {grain}");
-                });
-            });
-            while !begun.load(Ordering::Relaxed) {
-                std::thread::yield_now();
-            }
-            pool.for_each_grain_first(5, |_| {
-                first.fetch_add(1, Ordering::Relaxed);
-            });
-        });
-        assert!(!pool.first.is_there());
-    }
-
-    #[test]
-    fn a_panic_of_what_goes_first_gives_the_threads_back() {
-        for (threads, grains) in [(1, 1), (1, 9), (3, 9)] {
-            let pool = Pool::new(Some(threads));
-            let panics = std::panic::AssertUnwindSafe(|| pool.for_each_grain_first(grains, |grain| assert!(grain > 0, "grain refused")));
-            assert!(std::panic::catch_unwind(panics).is_err());
-            let count = AtomicUsize::new(0);
-            pool.for_each_grain(9, |_| {
-                count.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(count.into_inner(), 9);
-        }
-    }
 
     #[test]
     fn size_prefers_argument_then_environment_then_affinity() {

@@ -298,9 +298,8 @@ impl<'a, E> Machine<'a, E> {
             .into_iter()
             .filter_map(|lane| {
                 let running = self.lanes[lane as usize].running.as_ref()?;
-                // Who stands still ends after somebody else.
-                let rate = Some(rates[lane as usize]).filter(|&rate| rate > 0.0)?;
-                Some((self.now_ns + (running.remaining / rate).ceil() as u64, lane))
+                let left = (running.remaining / rates[lane as usize]).ceil() as u64;
+                Some((self.now_ns + left, lane))
             })
             .min_by_key(|&(at, lane)| (at, lane as usize))
     }
