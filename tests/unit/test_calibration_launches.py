@@ -10,26 +10,36 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
 
-from tierwise.calibration import engine
+from tierwise.calibration import engine, measure
 from tierwise.calibration.thread import LaunchProbe
 
 
-def test_models_are_gone_before_the_next_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[str, Any]] = []
+def test_launches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
     boosted = engine._boosted
 
-    def counted(device: torch.device, layers: int, size: tuple[int, int, int], recompute: str, offload_optim_frac: float = 0.0) -> Any:
-        assert [how for how, model in made if how != recompute and model() is not None] == []
-        booster, model, optimizer = boosted(device, layers, size, recompute, offload_optim_frac)
-        made.append((recompute, weakref.ref(model)))
+    def counted(*args: Any) -> Any:
+        booster, model, optimizer = boosted(*args)
+        made.append(weakref.ref(model))
         return booster, model, optimizer
 
     monkeypatch.setattr(engine, "_boosted", counted)
     monkeypatch.setattr(engine, "_ROUNDS", 1)
     monkeypatch.setattr(engine, "_PROBE_S", 0.01)
-    measured = engine.launches(torch.device("cpu"))
-    assert [how for how, _ in made] == ["none", "none", "full", "full"]
+    with measure._Sections(cuda=False)("launches"):
+        measured = engine.launches(torch.device("cpu"))
+    assert [model() for model in made] == [None] * 3
     assert all(ns > 0 for ns in measured.values())
+
+
+def test_what_launches_take_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many, again = ({"forward": 1000.0 + per * layers, "backward": 500.0 + 2 * per * layers, "step": 7.0} for layers, per in
+                        ((engine._FEW, 10), (engine._MANY, 10), (engine._MANY, 13)))  # fmt: skip
+    monkeypatch.setattr(engine, "_step_ns", lambda device, models, probes: probes.extend([3.0, 5.0, 4.0]) or [few, many, again])
+    assert engine.launches(torch.device("cpu")) == {
+        "forward_ns": 10, "backward_ns": 20, "checkpointed_forward_ns": 13, "checkpointed_backward_ns": 26,
+        "outside_forward_ns": 1000, "outside_backward_ns": 500, "step_ns": 7, "probe_ns": 4,
+    }  # fmt: skip
 
 
 def test_the_probe_takes_as_long_as_its_work(monkeypatch: pytest.MonkeyPatch) -> None:

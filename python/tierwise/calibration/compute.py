@@ -14,7 +14,7 @@ from tierwise.calibration.timing import Timer
 from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
 from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
-_SUSTAINED_S = 1.2
+_SUSTAINED_S = 1.0
 """Of forward and backward in turn, the second half of which counts: the power limit is felt after less than a tenth of a second, but a
 device that is still cool draws less."""
 

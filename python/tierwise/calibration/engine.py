@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from tierwise.calibration.thread import LaunchProbe
-from tierwise.calibration.timing import free
 
 _PROBE_S = 0.15
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
-_FEW, _MANY = 8, 24
+_FEW, _MANY = 4, 16
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
 _TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
@@ -30,26 +29,24 @@ def launches(device: torch.device) -> dict[str, int]:
     """Nanoseconds in which the training thread enqueues a unit's forward and backward, with and without recomputation, and what a step
     takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile. Raises ImportError
     without transformers."""
-    probe = LaunchProbe(device)
     probes: list[float] = []
-    plain, again = _step_ns(device, "none", probe, probes), _step_ns(device, "full", probe, probes)
+    few, many, again = _step_ns(device, [(_FEW, "none"), (_MANY, "none"), (_MANY, "full")], probes)
 
-    def line(times: dict[int, dict[str, float]], what: str) -> tuple[int, int]:
-        """Per layer, and beside all layers."""
-        few, many = times[_FEW][what], times[_MANY][what]
+    def line(what: str) -> tuple[float, float, float]:
+        """Per layer, per recomputed layer, and beside all layers."""
         # Noise must not make what is outside the layers negative.
-        slope = min((many - few) / (_MANY - _FEW), many / _MANY)
-        return _positive(slope), _positive(many - _MANY * slope)
+        slope = min((many[what] - few[what]) / (_MANY - _FEW), many[what] / _MANY)
+        return slope, slope + (again[what] - many[what]) / _MANY, many[what] - _MANY * slope
 
-    (forward, outside_forward), (backward, outside_backward) = line(plain, "forward"), line(plain, "backward")
+    forward, backward = line("forward"), line("backward")
     return {
-        "forward_ns": forward,
-        "backward_ns": backward,
-        "checkpointed_forward_ns": line(again, "forward")[0],
-        "checkpointed_backward_ns": line(again, "backward")[0],
-        "outside_forward_ns": outside_forward,
-        "outside_backward_ns": outside_backward,
-        "step_ns": _positive(plain[_MANY]["step"]),
+        "forward_ns": _positive(forward[0]),
+        "backward_ns": _positive(backward[0]),
+        "checkpointed_forward_ns": _positive(forward[1]),
+        "checkpointed_backward_ns": _positive(backward[1]),
+        "outside_forward_ns": _positive(forward[2]),
+        "outside_backward_ns": _positive(backward[2]),
+        "step_ns": _positive(many["step"]),
         "probe_ns": _positive(statistics.median(probes)),
     }
 
@@ -94,15 +91,17 @@ def _tokens(device: torch.device) -> int:
     return _TOKENS_ON_CUDA if device.type == "cuda" else _TOKENS_ON_CPU
 
 
-def _step_ns(device: torch.device, recompute: str, probe: LaunchProbe, probes: list[float]) -> dict[int, dict[str, float]]:
-    """Of models with few and with many layers, which take turns: what the host does meanwhile meets both, and the probe before each turn.
-    On CUDA steps follow each other as in training, where the engine's threads call the driver beside the training thread."""
+def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[float]) -> list[dict[str, float]]:
+    """Of models with so many layers and such recomputation, which take turns: what the host does meanwhile meets all of them, and the probe
+    before each turn. On CUDA steps follow each other as in training, where the engine's threads call the driver beside the training
+    thread."""
     cuda = device.type == "cuda"
-    boosted = {layers: _boosted(device, layers, _ON_CUDA if cuda else _ON_CPU, recompute) for layers in (_FEW, _MANY)}
+    probe = LaunchProbe(device)
+    boosted = [_boosted(device, layers, _ON_CUDA if cuda else _ON_CPU, recompute) for layers, recompute in models]
     ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
-    times: dict[int, dict[str, list[float]]] = {layers: {"forward": [], "backward": [], "step": []} for layers in boosted}
+    times: list[dict[str, list[float]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
     for _ in range(_ROUNDS):
-        for layers, (booster, model, optimizer) in boosted.items():
+        for of, (booster, model, optimizer) in zip(times, boosted, strict=True):
             probes.append(probe.ns(_PROBE_S))
             for step in range(_STEPS):
                 marks = [time.perf_counter()]
@@ -119,14 +118,10 @@ def _step_ns(device: torch.device, recompute: str, probe: LaunchProbe, probes: l
                 else:
                     booster.flush()
                 if step >= _WARM:
-                    for name, start, end in zip(times[layers], marks, marks[1:], strict=False):
-                        times[layers][name].append(1e9 * (end - start))
+                    for name, start, end in zip(of, marks, marks[1:], strict=False):
+                        of[name].append(1e9 * (end - start))
             booster.flush()
-    boosted.clear()
-    del booster, model, optimizer, loss
-    # Models of the next measurement would not fit beside these.
-    free(cuda)
-    return {layers: {name: statistics.median(values) for name, values in of.items()} for layers, of in times.items()}
+    return [{name: statistics.median(values) for name, values in of.items()} for of in times]
 
 
 _WHOLE_BYTES, _PARAMS_BYTES = 26, 18

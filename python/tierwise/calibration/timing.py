@@ -88,7 +88,8 @@ class Timer:
             marks.append(event)
             # What was enqueued two calls before is done: the device is about to wait for Python.
             caught_up += index >= half and marks[index - 2].query()
+            if caught_up > _CAUGHT_UP * (count - half):
+                torch.cuda.synchronize(self.device)
+                return None
         torch.cuda.synchronize(self.device)
-        if caught_up > _CAUGHT_UP * (count - half):
-            return None
         return float(marks[half].elapsed_time(marks[-1])) / 1e3 / (len(marks) - 1 - half)
