@@ -185,23 +185,27 @@ fn sustained(built: &Built, tables: Option<&Tables>) -> f64 {
 
 /// What the training thread takes per unit, and for a step.
 fn launches(built: &Built, hardware: &Hardware) -> (Vec<Launch>, u64) {
-    let Some(measured) = hardware.measured.as_ref().and_then(|m| m.launch) else {
+    let measured = hardware.measured.as_ref();
+    let times = measured.and_then(|m| m.thread_times).unwrap_or(1.0);
+    let Some(measured) = measured.and_then(|m| m.launch) else {
         return (vec![Launch::equal(hardware.launch_ns); built.work.len()], 0);
     };
+    let now = |ns: u64| (ns as f64 * times).round() as u64;
     let others = built.work.iter().filter(|work| work.kind != Kind::Layer).count().max(1) as u64;
     let launch = built
         .work
         .iter()
         .map(|work| match work.kind {
             Kind::Layer => Launch {
-                forward_ns: [measured.forward_ns, measured.checkpointed_forward_ns],
-                backward_ns: [measured.backward_ns, measured.checkpointed_backward_ns],
+                forward_ns: [now(measured.forward_ns), now(measured.checkpointed_forward_ns)],
+                backward_ns: [now(measured.backward_ns), now(measured.checkpointed_backward_ns)],
             },
             // What is outside the layers, embedding to loss, was measured together.
-            Kind::Embedding | Kind::Norm | Kind::Head => {
-                Launch { forward_ns: [measured.outside_forward_ns / others; 2], backward_ns: [measured.outside_backward_ns / others; 2] }
-            }
+            Kind::Embedding | Kind::Norm | Kind::Head => Launch {
+                forward_ns: [now(measured.outside_forward_ns / others); 2],
+                backward_ns: [now(measured.outside_backward_ns / others); 2],
+            },
         })
         .collect();
-    (launch, measured.step_ns)
+    (launch, now(measured.step_ns))
 }

@@ -307,7 +307,7 @@ impl Hardware {
     /// launches takes as much longer or shorter. An error where that was not calibrated.
     pub fn with_launch_probe(self, probe_ns: f64) -> Result<Hardware, String> {
         let calibrated = self.measured.as_ref().and_then(|m| m.launch).and_then(|launch| launch.probe_ns);
-        let Some(calibrated) = calibrated.filter(|&ns| ns > 0) else {
+        let Some(calibrated) = calibrated else {
             return Err(format!(
                 "launch_probe_ns needs a calibrated machine to be compared with; {} has no `measured.launch.probe_ns`",
                 self.name
@@ -317,7 +317,9 @@ impl Hardware {
         if !(factor.is_finite() && (0.01..=100.0).contains(&factor)) {
             return Err(format!("launch_probe_ns is {probe_ns}; it was calibrated as {calibrated}"));
         }
-        Ok(Hardware { measured: self.measured.as_ref().map(|measured| measured.with_thread(factor)), ..self })
+        let hardware = Hardware { measured: self.measured.as_ref().map(|measured| measured.with_thread(factor)), ..self };
+        hardware.check()?;
+        Ok(hardware)
     }
 
     /// The same nodes on another network.

@@ -91,19 +91,15 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        // A layer that takes not much more than Python takes to enqueue it was held up by Python if anything, and a device that waits for
-        // Python is not at its power limit.
+        // A layer that takes less than half as long again as Python takes to enqueue it was held up by Python if anything, and a device that
+        // waits for Python is not at its power limit.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured
             .layers
             .iter()
             .filter_map(|row| {
                 let short_s = row.forward_s + row.backward_s;
-                let factor = match row.sustained_s {
-                    Some(sustained_s) if sustained_s >= 1.5 * launch_s => sustained_s / short_s,
-                    None if short_s >= 2.0 * launch_s => return None,
-                    _ => 1.0,
-                };
+                let factor = if short_s < 1.5 * launch_s { 1.0 } else { row.sustained_s? / short_s };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
@@ -257,7 +253,7 @@ mod tests {
             probe_ns: None,
         };
         // The layer takes 8 ms, 9 without a pause.
-        for (ns, factor) in [(2_900_000, 9.0 / 8.0), (3_100_000, 1.0)] {
+        for (ns, factor) in [(2_600_000, 9.0 / 8.0), (2_700_000, 1.0)] {
             let tables = Tables::new(&Measured { launch: Some(launch(ns)), ..measured() }).unwrap();
             assert!((tables.sustained(4096, 1024) - factor).abs() < 1e-9);
         }

@@ -29,6 +29,9 @@ pub struct Measured {
     /// What the training thread takes to enqueue work.
     #[serde(default)]
     pub launch: Option<Launch>,
+    /// How many times longer than calibrated the training thread takes: nothing in a file, but a run may have been probed.
+    #[serde(skip)]
+    pub thread_times: Option<f64>,
     /// Parameters per second of the device's optimizer step.
     #[serde(default)]
     pub device_adam_params_per_s: Option<f64>,
@@ -132,7 +135,7 @@ pub struct LayerRow {
     pub forward_s: f64,
     /// Backward.
     pub backward_s: f64,
-    /// Forward and backward in turn, after a second of them: long work meets the power limit.
+    /// Forward and backward in turn, in the second half of a second of them: long work meets the power limit.
     #[serde(default)]
     pub sustained_s: Option<f64>,
 }
@@ -171,26 +174,9 @@ pub struct Launch {
     pub outside_backward_ns: u64,
     /// The call of `optimizer.step()` and `zero_grad()`.
     pub step_ns: u64,
-    /// A fixed piece of work of a training thread, measured beside these: recorded runs measure it again.
+    /// Forward and backward of 48 small layers, measured beside these: recorded runs measure it again.
     #[serde(default)]
     pub probe_ns: Option<u64>,
-}
-
-impl Launch {
-    /// The same of a training thread that takes `factor` times as long.
-    fn with_thread(&self, factor: f64) -> Launch {
-        let longer = |ns: u64| (ns as f64 * factor).round() as u64;
-        Launch {
-            forward_ns: longer(self.forward_ns),
-            backward_ns: longer(self.backward_ns),
-            checkpointed_forward_ns: longer(self.checkpointed_forward_ns),
-            checkpointed_backward_ns: longer(self.checkpointed_backward_ns),
-            outside_forward_ns: longer(self.outside_forward_ns),
-            outside_backward_ns: longer(self.outside_backward_ns),
-            step_ns: longer(self.step_ns),
-            probe_ns: self.probe_ns.map(longer),
-        }
-    }
 }
 
 /// A directory as the NVMe tier.
@@ -223,7 +209,7 @@ impl Measured {
 
     /// The same with a training thread that takes `factor` times as long.
     pub(super) fn with_thread(&self, factor: f64) -> Measured {
-        Measured { launch: self.launch.map(|launch| launch.with_thread(factor)), ..self.clone() }
+        Measured { thread_times: Some(factor), ..self.clone() }
     }
 
     /// Whether every figure can be divided by.
@@ -268,6 +254,7 @@ impl Measured {
             check_sizes("losses", &[row.tokens, row.hidden, row.vocab])?;
         }
         figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
+        figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
         if let Some(disk) = self.disk {
             figures.extend([
