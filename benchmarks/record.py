@@ -12,9 +12,10 @@ is named at the end and tried again by the next command.
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed and nothing waits for the device between timed steps. `recorded` has the median, the times themselves, the allocator's peak of
 device bytes since training began, the engine's peak of host bytes, and how long the compute stream waited per step. `executed` is the plan
-that ran, after its correction. `observed` sums the timeline of two more steps by track and kind, and has how long the training thread was
-in its calls (medians). `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a
-fixed piece of work took a training thread, before and after the configuration, measured as `calibrate` does.
+that ran, after its correction. `observed` sums the timeline of two more steps by track and kind, and has how many seconds the training
+thread was in its calls in the timed steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step).
+`host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
+a training thread, before and after the configuration, measured as `calibrate` does.
 """
 
 from __future__ import annotations
@@ -123,9 +124,12 @@ def main() -> int:
     def elapsed() -> float:
         return time.monotonic() - started
 
-    measured = json.loads(Path(a.hardware).read_text(encoding="utf-8")).get("measured", {})
+    hardware = json.loads(Path(a.hardware).read_text(encoding="utf-8"))
+    measured = hardware.get("measured", {})
     if "host_numel" not in measured or "probe_ns" not in (measured.get("launch") or {}):
-        raise SystemExit(f"{a.hardware} lacks what probes are compared with: make it anew with `tierwise calibrate`")
+        lacks = "measured.launch.probe_ns" if "host_numel" in measured else "measured.host_numel"
+        why = hardware.get("sources", {}).get("not measured", "it is of an earlier version")
+        raise SystemExit(f"{a.hardware} lacks {lacks}, which probes are compared with ({why}): make it anew with `tierwise calibrate`")
     result = begun(a)
     done = {run["name"] for runs in (result["runs"], *(json.loads(Path(path).read_text())["runs"] for path in a.skip)) for run in runs}
     wanted = [run for run in LISTS[a.list] if run.name not in done and (a.only is None or re.search(a.only, run.name))]

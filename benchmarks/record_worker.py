@@ -66,6 +66,7 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
             before = bench.rate("adam", PROBE_S), thread.ns(PROBE_S)
             recorded = record(run, a)
             if recorded["recorded"]["fits"]:
+                gc.collect()
                 recorded["host_adam_params_per_s"] = [before[0], bench.rate("adam", PROBE_S)]
                 recorded["launch_probe_ns"] = [before[1], thread.ns(PROBE_S)]
             answer = Answer(run=recorded)
@@ -198,10 +199,13 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         step()
     rest()
     before, clock.marks = booster.stats(), []
+    for values in thread.values():
+        values.clear()
     for _ in range(run.timed_steps + 1):
         step()
     rest()
     after, times = booster.stats(), clock.intervals()
+    thread_s = {name: round(statistics.median(values), 6) for name, values in thread.items()}
     booster.record_timeline()
     for _ in range(PROFILED):
         step()
@@ -232,7 +236,7 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         **observed_device,
         "process_peak_bytes": peak_rss_bytes(),
         "boost_s": round(boosted - started, 2),
-        "thread_s": {name: round(statistics.median(values), 6) for name, values in thread.items()},
+        "thread_s": thread_s,
         "per_step": {name: (after[name] - before[name]) / steps for name in counters},
         "spans": summary(spans),
     }

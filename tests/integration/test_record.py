@@ -80,6 +80,9 @@ def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     assert runs[3]["observed"]["per_step"]["speculated"] > 0
     assert runs[5]["executed"]["offload_window_bytes"] > 0
     assert "BudgetError" in runs[6]["failed"]
+    for run in runs[:6]:
+        assert all(len(run[probe]) == 2 and min(run[probe]) > 0 for probe in ("host_adam_params_per_s", "launch_probe_ns")), run["name"]
+        assert min(run["observed"]["thread_s"].values()) > 0
     # Nothing is left to do, and that needs no worker.
     again = _record(hardware, out, "--limit", "0")
     assert again.returncode == 0, again.stderr
@@ -102,6 +105,14 @@ def test_a_configuration_that_fails_does_not_end_the_recording(hardware: Path, t
     assert ran.stdout.count("a new worker: no answer within 0 s") == 2
     assert ran.stderr.count("not recorded: tiny") == 2
     assert not out.exists()
+    unprobed = tmp_path / "unprobed.json"
+    contents = json.loads(hardware.read_text())
+    contents["measured"]["launch"] = None
+    contents["sources"]["not measured"] = "launches: no memory"
+    unprobed.write_text(json.dumps(contents))
+    refused = _record(unprobed, tmp_path / "unrecorded.json")
+    assert refused.returncode == 1
+    assert "measured.launch.probe_ns, which probes are compared with (launches: no memory)" in refused.stderr
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"schema_version": 1, "runs": [{"name": "x", "hardware": "elsewhere.json"}]}))
     mixed = _record(hardware, other)

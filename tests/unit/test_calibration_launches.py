@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import weakref
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
 
-from tierwise.calibration import engine, measure
+from tierwise.calibration import compute, engine, measure
 from tierwise.calibration.thread import LaunchProbe
+from tierwise.calibration.timing import Timer
 
 
 def test_launches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +47,67 @@ def test_what_launches_take_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_probe_takes_as_long_as_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = LaunchProbe(torch.device("cpu"))
-    calls = []
+    calls: list[int] = []
     once = probe._once
-    monkeypatch.setattr(probe, "_once", lambda: calls.append(once()) or calls[-1])  # type: ignore[func-returns-value]
+
+    def counted() -> int:
+        calls.append(once())
+        return calls[-1]
+
+    monkeypatch.setattr(probe, "_once", counted)
     median = probe.ns(0.0)
     # The first is not counted.
     assert len(calls) == 6
     assert median == sorted(calls[1:])[2]
+
+
+def _timeline(passes: bool) -> str:
+    """Three steps of two layers on the host, the first of each undisturbed; and one on the device."""
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "tid": tid, "args": {"name": name}} for tid, name in enumerate(("host optimizer", "device optimizer"))
+    ]
+    for step, slowness in enumerate((1.0, 5.0, 1.25)):
+        for layer in range(2):
+            begin, us = 1e6 * step + 1e5 * layer, 1000.0 * slowness * (1 + layer)
+            moved = 1_000_000 * (18 if passes else 26)
+            span = {"ph": "X", "tid": 0, "name": f"step layers.{layer}", "ts": begin, "dur": us, "args": {"bytes": moved}}
+            events.append(span)
+            if passes:
+                events.append({**span, "name": f"moments layers.{layer}", "ts": begin + 5e5, "dur": 10.0})
+        events.append({"ph": "X", "tid": 0, "name": "step lm_head", "ts": 1e6 * step - 10, "dur": 1.0, "args": {"bytes": 26}})
+        events.append({"ph": "X", "tid": 1, "name": "step layers.2", "ts": 1e6 * step, "dur": 10.0, "args": {"bytes": 26_000_000}})
+        events.append({"ph": "X", "tid": 1, "name": "norm layers.2", "ts": 1e6 * step, "dur": 1.0, "args": {"bytes": 26_000_000}})
+    return json.dumps({"traceEvents": events})
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_the_engines_adam_is_that_of_undisturbed_chunks(passes: bool) -> None:
+    said: list[str] = []
+    host = {"adam_params_per_s": 6e8, "params_first_per_s": 9e8}
+    on_device, on_host = engine.rates(_timeline(passes), host, said.append)
+    assert on_device == pytest.approx(1e11)
+    # The middle one of 1e9, 2e8 and 8e8; what the first pass gains is not the whole step's.
+    assert on_host == pytest.approx(8e8 * (6 / 9 if passes else 1))
+    assert said == [f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of 3 steps"]
+    assert engine.rates(json.dumps({"traceEvents": []}), host, said.append) == (None, None)
+
+
+def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dataclasses.replace(compute.CPU_SIZES, layers=((32, 64, 2), (64, 160, 4)))
+    timer = Timer(torch.device("cpu"), 1e-4)
+    asked: list[tuple[int, ...]] = []
+
+    def sustained(work: Any, seconds: float) -> float | None:
+        x = work.args[1][0]
+        asked.append(tuple(x.shape))
+        return None if tuple(x.shape) == (4, 64, 32) else 0.5
+
+    monkeypatch.setattr(timer, "sustained", sustained)
+    rows = compute.layers(sizes, timer, lambda text: None)
+    assert asked == [], "a CPU has no power limit"
+    assert {row["sustained_s"] for row in rows} == {None}
+    monkeypatch.setattr(compute, "_has_power_limit", lambda device: True)
+    rows = compute.layers(sizes, timer, lambda text: None)
+    assert asked == [(4, 64, 64), (4, 64, 32), (8, 64, 32)]
+    assert [(row["hidden"], row["sequences"]) for row in rows if row["sustained_s"] == 0.5] == [(64, 4), (32, 8)]
+    assert len(rows) == 5

@@ -140,7 +140,7 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
             for sequences, seq in sizes.whole:
                 measure(which, sequences, seq)
         # The widest first: as hot as training makes the device, it stays for the others.
-        for which in reversed(range(len(made) if timer.device.type == "cuda" else 0)):
+        for which in reversed(range(len(made) if _has_power_limit(timer.device) else 0)):
             sequences, seq = largest
             if not sustain(which, sequences, seq):
                 measure(which, 2 * sequences, seq)
@@ -170,6 +170,11 @@ def losses(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
             rows.append(row)
         log(f"loss {hidden} with {tokens} tokens: {row['forward_s'] * 1e3:.2f} ms forward, {row['backward_s'] * 1e3:.2f} ms backward")
     return rows
+
+
+def _has_power_limit(device: torch.device) -> bool:
+    """Whether it is the device, not Python or a CPU's cores, that long work slows down."""
+    return device.type == "cuda"
 
 
 def _step(forward: Callable[[], Tensor], leaves: list[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from tierwise.calibration.thread import LaunchProbe
 
 _PROBE_S = 0.15
+"""Seconds of the probe before every turn of a model."""
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
@@ -23,6 +25,8 @@ _TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
 to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
+_STEPPED_TOKENS = 8192
+"""Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
 
 
 def launches(device: torch.device) -> dict[str, int]:
@@ -56,7 +60,7 @@ def _positive(ns: float) -> int:
 
 
 def _boosted(
-    device: torch.device, layers: int, size: tuple[int, int, int], recompute: str, offload_optim_frac: float = 0.0
+    device: torch.device, layers: int, size: tuple[int, int, int], tokens: int, recompute: str, offload_optim_frac: float = 0.0
 ) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +70,7 @@ def _boosted(
     hidden, inner, heads = size
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        vocab_size=256, use_cache=False,
+        vocab_size=256, max_position_embeddings=tokens, use_cache=False,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     # Random numbers of so many weights take the CPU longer than all that is measured here.
@@ -75,7 +79,7 @@ def _boosted(
     cuda = device.type == "cuda"
     plugin = GeminiPlugin(
         placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
-        micro_batch_size=1, seq_len=_tokens(device),
+        micro_batch_size=1, seq_len=tokens,
         recompute=recompute,  # type: ignore[arg-type]
         device="cuda" if cuda else "emulated", device_budget="12GB" if cuda else "1GB",
         host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True, max_norm=1.0,
@@ -87,18 +91,15 @@ def _boosted(
     return booster, model, optimizer
 
 
-def _tokens(device: torch.device) -> int:
-    return _TOKENS_ON_CUDA if device.type == "cuda" else _TOKENS_ON_CPU
-
-
 def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[float]) -> list[dict[str, float]]:
     """Of models with so many layers and such recomputation, which take turns: what the host does meanwhile meets all of them, and the probe
     before each turn. On CUDA steps follow each other as in training, where the engine's threads call the driver beside the training
     thread."""
     cuda = device.type == "cuda"
     probe = LaunchProbe(device)
-    boosted = [_boosted(device, layers, _ON_CUDA if cuda else _ON_CPU, recompute) for layers, recompute in models]
-    ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
+    size, tokens = (_ON_CUDA, _TOKENS_ON_CUDA) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
+    boosted = [_boosted(device, layers, size, tokens, recompute) for layers, recompute in models]
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     times: list[dict[str, list[float]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
     for _ in range(_ROUNDS):
         for of, (booster, model, optimizer) in zip(times, boosted, strict=True):
@@ -128,13 +129,14 @@ _WHOLE_BYTES, _PARAMS_BYTES = 26, 18
 """Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
 
 
-def adam_params_per_s(device: torch.device, host: dict[str, Any]) -> tuple[float | None, float | None]:
+def adam_params_per_s(device: torch.device, host: dict[str, Any], log: Callable[[str], None]) -> tuple[float | None, float | None]:
     """Parameters per second of the optimizer step as the engine runs it, from its timeline: on the device the median of its chunks; on the
     host the median of the first chunk of every step, because the others share the memory with copies of what was stepped before them.
     Where the engine takes two passes, the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`).
     None where the timeline has none."""
-    booster, model, optimizer = _boosted(device, 4, _STEPPED_ON_CUDA if device.type == "cuda" else _ON_CPU, "none", offload_optim_frac=0.5)
-    ids = torch.zeros(1, _tokens(device), dtype=torch.long, device=device)
+    size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
+    booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=0.5)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     for step in range(6):
         if step == 1:
             booster.record_timeline()
@@ -143,7 +145,12 @@ def adam_params_per_s(device: torch.device, host: dict[str, Any]) -> tuple[float
         optimizer.step()
         optimizer.zero_grad()
         booster.flush()
-    events = json.loads(booster._boosted().engine.timeline())["traceEvents"]
+    return rates(booster._boosted().engine.timeline(), host, log)
+
+
+def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> tuple[float | None, float | None]:
+    """What `adam_params_per_s` returns, of a timeline of whole steps that were flushed one by one."""
+    events = json.loads(timeline)["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
 
     def spans(track: str, kind: str) -> list[dict[str, Any]]:
@@ -157,6 +164,7 @@ def adam_params_per_s(device: torch.device, host: dict[str, Any]) -> tuple[float
     on_host = spans("host optimizer", "step")
     first = on_host[:: max(len({e["name"] for e in on_host}), 1)]
     passes = bool(spans("host optimizer", "moments"))
+    log(f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of {len(first)} steps")
     found = rate(first, _PARAMS_BYTES if passes else _WHOLE_BYTES)
     if passes and found is not None:
         found *= host["adam_params_per_s"] / host["params_first_per_s"]

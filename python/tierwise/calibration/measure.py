@@ -71,16 +71,16 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     with sections("links"):
         measured["sharing"] = beside(device, bench, 0.2 * scale, log)
         del bench
-    measured |= _kernels(device, scale, log, sections)
+    missing: list[str] = []
+    measured |= _kernels(device, scale, log, sections, missing)
     with sections("launches"):
         from tierwise.calibration import engine
 
-        measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log)
+        measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
-        on_device, on_host = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device, measured["host"][-1]), log) or (
-            None,
-            None,
-        )
+        whole = measured["host"][-1]
+        rates = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device, whole, log), log, missing)
+    on_device, on_host = rates or (None, None)
     measured |= {"device_adam_params_per_s": on_device, "host_adam_params_per_s": on_host}
     log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
     if not cuda:
@@ -92,6 +92,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         "machine": f"{torch.cuda.get_device_name(device) if cuda else 'emulated device'}, {os.cpu_count()} CPUs, {platform.machine()}",
         "software": f"torch {torch.__version__}, Python {platform.python_version()}, tierwise {_core.__version__}",
         "measured": f"tierwise calibrate, {time.strftime('%Y-%m-%d')}",
+        **({"not measured": "; ".join(missing)} if missing else {}),
     }
     device_name = torch.cuda.get_device_name(device) if cuda else None
     return hardware(options.name, about, measured, device_name, free_device_bytes, available_memory_bytes())
@@ -136,7 +137,7 @@ class _Sections:
         return f"measured in {sum(self.took.values()):.0f} s: " + ", ".join(f"{name} {took:.1f}" for name, took in self.took.items())
 
 
-def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _Sections) -> dict[str, Any]:
+def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _Sections, missing: list[str]) -> dict[str, Any]:
     from tierwise.calibration import compute
     from tierwise.calibration.timing import Timer
 
@@ -148,18 +149,19 @@ def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _S
     with sections("attention"):
         found["attention"] = compute.attention(sizes, timer, log)
     with sections("layers"):
-        found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log) or []
+        found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log, missing) or []
     with sections("losses"):
         found["losses"] = compute.losses(sizes, timer, log)
     return found
 
 
-def _if_possible(what: str, measure: Callable[[], Any], log: Callable[[str], None]) -> Any:
-    """What needs transformers, and goes through more of it and of torch than a file of figures should fail for."""
+def _if_possible(what: str, measure: Callable[[], Any], log: Callable[[str], None], missing: list[str]) -> Any:
+    """What needs transformers, and goes through more of it and of torch than a file of figures should fail for: the file says why not."""
     try:
         return measure()
     except (ImportError, TypeError, RuntimeError) as error:
         log(f"{what} not measured: {type(error).__name__}: {error}")
+        missing.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
         return None
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 _LAYERS, _WIDTH = 48, 64
+"""About 300 kernels of a microsecond each; other numbers would make other probes, which must not be compared."""
 _LEAST = 5
+"""Times that are timed at least."""
 
 
 class LaunchProbe:
