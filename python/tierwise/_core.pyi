@@ -289,8 +289,9 @@ class HostBench:
     @property
     def numel(self) -> int: ...
     def rate(self, kernel: str, seconds: float, threads: int | None = None) -> float:
-        """Elements per second of the median pass: parameters of "adam" (26 bytes of traffic each), of "accumulate" (bf16 into fp32) and of
-        "norm" (bf16), bytes of "copy". Raises ValueError for another kernel."""
+        """Elements per second of the median pass: parameters of "adam" (26 bytes of traffic each), of the two passes that its steps may
+        take, "params_first" and "moments" (18 each), of "accumulate" (bf16 into fp32) and of "norm" (bf16), bytes of "copy". Raises
+        ValueError for another kernel."""
 
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""

@@ -33,6 +33,11 @@ def test_a_calibrated_machine_is_simulated(hardware: Path) -> None:
     measured = contents["measured"]
     assert [row["actors"] for row in measured["sharing"]][:4] == [["h2d"], ["d2h"], ["adam"], ["compute"]]
     assert len(measured["sharing"]) == 15
+    for row in measured["sharing"]:
+        adam = "adam" in row["actors"]
+        assert (row.get("params_first_per_s", 0) > 0) == (adam and "d2h" not in row["actors"]), row
+        assert (row.get("moments_per_s", 0) > 0) == (adam and "h2d" not in row["actors"]), row
+    assert all(row["moments_per_s"] > 0 for row in measured["host"])
     assert measured["host"][-1]["threads"] == _core.kernel_threads()
     for table in ("products", "attention", "layers", "losses"):
         for row in measured[table]:

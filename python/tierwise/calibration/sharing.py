@@ -11,14 +11,18 @@ from typing import Any
 import torch
 
 from tierwise._core import HostBench
+from tierwise.calibration.host import KERNELS
 
 _ACTORS = ("h2d", "d2h", "adam", "compute")
+_PASSES = {"params_first": "d2h", "moments": "h2d"}
+"""Of Adam, and the copies that they do not run beside."""
 _PIECE_BYTES = 128 * 2**20
 
 
 def beside(device: torch.device, bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every set of actors running together, `seconds` each: bytes per second of each copy direction, parameters per second of Adam,
-    and compute's speed as a share of its speed alone."""
+    and compute's speed as a share of its speed alone. Half as long with one of Adam's two passes in its place, beside what it meets: the
+    first runs while parameters go to the device, the second while gradients come from there."""
     machine = _Machine(device, bench)
     rows = []
     alone = 0.0
@@ -34,6 +38,9 @@ def beside(device: torch.device, bench: HostBench, seconds: float, log: Callable
                 "adam_params_per_s": found.get("adam"),
                 "compute_share": found["compute"] / alone if "compute" in found else None,
             }
+            for kernel, never in _PASSES.items() if "adam" in actors else ():
+                if never not in actors:
+                    row[KERNELS[kernel]] = machine.run(actors, seconds / 2, kernel)["adam"]
             rows.append(row)
             shown = [f"{name} {value / 1e9:.2f}e9/s" for name, value in found.items() if name != "compute"]
             shown += [f"compute {row['compute_share']:.3f} of its speed"] if "compute" in found else []
@@ -64,17 +71,18 @@ class _Machine:
         else:
             self.host[actor].copy_(self.remote[actor], non_blocking=True)
 
-    def run(self, actors: tuple[str, ...], seconds: float) -> dict[str, float]:
+    def run(self, actors: tuple[str, ...], seconds: float, kernel: str = "adam") -> dict[str, float]:
         queued = [actor for actor in actors if actor != "adam"]
-        return self._on_streams(queued, "adam" in actors, seconds) if self.cuda else self._on_threads(queued, "adam" in actors, seconds)
+        adam = kernel if "adam" in actors else None
+        return self._on_streams(queued, adam, seconds) if self.cuda else self._on_threads(queued, adam, seconds)
 
-    def _adam(self, wanted: bool, seconds: float) -> dict[str, float]:
-        if wanted:
-            return {"adam": self.bench.rate("adam", seconds)}
+    def _adam(self, kernel: str | None, seconds: float) -> dict[str, float]:
+        if kernel is not None:
+            return {"adam": self.bench.rate(kernel, seconds)}
         time.sleep(seconds)
         return {}
 
-    def _on_streams(self, actors: list[str], adam: bool, seconds: float) -> dict[str, float]:
+    def _on_streams(self, actors: list[str], adam: str | None, seconds: float) -> dict[str, float]:
         once = {actor: self._once(actor) for actor in actors}
         torch.cuda.synchronize(self.device)
         marks: dict[str, list[torch.cuda.Event]] = {}
@@ -106,7 +114,7 @@ class _Machine:
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / 4
 
-    def _on_threads(self, actors: list[str], adam: bool, seconds: float) -> dict[str, float]:
+    def _on_threads(self, actors: list[str], adam: str | None, seconds: float) -> dict[str, float]:
         """The emulated device: copies and products are the CPU's."""
         found: dict[str, float] = {}
         until = time.perf_counter() + seconds

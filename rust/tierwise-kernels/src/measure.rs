@@ -19,6 +19,8 @@ pub enum HostKernel {
     Adam,
     /// The first pass of the same in two: 18 bytes each.
     ParamsFirst,
+    /// The second: 18 bytes each.
+    Moments,
     /// A bf16 gradient added into an fp32 accumulator: 10 bytes each.
     Accumulate,
     /// The sum of squares of bf16 gradients: 2 bytes each.
@@ -93,8 +95,12 @@ impl HostBench {
         // SAFETY: the offset is inside the allocation.
         let at = |offset: usize| unsafe { self.base.as_ptr().add(offset) };
         match kernel {
-            HostKernel::Adam | HostKernel::ParamsFirst => {
-                let pass = if kernel == HostKernel::Adam { adam::Pass::Whole } else { adam::Pass::Params };
+            HostKernel::Adam | HostKernel::ParamsFirst | HostKernel::Moments => {
+                let pass = match kernel {
+                    HostKernel::ParamsFirst => adam::Pass::Params,
+                    HostKernel::Moments => adam::Pass::Moments,
+                    _ => adam::Pass::Whole,
+                };
                 self.step += 1;
                 let hyper = AdamHyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
                 let segment = AdamSegment {

@@ -36,11 +36,12 @@ impl HostBench {
         let kernel = match kernel {
             "adam" => HostKernel::Adam,
             "params_first" => HostKernel::ParamsFirst,
+            "moments" => HostKernel::Moments,
             "accumulate" => HostKernel::Accumulate,
             "norm" => HostKernel::Norm,
             "copy" => HostKernel::Copy,
             other => {
-                let known = "\"adam\", \"params_first\", \"accumulate\", \"norm\" or \"copy\"";
+                let known = "\"adam\", \"params_first\", \"moments\", \"accumulate\", \"norm\" or \"copy\"";
                 return Err(PyValueError::new_err(format!("kernel must be {known}, not {other:?}")));
             }
         };

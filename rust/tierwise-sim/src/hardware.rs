@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tierwise_core::planner::FIRST_PASS_BYTES;
 
+/// Of memory traffic per parameter of the second of two passes: moments read and written, the gradient read.
+const MOMENTS_BYTES: f64 = 18.0;
+
 /// Version of the file format. Version 1 had no `measured`.
 pub const HARDWARE_VERSION: u32 = 2;
 
@@ -181,6 +184,13 @@ impl Hardware {
     pub fn params_first_work(&self, bytes: u64) -> f64 {
         let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
         bytes as f64 * self.host_params_first_per_s.map_or(1.0, |rate| whole / (rate * FIRST_PASS_BYTES))
+    }
+
+    /// The same of a second pass.
+    pub fn moments_work(&self, bytes: u64) -> f64 {
+        let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
+        let measured = self.measured.as_ref().and_then(|m| m.host.last()?.moments_per_s);
+        bytes as f64 * measured.map_or(1.0, |rate| whole / (rate * MOMENTS_BYTES))
     }
 
     /// What adding gradients to their sums takes on the landing worker's lane, whose rate is that of norms, in bytes of its traffic.

@@ -273,6 +273,49 @@ fn a_run_is_predicted_with_the_training_thread_that_it_met() {
 }
 
 #[test]
+fn passes_of_host_steps_take_what_was_measured_of_them() {
+    let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
+    let read =
+        |name: &str| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(format!("{folder}/{name}")).unwrap()).unwrap() };
+    let scratch = std::env::temp_dir().join(format!("tierwise-sim-passes-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).unwrap();
+    let mut file = read("ours-h100-c.json");
+    file["gate"] = serde_json::json!({});
+    let named = |name: &str| file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone();
+    // Steps in two passes, and in one.
+    file["runs"] =
+        vec![named("1b host 4x4096 16k full defer fires"), named("1b host 4x4096 16k none speculate quiet")].into_iter().collect();
+    std::fs::write(scratch.join("runs.json"), file.to_string()).unwrap();
+    // Parameters per second of either pass: alone, and beside the copies that it meets.
+    let steps = |params: [f64; 2], moments: [f64; 2]| -> Vec<f64> {
+        let mut hardware = read("h100-2026-11-27-c.json");
+        let measured = &mut hardware["measured"];
+        for row in measured["sharing"].as_array_mut().unwrap() {
+            let has = |actor: &str| row["actors"].as_array().unwrap().iter().any(|found| found == actor);
+            let (adam, h2d, d2h) = (has("adam"), has("h2d"), has("d2h"));
+            if adam && !d2h {
+                row["params_first_per_s"] = params[usize::from(h2d)].into();
+            }
+            if adam && !h2d {
+                row["moments_per_s"] = moments[usize::from(d2h)].into();
+            }
+        }
+        measured["host"].as_array_mut().unwrap().last_mut().unwrap()["moments_per_s"] = moments[0].into();
+        std::fs::write(scratch.join("h100-2026-11-27-c.json"), hardware.to_string()).unwrap();
+        let report = json(&sim(&format!("validate {}/runs.json --format json", scratch.display())));
+        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect()
+    };
+    let even = steps([8e9, 8e9], [9e9, 9e9]);
+    // While gradients are copied, backward leaves moments time enough.
+    for (params, moments, times) in [([8e9, 2e9], [9e9, 9e9], 1.1), ([8e9, 8e9], [9e9, 1e9], 1.0001), ([8e9, 8e9], [2e9, 2e9], 1.1)] {
+        let slower = steps(params, moments);
+        assert!(slower[0] > times * even[0], "{params:?} {moments:?}: {slower:?} after {even:?}");
+        assert!(slower[1].to_bits() == even[1].to_bits(), "{params:?} {moments:?}: {slower:?} after {even:?}");
+    }
+    std::fs::remove_dir_all(&scratch).unwrap();
+}
+
+#[test]
 fn a_run_is_predicted_with_the_host_that_it_met() {
     let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
     let mut file: serde_json::Value =

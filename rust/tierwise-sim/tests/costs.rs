@@ -85,6 +85,7 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
         threads: 16,
         adam_params_per_s: 4e9,
         params_first_per_s: None,
+        moments_per_s: None,
         accumulate_numel_per_s: 1e10,
         norm_numel_per_s: 2e10,
         copy_bytes_per_s: 52e9,

@@ -1,7 +1,7 @@
 //! Carrying out the scheduler's actions, and the way of gradients: the counterpart of the runtime's `execute.rs` and `gradients.rs`.
 
 use super::landing::{Arrived, What};
-use super::machine::{Lane, Task, Token};
+use super::machine::{HostPass, Lane, Task, Token};
 use super::stalls::Cause;
 use super::{Effect, Run, SimError};
 use tierwise_core::plan::OptimizerClass;
@@ -37,9 +37,12 @@ impl Run<'_> {
                     // The moments are read only.
                     let bytes = self.step_bytes(chunk) - self.moment_bytes(chunk);
                     let more = self.setup.hardware.params_first_work(bytes) - bytes as f64;
-                    self.step_on_host(chunk, "step", bytes, more, Event::StepDone { chunk });
+                    let token = self.step_on_host(chunk, "step", bytes, more, Event::StepDone { chunk });
+                    self.machine.is_pass(token, HostPass::Params);
                 }
-                Action::Step { chunk, .. } => self.step_on_host(chunk, "step", self.step_bytes(chunk), 0.0, Event::StepDone { chunk }),
+                Action::Step { chunk, .. } => {
+                    self.step_on_host(chunk, "step", self.step_bytes(chunk), 0.0, Event::StepDone { chunk });
+                }
                 Action::Moments { chunk } => self.step_moments(chunk),
                 Action::Speculate { chunk, .. } => {
                     let undo = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
@@ -129,10 +132,10 @@ impl Run<'_> {
         self.written[chunk.index()] = Some(self.gather_after_step(chunk, token).unwrap_or((token, Cause::Optimizer)));
     }
 
-    fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_work: f64, done: Event) {
+    fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_work: f64, done: Event) -> Token {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let waits = self.written[chunk.index()].map(|(token, _)| token).into_iter().collect();
-        self.enqueue(Lane::HostAdam, what, chunk, bytes, bytes as f64 + more_work, waits, Vec::new(), vec![Effect::Post(done)]);
+        self.enqueue(Lane::HostAdam, what, chunk, bytes, bytes as f64 + more_work, waits, Vec::new(), vec![Effect::Post(done)])
     }
 
     /// Takes over the gradients of a chunk; gives what the training thread waits for if it cannot yet.

@@ -1,7 +1,7 @@
 //! Late moments, and landed gradients that wait for them: the counterpart of the runtime's `late.rs`.
 
 use super::landing::{Arrived, What};
-use super::machine::Lane;
+use super::machine::{HostPass, Lane};
 use super::{Effect, Run, SimError};
 use std::collections::{BTreeMap, VecDeque};
 use tierwise_core::ChunkId;
@@ -19,7 +19,9 @@ impl Run<'_> {
     /// Writes the moments that a step left, behind all steps that were asked for before.
     pub(super) fn step_moments(&mut self, chunk: ChunkId) {
         let bytes = self.final_grad_bytes(chunk) + 2 * self.moment_bytes(chunk);
-        self.enqueue(Lane::HostAdam, "moments", chunk, bytes, bytes as f64, Vec::new(), Vec::new(), vec![Effect::Moments(chunk)]);
+        let work = self.setup.hardware.moments_work(bytes);
+        let token = self.enqueue(Lane::HostAdam, "moments", chunk, bytes, work, Vec::new(), Vec::new(), vec![Effect::Moments(chunk)]);
+        self.machine.is_pass(token, HostPass::Moments);
     }
 
     /// Moments are written: what landed meanwhile is added, before the next step.

@@ -3,7 +3,7 @@
 
 use super::sharing::{Rates, Speeds};
 use crate::hardware::Hardware;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// What works one task after the other, in the order in which they were enqueued; the disk's reads in the order of their priorities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +168,17 @@ pub struct Machine<'a, E> {
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
     power: Power,
+    /// Of the host's steps that take two passes, by what waits or runs.
+    passes: BTreeMap<usize, HostPass>,
+}
+
+/// One of the two passes of a step on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostPass {
+    /// Parameters are written.
+    Params,
+    /// Moments are.
+    Moments,
 }
 
 /// The power limit: a device that computes without a pause slows down, one that often waits does not.
@@ -200,7 +211,7 @@ impl<'a, E> Machine<'a, E> {
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, urgent: 0, last: None, idle_since_ns: 0 });
         let power = Power { sustained: 1.0, busy: 0.0 };
-        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new(), power }
+        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new(), power, passes: BTreeMap::new() }
     }
 
     /// With compute that takes so many times longer at the power limit.
@@ -218,6 +229,11 @@ impl<'a, E> Machine<'a, E> {
     /// Enqueues a task.
     pub fn push(&mut self, lane: Lane, task: Task<E>) -> Token {
         self.enqueue(lane, task, false)
+    }
+
+    /// Says that a task on the lane of the host's Adam is one of two passes.
+    pub fn is_pass(&mut self, token: Token, pass: HostPass) {
+        self.passes.insert(token.0, pass);
     }
 
     /// Enqueues a read of the disk that goes before all that are not urgent.
@@ -324,12 +340,15 @@ impl<'a, E> Machine<'a, E> {
         state.idle_since_ns = self.now_ns;
         let Queued { token, task, .. } = running.queued;
         self.ended_ns[token.0] = Some(self.now_ns);
+        self.passes.remove(&token.0);
         Some(Ended { lane, name: task.name, bytes: task.bytes, work: task.work, start_ns: running.start_ns, effects: task.on_end })
     }
 
     /// Work per nanosecond of every lane, given who is busy.
     fn rates(&self) -> Rates {
-        let mut rates = self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some());
+        let steps = self.lanes[Lane::HostAdam as usize].running.as_ref();
+        let pass = steps.and_then(|running| self.passes.get(&running.queued.token.0)).copied();
+        let mut rates = self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some(), pass);
         rates[Lane::Compute as usize] /= self.power.slowdown();
         rates
     }

@@ -1,6 +1,6 @@
 //! How fast the lanes are while others are busy: as measured, where the machine was calibrated, else by a model of its memory.
 
-use super::machine::{LANES, Lane};
+use super::machine::{HostPass, LANES, Lane};
 use crate::costs::ADAM_BYTES_PER_PARAM;
 use crate::hardware::{Hardware, Sharing};
 
@@ -23,6 +23,9 @@ struct Actors {
     d2h: f64,
     adam: f64,
     compute: f64,
+    /// How much more or less than whole steps the passes of steps are slowed down.
+    params: f64,
+    moments: f64,
 }
 
 const NAMES: [&str; 4] = ["h2d", "d2h", "adam", "compute"];
@@ -46,8 +49,8 @@ impl<'a> Speeds<'a> {
         Speeds { hardware, measured: table, optimizer: adam.unwrap_or(hardware.device_memory_bytes_per_s) / 1e9 }
     }
 
-    /// The rates while these lanes are busy.
-    pub fn rates(&self, busy: impl Fn(Lane) -> bool) -> Rates {
+    /// The rates while these lanes are busy, and the host's Adam with that pass, if its step takes two.
+    pub fn rates(&self, busy: impl Fn(Lane) -> bool, pass: Option<HostPass>) -> Rates {
         // A link is busy whichever of its two streams is.
         let either = |lane: Lane| match lane {
             Lane::HostToDevice => busy(lane) || busy(Lane::StatesIn),
@@ -55,7 +58,7 @@ impl<'a> Speeds<'a> {
             other => busy(other),
         };
         let mut rates = match &self.measured {
-            Some(table) => self.as_measured(table, &either),
+            Some(table) => self.as_measured(table, &either, pass),
             None => self.by_model(&either),
         };
         for (lane, states) in [(Lane::HostToDevice, Lane::StatesIn), (Lane::DeviceToHost, Lane::StatesOut)] {
@@ -86,7 +89,7 @@ impl<'a> Speeds<'a> {
         rates
     }
 
-    fn as_measured(&self, table: &[Actors; 16], busy: &impl Fn(Lane) -> bool) -> Rates {
+    fn as_measured(&self, table: &[Actors; 16], busy: &impl Fn(Lane) -> bool, pass: Option<HostPass>) -> Rates {
         let turns = host_turns(busy);
         let set = usize::from(busy(Lane::HostToDevice))
             | usize::from(busy(Lane::DeviceToHost)) << 1
@@ -98,7 +101,13 @@ impl<'a> Speeds<'a> {
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
         let adam = with(4).adam * share;
-        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, adam, 1.0, 1.0, landing * share, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
+        let stepped = adam
+            * match pass {
+                None => 1.0,
+                Some(HostPass::Params) => with(4).params,
+                Some(HostPass::Moments) => with(4).moments,
+            };
+        [with(8).compute, with(1).h2d, with(2).d2h, self.optimizer, stepped, 1.0, 1.0, landing * share, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
     }
 
     fn by_model(&self, busy: &impl Fn(Lane) -> bool) -> Rates {
@@ -131,12 +140,16 @@ fn host_turns(busy: &impl Fn(Lane) -> bool) -> f64 {
     [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().filter(|&lane| busy(lane)).count() as f64
 }
 
+/// The actors of a set, in their order.
+fn names(set: usize) -> impl Iterator<Item = &'static str> {
+    NAMES.into_iter().enumerate().filter(move |(bit, _)| set >> bit & 1 == 1).map(|(_, name)| name)
+}
+
 /// The measurements by set of actors; none unless every set was measured.
 fn table(rows: &[Sharing]) -> Option<[Actors; 16]> {
     let mut table = [Actors::default(); 16];
     for (set, actors) in table.iter_mut().enumerate().skip(1) {
-        let names: Vec<&str> = NAMES.into_iter().enumerate().filter(|(bit, _)| set >> bit & 1 == 1).map(|(_, name)| name).collect();
-        let row = rows.iter().find(|row| row.actors == names)?;
+        let row = rows.iter().find(|row| row.actors.iter().map(String::as_str).eq(names(set)))?;
         let rate = |bit: usize, rate: Option<f64>| if set >> bit & 1 == 1 { rate } else { Some(0.0) };
         *actors = Actors {
             h2d: rate(0, row.h2d_bytes_per_s)? / 1e9,
@@ -144,7 +157,18 @@ fn table(rows: &[Sharing]) -> Option<[Actors; 16]> {
             adam: rate(2, row.adam_params_per_s)? * ADAM_BYTES_PER_PARAM / 1e9,
             // Noise may make the busy machine the faster one.
             compute: rate(3, row.compute_share)?.min(1.0),
+            params: 1.0,
+            moments: 1.0,
         };
+    }
+    // Whole steps read and write what both passes do, so where a pass was not measured it is slowed down as they are.
+    let of = |set: usize| rows.iter().find(|row| row.actors.iter().map(String::as_str).eq(names(set)));
+    let alone = of(4)?;
+    for (set, actors) in table.iter_mut().enumerate() {
+        let Some(row) = of(set) else { continue };
+        let factor = |of: fn(&Sharing) -> Option<f64>| Some(of(row)? / of(alone)? * alone.adam_params_per_s? / row.adam_params_per_s?);
+        actors.params = factor(|row| row.params_first_per_s).unwrap_or(1.0);
+        actors.moments = factor(|row| row.moments_per_s).unwrap_or(1.0);
     }
     Some(table)
 }
@@ -165,6 +189,7 @@ mod tests {
                     d2h_bytes_per_s: has(1).then_some(40e9 * slower),
                     adam_params_per_s: has(2).then_some(5e9 * slower),
                     compute_share: has(3).then_some(slower),
+                    ..Sharing::default()
                 }
             })
             .collect()
@@ -176,11 +201,11 @@ mod tests {
         let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
         let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
-        let rates = speeds.rates(|lane| matches!(lane, Lane::Compute | Lane::HostToDevice | Lane::HostAdam));
+        let rates = speeds.rates(|lane| matches!(lane, Lane::Compute | Lane::HostToDevice | Lane::HostAdam), None);
         near(rates[Lane::Compute as usize], 0.8);
         near(rates[Lane::HostToDevice as usize], 40.0);
         near(rates[Lane::HostAdam as usize], 26.0 * 4.0);
-        let rates = speeds.rates(|lane| matches!(lane, Lane::Optimizer | Lane::Landing | Lane::HostAdam));
+        let rates = speeds.rates(|lane| matches!(lane, Lane::Optimizer | Lane::Landing | Lane::HostAdam), None);
         near(rates[Lane::Optimizer as usize], 2600.0);
         near(rates[Lane::HostAdam as usize], 26.0 * 2.5);
         near(rates[Lane::Landing as usize], 60.0);
@@ -191,9 +216,29 @@ mod tests {
         let measured = Measured { sharing: rows(), host_adam_params_per_s: Some(6e9), ..Measured::default() };
         let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
-        let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other)[Lane::HostAdam as usize];
+        let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other, None)[Lane::HostAdam as usize];
         assert!((rate(None) / (26.0 * 6.0) - 1.0).abs() < 1e-12);
         assert!((rate(Some(Lane::HostToDevice)) / (26.0 * 5.4) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn passes_of_a_step_are_slowed_down_as_measured() {
+        let mut sharing = rows();
+        for row in sharing.iter_mut().filter(|row| !row.actors.contains(&"d2h".to_owned())) {
+            let beside = row.actors.contains(&"h2d".to_owned());
+            row.params_first_per_s = row.adam_params_per_s.map(|_| if beside { 4e9 } else { 8e9 });
+        }
+        let hardware = Hardware { measured: Some(Measured { sharing, ..Measured::default() }), ..preset("h100").unwrap() };
+        let speeds = Speeds::new(&hardware);
+        let rate = |other: Lane, pass| speeds.rates(|lane| lane == Lane::HostAdam || lane == other, pass)[Lane::HostAdam as usize];
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+        // Whole steps: 5e9 alone, 4.5e9 beside a copy. The pass: half as fast as alone.
+        near(rate(Lane::HostToDevice, None), 26.0 * 4.5);
+        near(rate(Lane::HostToDevice, Some(HostPass::Params)), 26.0 * 2.5);
+        near(rate(Lane::HostAdam, Some(HostPass::Params)), 26.0 * 5.0);
+        for (other, pass) in [(Lane::DeviceToHost, HostPass::Params), (Lane::HostToDevice, HostPass::Moments)] {
+            near(rate(other, Some(pass)), rate(other, None));
+        }
     }
 
     #[test]
@@ -203,7 +248,7 @@ mod tests {
             Hardware { measured: Some(Measured { sharing: rows(), ..Measured::default() }), ..preset("h100").unwrap() },
         ] {
             let speeds = Speeds::new(&hardware);
-            let rates = |lanes: &[Lane]| speeds.rates(|lane| lanes.contains(&lane));
+            let rates = |lanes: &[Lane]| speeds.rates(|lane| lanes.contains(&lane), None);
             let alone = rates(&[Lane::HostToDevice, Lane::DeviceToHost]);
             let states = rates(&[Lane::StatesIn, Lane::StatesOut]);
             let both = rates(&[Lane::HostToDevice, Lane::StatesIn, Lane::DeviceToHost]);

@@ -57,6 +57,9 @@ pub struct HostRow {
     /// The first pass of the same in two, whose moments are written later.
     #[serde(default)]
     pub params_first_per_s: Option<f64>,
+    /// The second pass of these.
+    #[serde(default)]
+    pub moments_per_s: Option<f64>,
     /// bf16 gradients into fp32 accumulators.
     pub accumulate_numel_per_s: f64,
     /// Sums of squares of bf16 gradients.
@@ -66,7 +69,7 @@ pub struct HostRow {
 }
 
 /// Who ran together, and how fast each was.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sharing {
     /// Of `h2d`, `d2h`, `adam` and `compute`, in this order.
@@ -79,6 +82,12 @@ pub struct Sharing {
     pub adam_params_per_s: Option<f64>,
     /// Compute's speed as a share of its speed alone.
     pub compute_share: Option<f64>,
+    /// The first of Adam's two passes in its place.
+    #[serde(default)]
+    pub params_first_per_s: Option<f64>,
+    /// The second.
+    #[serde(default)]
+    pub moments_per_s: Option<f64>,
 }
 
 /// Seconds of a product and of its two gradients.
@@ -196,12 +205,15 @@ impl Measured {
         for row in &mut faster.host {
             row.adam_params_per_s *= factor;
             row.params_first_per_s = row.params_first_per_s.map(|rate| rate * factor);
+            row.moments_per_s = row.moments_per_s.map(|rate| rate * factor);
             row.accumulate_numel_per_s *= factor;
             row.norm_numel_per_s *= factor;
             row.copy_bytes_per_s *= factor;
         }
         for row in &mut faster.sharing {
-            row.adam_params_per_s = row.adam_params_per_s.map(|rate| rate * factor);
+            for rate in [&mut row.adam_params_per_s, &mut row.params_first_per_s, &mut row.moments_per_s] {
+                *rate = rate.map(|rate| rate * factor);
+            }
         }
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
         faster
@@ -222,6 +234,8 @@ impl Measured {
                 ("measured.host.norm_numel_per_s", row.norm_numel_per_s),
                 ("measured.host.copy_bytes_per_s", row.copy_bytes_per_s),
             ]);
+            figures.extend(row.params_first_per_s.map(|rate| ("measured.host.params_first_per_s", rate)));
+            figures.extend(row.moments_per_s.map(|rate| ("measured.host.moments_per_s", rate)));
         }
         for row in &self.sharing {
             let known = ["h2d", "d2h", "adam", "compute"];
@@ -233,6 +247,8 @@ impl Measured {
                 ("measured.sharing.d2h_bytes_per_s", row.d2h_bytes_per_s),
                 ("measured.sharing.adam_params_per_s", row.adam_params_per_s),
                 ("measured.sharing.compute_share", row.compute_share),
+                ("measured.sharing.params_first_per_s", row.params_first_per_s),
+                ("measured.sharing.moments_per_s", row.moments_per_s),
             ];
             figures.extend(rates.into_iter().filter_map(|(name, rate)| rate.map(|rate| (name, rate))));
         }
