@@ -4,10 +4,10 @@
     python benchmarks/record.py --hardware machine.json --out runs.json --limit 480
 
 Every configuration trains a Hugging Face LLaMA (random weights, bf16, AdamW) through `GeminiPlugin`, one after the other in a worker
-process. A configuration begins only where the device is empty. A worker that failed, hangs or keeps memory is replaced, and the next
-configuration begins in a new one. The file is written again after each configuration, and what is in it is not recorded again: the same
-command continues after an interruption. A configuration that runs out of memory is a record too: it did not fit. One that fails otherwise
-is named at the end and tried again by the next command.
+process: those of `--list full`, or of `large`, without steps that Python bounds. A configuration begins only where the device is empty. A
+worker that failed, hangs or keeps memory is replaced, and the next configuration begins in a new one. The file is written again after each
+configuration, and what is in it is not recorded again: the same command continues after an interruption. A configuration that runs out of
+memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed and nothing waits for the device between timed steps. `recorded` has the median, the times themselves, the allocator's peak of

@@ -48,7 +48,7 @@ class Configuration:
     @property
     def timed_steps(self) -> int:
         """How many steps are timed: hosts vary from step to step, and short steps are cheap."""
-        return {"350m": 21, "1b": 13, "7b-8-layers": 11}.get(self.size, 7) if self.timed is None else self.timed
+        return {"350m": 21, "1b": 13, "2b": 11, "7b-8-layers": 11}.get(self.size, 7) if self.timed is None else self.timed
 
     @property
     def accumulation(self) -> int:
@@ -175,4 +175,36 @@ TINY = [
     Configuration(size="tiny", placement="auto:100KB", micro_batch=2, tokens=128, seq=64, timed=2),
 ]
 
-LISTS = {"full": FULL, "tiny": TINY}
+
+def _of_size(size: str, budget: str) -> list[Configuration]:
+    """Every placement, with what changes a step where it is the device or the host that bounds it."""
+    return [
+        _of(size, "device", 4, 16),
+        _of(size, "host", 4, 16),
+        _of(size, "stream", 4, 16, "full"),
+        _of(size, f"auto:{budget}", 4, 16, "auto"),
+        _of(size, "device", 4, 16, "full"),
+        _of(size, "half", 4, 16),
+        _of(size, "host", 4, 16, "full"),
+        _of(size, "host", 2, 32),
+        _of(size, "host", 4, 16, clip_mode="speculate", clip="quiet"),
+        _of(size, "device", 2, 8, clip="off"),
+        _of(size, "host", 8, 32, "full"),
+        _of(size, "stream", 4, 32, "full"),
+        _of(size, f"auto:{budget}", 4, 32, "auto"),
+    ]
+
+
+LARGE = [
+    *(run for runs in zip(_of_size("1b", "20GB"), _of_size("2b", "25GB"), _of_size("7b-8-layers", "25GB"), strict=True) for run in runs),
+    _of("1b", "host", 4, 16, clip_mode="speculate"),
+    _of("2b", "host", 4, 16, clip_mode="auto", clip="quiet"),
+    _of("1b", "device", 4, 16, offload=True),
+    _of("2b", "device", 4, 16, offload=True),
+    _of("7b", "auto:78GB", 4, 16, "auto", timed=3),
+    _of("1b", "device", 16, 64, beyond=True, timed=2),
+    _of("7b", "device", 1, 4, "full", beyond=True, timed=2),
+]
+"""Models of which a step takes longer than Python does to launch it; every size comes before the next placement does."""
+
+LISTS = {"full": FULL, "large": LARGE, "tiny": TINY}
