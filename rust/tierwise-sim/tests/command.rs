@@ -218,26 +218,42 @@ fn what_has_to_stay_whole_fits_if_any_of_the_compared_plans_keeps_it() {
     }
 }
 
+/// A file of `validation`.
+fn recorded(name: &str) -> serde_json::Value {
+    let path = format!("{}/validation/{name}", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn run_of(file: &serde_json::Value, name: &str) -> serde_json::Value {
+    file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone()
+}
+
+fn predicted_steps(path: &std::path::Path) -> Vec<f64> {
+    let report = json(&sim(&format!("validate {} --format json", path.display())));
+    report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect()
+}
+
+fn refuses(path: &std::path::Path, problem: &str) {
+    let refused = sim(&format!("validate {}", path.display()));
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(String::from_utf8(refused.stderr).unwrap().contains(problem));
+}
+
 #[test]
 fn a_run_is_predicted_with_the_training_thread_that_it_met() {
-    let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
-    let read =
-        |name: &str| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(format!("{folder}/{name}")).unwrap()).unwrap() };
     let scratch = std::env::temp_dir().join(format!("tierwise-sim-launched-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).unwrap();
-    let mut hardware = read("h100-2026-11-27-b.json");
+    let mut hardware = recorded("h100-2026-11-27-b.json");
     hardware["measured"]["launch"]["probe_ns"] = 4_000_000.into();
     std::fs::write(scratch.join("probed.json"), hardware.to_string()).unwrap();
-    let mut file = read("ours-h100-b.json");
-    let named =
-        |file: &serde_json::Value, name: &str| file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone();
+    let mut file = recorded("ours-h100-b.json");
     // Python bounds the first, the device the second.
     let runs = [
         "350m device 1x4096 4k none defer fires",
         "7b auto:78GB 4x4096 16k auto defer fires",
         "7b-8-layers device 2x4096 8k none defer fires",
     ]
-    .map(|name| named(&file, name));
+    .map(|name| run_of(&file, name));
     let probed = |run: &serde_json::Value, hardware: &str, probes: &[f64]| {
         let mut run = run.clone();
         run["hardware"] = hardware.into();
@@ -249,9 +265,7 @@ fn a_run_is_predicted_with_the_training_thread_that_it_met() {
     file["gate"] = serde_json::json!({});
     let path = scratch.join("runs.json");
     std::fs::write(&path, file.to_string()).unwrap();
-    let report = json(&sim(&format!("validate {} --format json", path.display())));
-    let steps: Vec<f64> =
-        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect();
+    let steps = predicted_steps(&path);
     let steps: Vec<&[f64]> = steps.chunks(probes.len()).collect();
     assert!(steps[0][1].to_bits() == steps[0][0].to_bits() && (steps[0][2] / steps[0][0] - 2.0).abs() < 0.05, "{steps:?}");
     assert!((steps[1][2] / steps[1][0] - 1.0).abs() < 0.02, "{steps:?}");
@@ -265,30 +279,26 @@ fn a_run_is_predicted_with_the_training_thread_that_it_met() {
     {
         file["runs"] = vec![probed(&runs[0], hardware, &[probe])].into();
         std::fs::write(&path, file.to_string()).unwrap();
-        let refused = sim(&format!("validate {}", path.display()));
-        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-        assert!(String::from_utf8(refused.stderr).unwrap().contains(problem));
+        refuses(&path, problem);
     }
     std::fs::remove_dir_all(&scratch).unwrap();
 }
 
 #[test]
 fn passes_of_host_steps_take_what_was_measured_of_them() {
-    let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
-    let read =
-        |name: &str| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(format!("{folder}/{name}")).unwrap()).unwrap() };
     let scratch = std::env::temp_dir().join(format!("tierwise-sim-passes-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).unwrap();
-    let mut file = read("ours-h100-c.json");
+    let mut file = recorded("ours-h100-c.json");
     file["gate"] = serde_json::json!({});
-    let named = |name: &str| file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone();
     // Steps in two passes, and in one.
-    file["runs"] =
-        vec![named("1b host 4x4096 16k full defer fires"), named("1b host 4x4096 16k none speculate quiet")].into_iter().collect();
+    file["runs"] = ["1b host 4x4096 16k full defer fires", "1b host 4x4096 16k none speculate quiet"]
+        .map(|name| run_of(&file, name))
+        .into_iter()
+        .collect();
     std::fs::write(scratch.join("runs.json"), file.to_string()).unwrap();
     // Parameters per second of either pass: alone, and beside the copies that it meets.
     let steps = |params: [f64; 2], moments: [f64; 2]| -> Vec<f64> {
-        let mut hardware = read("h100-2026-11-27-c.json");
+        let mut hardware = recorded("h100-2026-11-27-c.json");
         let measured = &mut hardware["measured"];
         for row in measured["sharing"].as_array_mut().unwrap() {
             let has = |actor: &str| row["actors"].as_array().unwrap().iter().any(|found| found == actor);
@@ -302,8 +312,7 @@ fn passes_of_host_steps_take_what_was_measured_of_them() {
         }
         measured["host"].as_array_mut().unwrap().last_mut().unwrap()["moments_per_s"] = moments[0].into();
         std::fs::write(scratch.join("h100-2026-11-27-c.json"), hardware.to_string()).unwrap();
-        let report = json(&sim(&format!("validate {}/runs.json --format json", scratch.display())));
-        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect()
+        predicted_steps(&scratch.join("runs.json"))
     };
     let even = steps([8e9, 8e9], [9e9, 9e9]);
     // While gradients are copied, backward leaves moments time enough.
@@ -318,14 +327,10 @@ fn passes_of_host_steps_take_what_was_measured_of_them() {
 #[test]
 fn a_run_is_predicted_with_the_host_that_it_met() {
     let folder = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
-    let mut file: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(format!("{folder}/ours-h100-b.json")).unwrap()).unwrap();
-    let calibrated: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(format!("{folder}/h100-2026-11-27-b.json")).unwrap()).unwrap();
+    let (mut file, calibrated) = (recorded("ours-h100-b.json"), recorded("h100-2026-11-27-b.json"));
     let rate = calibrated["measured"]["host"].as_array().unwrap().last().unwrap()["adam_params_per_s"].as_f64().unwrap();
-    let runs = file["runs"].as_array_mut().unwrap();
-    let named = |name: &str| runs.iter().find(|run| run["name"] == name).unwrap().clone();
-    let (on_host, on_device) = (named("1b host 4x4096 16k none defer fires"), named("1b device 4x4096 16k none defer fires"));
+    let [on_host, on_device] =
+        ["1b host 4x4096 16k none defer fires", "1b device 4x4096 16k none defer fires"].map(|name| run_of(&file, name));
     let probed = |run: &serde_json::Value, probes: &[f64]| {
         let mut run = run.clone();
         run["hardware"] = format!("{folder}/h100-2026-11-27-b.json").into();
@@ -338,9 +343,7 @@ fn a_run_is_predicted_with_the_host_that_it_met() {
     file["gate"] = serde_json::json!({});
     let path = std::env::temp_dir().join(format!("tierwise-sim-probed-{}.json", std::process::id()));
     std::fs::write(&path, file.to_string()).unwrap();
-    let report = json(&sim(&format!("validate {} --format json", path.display())));
-    let steps: Vec<f64> =
-        report["runs"].as_array().unwrap().iter().map(|run| run["metrics"]["step_s"]["predicted"].as_f64().unwrap()).collect();
+    let steps = predicted_steps(&path);
     assert!(steps[1] > 1.4 * steps[0] && (steps[2] / steps[0] - 1.0).abs() < 1e-6 && steps[3] < 0.9 * steps[0], "{steps:?}");
     assert!(steps[4..].iter().all(|step| step.to_bits() == steps[4].to_bits()), "{steps:?}");
     // Nothing is made of a rate that no calibration can be compared with.
@@ -351,9 +354,7 @@ fn a_run_is_predicted_with_the_host_that_it_met() {
         run["hardware"] = if hardware == "h100" { hardware.into() } else { format!("{folder}/{hardware}").into() };
         file["runs"] = vec![run].into();
         std::fs::write(&path, file.to_string()).unwrap();
-        let refused = sim(&format!("validate {}", path.display()));
-        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-        assert!(String::from_utf8(refused.stderr).unwrap().contains(problem));
+        refuses(&path, problem);
     }
     std::fs::remove_file(&path).unwrap();
 }
