@@ -147,9 +147,10 @@ fn names(set: usize) -> impl Iterator<Item = &'static str> {
 
 /// The measurements by set of actors; none unless every set was measured.
 fn table(rows: &[Sharing]) -> Option<[Actors; 16]> {
+    let of = |set: usize| rows.iter().find(|row| row.actors.iter().map(String::as_str).eq(names(set)));
     let mut table = [Actors::default(); 16];
     for (set, actors) in table.iter_mut().enumerate().skip(1) {
-        let row = rows.iter().find(|row| row.actors.iter().map(String::as_str).eq(names(set)))?;
+        let row = of(set)?;
         let rate = |bit: usize, rate: Option<f64>| if set >> bit & 1 == 1 { rate } else { Some(0.0) };
         *actors = Actors {
             h2d: rate(0, row.h2d_bytes_per_s)? / 1e9,
@@ -162,7 +163,6 @@ fn table(rows: &[Sharing]) -> Option<[Actors; 16]> {
         };
     }
     // Whole steps read and write what both passes do, so where a pass was not measured it is slowed down as they are.
-    let of = |set: usize| rows.iter().find(|row| row.actors.iter().map(String::as_str).eq(names(set)));
     let alone = of(4)?;
     for (set, actors) in table.iter_mut().enumerate() {
         let Some(row) = of(set) else { continue };
