@@ -139,8 +139,10 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
         for which in range(len(made)):
             for sequences, seq in sizes.whole:
                 measure(which, sequences, seq)
+        if not _has_power_limit(timer.device):
+            return rows
         # The widest first: as hot as training makes the device, it stays for the others.
-        for which in reversed(range(len(made) if _has_power_limit(timer.device) else 0)):
+        for which in reversed(range(len(made))):
             sequences, seq = largest
             if not sustain(which, sequences, seq):
                 measure(which, 2 * sequences, seq)

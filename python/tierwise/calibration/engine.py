@@ -18,6 +18,7 @@ _PROBE_S = 0.15
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
+"""Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
 _TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
@@ -27,6 +28,9 @@ _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 _STEPPED_TOKENS = 8192
 """Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
+
+_WHOLE_BYTES, _PARAMS_BYTES = 26, 18
+"""Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
 
 
 def launches(device: torch.device) -> dict[str, int]:
@@ -123,10 +127,6 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
                         of[name].append(1e9 * (end - start))
             booster.flush()
     return [{name: statistics.median(values) for name, values in of.items()} for of in times]
-
-
-_WHOLE_BYTES, _PARAMS_BYTES = 26, 18
-"""Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
 
 
 def adam_params_per_s(device: torch.device, host: dict[str, Any], log: Callable[[str], None]) -> tuple[float | None, float | None]:
