@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, default=480, help="seconds after which no further configuration is begun")
     p.add_argument("--each", type=float, default=90, help="seconds that one configuration may take")
     p.add_argument("--skip", action="append", default=[], help="file whose configurations are not recorded again")
+    p.add_argument("--timelines", default=None, help="folder for the timeline of every configuration, gzipped, for Perfetto")
     p.add_argument("--only", default=None, help="regular expression that names must match")
     return p
 
@@ -131,6 +132,8 @@ def main() -> int:
         why = hardware.get("sources", {}).get("not measured", "it is of an earlier version")
         raise SystemExit(f"{a.hardware} lacks {lacks}, which probes are compared with ({why}): make it anew with `tierwise calibrate`")
     result = begun(a)
+    if a.timelines is not None:
+        Path(a.timelines).mkdir(parents=True, exist_ok=True)
     done = {run["name"] for runs in (result["runs"], *(json.loads(Path(path).read_text())["runs"] for path in a.skip)) for run in runs}
     wanted = [run for run in LISTS[a.list] if run.name not in done and (a.only is None or re.search(a.only, run.name))]
     failed: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import gzip
 import json
 import os
 import re
@@ -212,7 +213,10 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     booster.flush()
     rest()
     runtime = booster._boosted()
-    spans = list(spans_of(runtime.engine.timeline()))
+    timeline = runtime.engine.timeline()
+    if a.timelines is not None:
+        Path(a.timelines, run.name.replace(" ", "_") + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
+    spans = list(spans_of(timeline))
     steps = run.timed_steps + 1
     counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
     recorded = {

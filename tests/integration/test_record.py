@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -75,7 +76,8 @@ def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     begun = json.loads(out.read_text())["runs"]
     assert len(begun) == 1
-    ran = _record(hardware, out)
+    timelines = tmp_path / "timelines"
+    ran = _record(hardware, out, "--timelines", str(timelines))
     assert ran.returncode == 0, ran.stderr
     runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"]
     assert runs[0] == begun[0]
@@ -88,6 +90,9 @@ def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     for run in runs[:6]:
         assert all(len(run[probe]) == 2 and min(run[probe]) > 0 for probe in ("host_adam_params_per_s", "launch_probe_ns")), run["name"]
         assert min(run["observed"]["thread_s"].values()) > 0
+    assert len(list(timelines.iterdir())) == 5
+    spans = json.loads(gzip.decompress((timelines / f"{runs[1]['name'].replace(' ', '_')}.json.gz").read_bytes()))["traceEvents"]
+    assert any(span["name"].startswith("step") for span in spans)
     # Nothing is left to do, and that needs no worker.
     again = _record(hardware, out, "--limit", "0")
     assert again.returncode == 0, again.stderr

@@ -109,6 +109,9 @@ struct CompareArgs {
 struct ValidateArgs {
     /// Recorded runs, as docs/simulator.md describes them.
     file: PathBuf,
+    /// Also write the predicted timeline of every run that fits into this folder, as trace-event JSON for Perfetto.
+    #[arg(long, value_name = "FOLDER")]
+    traces: Option<PathBuf>,
     /// How to print.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -150,7 +153,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, log: 
         Command::Run(args) => steps::run(&args, out),
         Command::Search(args) => steps::search(&args, out),
         Command::Compare(args) => steps::compare(&args, out),
-        Command::Validate(args) => validate::validate(&args.file, args.format, out),
+        Command::Validate(args) => validate::validate(&args.file, args.traces.as_deref(), args.format, out),
         Command::Calibrate(args) => calibrate(&args, out, log),
         Command::Models(args) => lists::models(args.format, out),
         Command::Hardware(args) => lists::hardware(args.format, out),

@@ -1,7 +1,7 @@
 //! Predictions against recorded runs: percent error per metric, and a gate.
 
-use super::output::{Failure, print, usage};
-use super::{Format, GATE, OK, SCHEMA_VERSION};
+use super::output::{Failure, print, usage, write_file};
+use super::{FAILED, Format, GATE, OK, SCHEMA_VERSION};
 use crate::recorded::{File, Run};
 use crate::report::Report;
 use serde::Serialize;
@@ -44,16 +44,23 @@ struct Validation {
     runs: Vec<Row>,
 }
 
-/// Runs every record and applies the gate.
-pub fn validate(path: &Path, format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
+/// Runs every record and applies the gate; writes predicted timelines into `traces`, by the names of runs with `_` for blanks.
+pub fn validate(path: &Path, traces: Option<&Path>, format: Format, out: &mut dyn Write) -> Result<u8, Failure> {
     let named = |error: &dyn std::fmt::Display| usage(format!("{}: {error}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| named(&error))?;
     let file = File::from_json(&text).map_err(|error| named(&error))?;
     let folder = path.parent().unwrap_or(Path::new("."));
+    if let Some(folder) = traces {
+        std::fs::create_dir_all(folder)
+            .map_err(|error| Failure { code: FAILED, message: format!("cannot make {}: {error}", folder.display()) })?;
+    }
     let mut rows = Vec::new();
     for run in &file.runs {
         let report = file.predict(run, folder).map_err(Failure::from);
         let report = report.map_err(|failure| Failure { message: format!("{}: {}", run.name, failure.message), ..failure })?;
+        if let (Some(folder), Some((_, timeline))) = (traces, &report) {
+            write_file(&folder.join(format!("{}.json", run.name.replace([' ', '/'], "_"))), &timeline.to_perfetto())?;
+        }
         rows.push(compare(run, report.as_ref().map(|(report, _)| &**report)));
     }
     let summary = summarise(&rows);
