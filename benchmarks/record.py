@@ -10,12 +10,13 @@ configuration, and what is in it is not recorded again: the same command continu
 memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
-not timed and nothing waits for the device between timed steps. `recorded` has the median, the times themselves, the allocator's peak of
-device bytes since training began, the engine's peak of host bytes, and how long the compute stream waited per step. `executed` is the plan
-that ran, after its correction. `observed` sums the timeline of two more steps by track and kind, and has how many seconds the training
-thread was in its calls in the timed steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step).
+not timed, and nothing waits for the device between timed steps but for the probes, which part them in three. `recorded` has the median,
+the times themselves, the allocator's peak of device bytes since training began, the engine's peak of host bytes, and how long the compute
+stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the timeline of two more steps by track and
+kind, and has how many seconds the training thread was in its calls in the timed steps (`thread_s`, medians: forward and backward of a
+micro-batch, step of an optimizer step).
 `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
-a training thread, before and after the configuration, measured as `calibrate` does.
+a training thread, before, between and after these parts, measured as `calibrate` does.
 """
 
 from __future__ import annotations

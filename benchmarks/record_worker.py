@@ -13,13 +13,16 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama import llama
 from record_list import Configuration
 from record_observed import executed, spans_of, summary, traced
 
 from tierwise._core import HostBench
+
+if TYPE_CHECKING:
+    from tierwise.calibration.thread import LaunchProbe
 
 UNTIMED, PROFILED = 2, 2
 LEFT_BYTES = 200_000_000
@@ -28,9 +31,11 @@ OUTSIDE_BYTES = 2_500_000_000
 """Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
 LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
-PROBE_S = 0.3
-"""Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, before and after every configuration: a
-shared machine is faster in one minute than in the next."""
+PROBE_S = 0.2
+"""Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, around every part of the timed steps: a
+shared machine is faster in one moment than in the next."""
+PARTS = 3
+"""Of the timed steps."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -57,20 +62,14 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
 
     pipe.send(machine(a))
     bench = HostBench(json.loads(Path(a.hardware).read_text(encoding="utf-8"))["measured"]["host_numel"])
-    thread: LaunchProbe | None = None
+    probes: Probes | None = None
     resident = None
     while (run := pipe.recv()) is not None:
         try:
             wait_for_memory(a)
             resident = resident_bytes() if resident is None else resident
-            thread = thread or LaunchProbe(torch.device("cuda" if uses_cuda(a) else "cpu"))
-            before = bench.rate("adam", PROBE_S), thread.ns(PROBE_S)
-            recorded = record(run, a)
-            if recorded["recorded"]["fits"]:
-                gc.collect()
-                recorded["host_adam_params_per_s"] = [before[0], bench.rate("adam", PROBE_S)]
-                recorded["launch_probe_ns"] = [before[1], thread.ns(PROBE_S)]
-            answer = Answer(run=recorded)
+            probes = probes or Probes(bench, LaunchProbe(torch.device("cuda" if uses_cuda(a) else "cpu")))
+            answer = Answer(run=record(run, a, probes))
         except Exception as error:
             answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
         pipe.send(dataclasses.replace(answer, dirty=left_behind(answer, resident or 0)))
@@ -122,6 +121,28 @@ def uses_cuda(a: argparse.Namespace) -> bool:
     return a.device != "emulated" and torch.cuda.is_available()
 
 
+class Probes:
+    """How fast the host's kernels and the training thread are, again and again."""
+
+    def __init__(self, bench: HostBench, thread: LaunchProbe) -> None:
+        self.bench, self.thread = bench, thread
+        self.host_adam_params_per_s: list[float] = []
+        self.launch_probe_ns: list[float] = []
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.host_adam_params_per_s, self.launch_probe_ns = [], []
+
+    def take(self) -> None:
+        """Measures both, `PROBE_S` each."""
+        self.host_adam_params_per_s.append(self.bench.rate("adam", PROBE_S))
+        self.launch_probe_ns.append(self.thread.ns(PROBE_S))
+
+    def taken(self) -> dict[str, list[float]]:
+        """As a run has them."""
+        return {"host_adam_params_per_s": self.host_adam_params_per_s, "launch_probe_ns": self.launch_probe_ns}
+
+
 class Clock:
     """Marks on the compute stream; the wall clock where there is no device."""
 
@@ -146,8 +167,8 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in pairs]
 
 
-def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
-    """One configuration; gives what `recorded`, `executed`, `planned` and `observed` hold."""
+def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str, Any]:
+    """One configuration; gives what `recorded`, `executed`, `planned` and `observed` hold, and the probes."""
     import torch
 
     from tierwise.booster import Booster
@@ -199,13 +220,28 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     for _ in range(UNTIMED):
         step()
     rest()
-    before, clock.marks = booster.stats(), []
+    before = booster.stats()
     for values in thread.values():
         values.clear()
-    for _ in range(run.timed_steps + 1):
-        step()
+    times: list[float] = []
+    probes.forget()
+    steps = 0
+    parts = min(PARTS, run.timed_steps)
+    for _ in range(parts):
+        # Between two marks is a whole step, all of whose work was asked for in this part.
+        booster.flush()
+        rest()
+        probes.take()
+        clock.marks = []
+        for _ in range(-(-run.timed_steps // parts) + 1):
+            step()
+            steps += 1
+        rest()
+        times += clock.intervals()
+    after = booster.stats()
+    booster.flush()
     rest()
-    after, times = booster.stats(), clock.intervals()
+    probes.take()
     thread_s = {name: round(statistics.median(values), 6) for name, values in thread.items()}
     booster.record_timeline()
     for _ in range(PROFILED):
@@ -217,7 +253,6 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
     if a.timelines is not None:
         Path(a.timelines, run.name.replace(" ", "_") + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
     spans = list(spans_of(timeline))
-    steps = run.timed_steps + 1
     counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
     recorded = {
         "fits": True,
@@ -250,10 +285,11 @@ def train(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         "plan_request": runtime.planned.wanted,
         "traced": traced(runtime),
         "observed": observed,
+        **probes.taken(),
     }
 
 
-def record(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
+def record(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str, Any]:
     """A run in the schema of `validate`. One that runs out of memory did not fit; other errors are raised."""
     import torch
 
@@ -269,7 +305,7 @@ def record(run: Configuration, a: argparse.Namespace) -> dict[str, Any]:
         **run.request(),
     }
     try:
-        return {**request, **train(run, a)}
+        return {**request, **train(run, a, probes)}
     except (torch.OutOfMemoryError, TierwiseError, MemoryError) as error:
         if isinstance(error, TierwiseError) and not isinstance(error, BudgetError) and not OUT_OF_MEMORY.search(str(error)):
             raise

@@ -88,7 +88,7 @@ def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     assert runs[5]["executed"]["offload_window_bytes"] > 0
     assert "BudgetError" in runs[6]["failed"]
     for run in runs[:6]:
-        assert all(len(run[probe]) == 2 and min(run[probe]) > 0 for probe in ("host_adam_params_per_s", "launch_probe_ns")), run["name"]
+        assert all(len(run[probe]) == 3 and min(run[probe]) > 0 for probe in ("host_adam_params_per_s", "launch_probe_ns")), run["name"]
         assert min(run["observed"]["thread_s"].values()) > 0
     assert len(list(timelines.iterdir())) == 5
     spans = json.loads(gzip.decompress((timelines / f"{runs[1]['name'].replace(' ', '_')}.json.gz").read_bytes()))["traceEvents"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -11,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tierwise.calibration.thread import LaunchProbe
+from tierwise._core import HostBench
+from tierwise.calibration.thread import LaunchProbe, crowded_times
 
 _PROBE_S = 0.15
 """Seconds of the probe before every turn of a model."""
+_CROWDED_ROUNDS = 3
+"""Times that the probe is measured beside the host's kernels."""
 _ROUNDS, _STEPS, _WARM = 2, 7, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
@@ -29,14 +34,18 @@ _STEPPED_ON_CUDA = (2048, 5504, 16)
 _STEPPED_TOKENS = 8192
 """Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
 
+_AROUND_S = 0.2
+"""Seconds of the host's Adam before and after the engine's."""
+_LONGEST_GAP_NS = 1e6
+"""Between steps of which the second waits for nothing."""
 _WHOLE_BYTES, _PARAMS_BYTES = 26, 18
 """Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
 
 
-def launches(device: torch.device) -> dict[str, int]:
+def launches(device: torch.device, bench: HostBench) -> dict[str, float]:
     """Nanoseconds in which the training thread enqueues a unit's forward and backward, with and without recomputation, and what a step
-    takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile. Raises ImportError
-    without transformers."""
+    takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile, and how many times
+    longer it takes beside the host's kernels. Raises ImportError without transformers."""
     probes: list[float] = []
     few, many, again = _step_ns(device, [(_FEW, "none"), (_MANY, "none"), (_MANY, "full")], probes)
 
@@ -56,6 +65,7 @@ def launches(device: torch.device) -> dict[str, int]:
         "outside_backward_ns": _positive(backward[2]),
         "step_ns": _positive(many["step"]),
         "probe_ns": _positive(statistics.median(probes)),
+        "crowded_times": statistics.median(crowded_times(LaunchProbe(device), bench, 2 * _PROBE_S) for _ in range(_CROWDED_ROUNDS)),
     }
 
 
@@ -129,11 +139,22 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
     return [{name: statistics.median(values) for name, values in of.items()} for of in times]
 
 
-def adam_params_per_s(device: torch.device, host: dict[str, Any], log: Callable[[str], None]) -> tuple[float | None, float | None]:
-    """Parameters per second of the optimizer step as the engine runs it, from its timeline: on the device the median of its chunks; on the
-    host the median of the first chunk of every step, because the others share the memory with copies of what was stepped before them.
-    Where the engine takes two passes, the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`).
-    None where the timeline has none."""
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """The optimizer step as the engine runs it; None where that was not seen."""
+
+    device_params_per_s: float | None
+    host_params_per_s: float | None
+    host_gap_ns: float | None
+    """Between one chunk's step on the host and the next one's."""
+
+
+def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
+    """From the engine's timeline: parameters per second on the device are the median of its chunks; on the host the median of the first
+    chunk of every step, because the others share the memory with copies of what was stepped before them. Where the engine takes two passes,
+    the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`). The kernel is measured around it too:
+    the memory of a shared machine is not as fast as it was when `host` was measured."""
+    around = [bench.rate("adam", _AROUND_S)]
     size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
     booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=0.5)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
@@ -145,11 +166,15 @@ def adam_params_per_s(device: torch.device, host: dict[str, Any], log: Callable[
         optimizer.step()
         optimizer.zero_grad()
         booster.flush()
-    return rates(booster._boosted().engine.timeline(), host, log)
+    around.append(bench.rate("adam", _AROUND_S))
+    found = rates(booster._boosted().engine.timeline(), host, log)
+    then = host["adam_params_per_s"] / statistics.mean(around)
+    on_host = found.host_params_per_s
+    return dataclasses.replace(found, host_params_per_s=None if on_host is None else on_host * then)
 
 
-def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> tuple[float | None, float | None]:
-    """What `adam_params_per_s` returns, of a timeline of whole steps that were flushed one by one."""
+def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> Adam:
+    """Of a timeline of whole steps that were flushed one by one."""
     events = json.loads(timeline)["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
 
@@ -168,4 +193,7 @@ def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> tu
     found = rate(first, _PARAMS_BYTES if passes else _WHOLE_BYTES)
     if passes and found is not None:
         found *= host["adam_params_per_s"] / host["params_first_per_s"]
-    return rate(spans("device optimizer", "step"), _WHOLE_BYTES), found
+    pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in itertools.pairwise(on_host)]
+    # Longer ones wait for something.
+    pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
+    return Adam(rate(spans("device optimizer", "step"), _WHOLE_BYTES), found, max(statistics.median(pauses), 1.0) if pauses else None)

@@ -69,20 +69,20 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, bench, 0.2 * scale, log)
-        del bench
+        measured["sharing"] = beside(device, bench, 0.24 * scale, log)
     missing: list[str] = []
     measured |= _kernels(device, scale, log, sections, missing)
     with sections("launches"):
         from tierwise.calibration import engine
 
-        measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
+        measured["launch"] = _if_possible("launches", lambda: engine.launches(device, bench), log, missing)
     with sections("Adam"):
         whole = measured["host"][-1]
-        rates = _if_possible("Adam in the engine", lambda: engine.adam_params_per_s(device, whole, log), log, missing)
-    on_device, on_host = rates or (None, None)
-    measured |= {"device_adam_params_per_s": on_device, "host_adam_params_per_s": on_host}
-    log(f"Adam: {on_device} parameters/s on the device, {on_host} on the host; launches: {measured['launch']}")
+        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
+    measured["device_adam_params_per_s"] = None if adam is None else adam.device_params_per_s
+    measured["host_adam_params_per_s"] = None if adam is None else adam.host_params_per_s
+    measured["host_gap_ns"] = None if adam is None else adam.host_gap_ns
+    log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:
         measured["workspace_bytes"] = 0
     with sections("disk"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -17,35 +18,59 @@ _ACTORS = ("h2d", "d2h", "adam", "compute")
 _PASSES = {"params_first": "d2h", "moments": "h2d"}
 """Of Adam, and the copies that they do not run beside."""
 _PIECE_BYTES = 128 * 2**20
+_ROUNDS = 2
+"""Of all sets, because a shared machine is faster in one moment than in the next: speeds are compared within a round."""
 
 
 def beside(device: torch.device, bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every set of actors running together, `seconds` each: bytes per second of each copy direction, parameters per second of Adam,
-    and compute's speed as a share of its speed alone. Half as long with one of Adam's two passes in its place, beside what it meets: the
-    first runs while parameters go to the device, the second while gradients come from there."""
+    """Every set of actors running together, `seconds` each in all: bytes per second of each copy direction, parameters per second of Adam,
+    and compute's speed as a share of its speed alone. Half as long with one of Adam's two passes in its place, beside the copies that it
+    meets, and how fast these are then: the first runs while parameters go to the device, the second while gradients come from there."""
     machine = _Machine(device, bench)
+    rounds = [_once(machine, seconds / _ROUNDS) for _ in range(_ROUNDS)]
     rows = []
-    alone = 0.0
+    for actors in rounds[0]:
+        row: dict[str, Any] = {"actors": list(actors)} | dict.fromkeys(("h2d_bytes_per_s", "d2h_bytes_per_s", "adam_params_per_s"))
+        row["compute_share"] = None
+        for figure in rounds[0][actors]:
+            row |= {figure: statistics.median(_of_alone(figure, actors, of, rounds) for of in rounds)}
+        rows.append(row)
+        shown = [f"{name} {value / 1e9:.2f}e9" for name, value in row.items() if name.endswith("per_s") and value is not None]
+        shown += [f"compute {row['compute_share']:.3f} of its speed"] if "compute" in actors else []
+        log(f"together: {', '.join(shown)}")
+    return rows
+
+
+_Round = dict[tuple[str, ...], dict[str, float]]
+"""Figures by set of actors."""
+
+
+def _once(machine: _Machine, seconds: float) -> _Round:
+    """All sets, one after the other."""
+    figures: _Round = {}
+    names = {"h2d": "h2d_bytes_per_s", "d2h": "d2h_bytes_per_s", "adam": "adam_params_per_s", "compute": "compute_share"}
     for count in range(1, len(_ACTORS) + 1):
         for actors in itertools.combinations(_ACTORS, count):
             found = machine.run(actors, seconds)
-            if actors == ("compute",):
-                alone = found["compute"]
-            row = {
-                "actors": list(actors),
-                "h2d_bytes_per_s": found.get("h2d"),
-                "d2h_bytes_per_s": found.get("d2h"),
-                "adam_params_per_s": found.get("adam"),
-                "compute_share": found["compute"] / alone if "compute" in found else None,
-            }
+            row = {names[actor]: value for actor, value in found.items()}
             for kernel, never in _PASSES.items() if "adam" in actors else ():
                 if never not in actors:
-                    row[KERNELS[kernel]] = machine.run(actors, seconds / 2, kernel)["adam"]
-            rows.append(row)
-            shown = [f"{name} {value / 1e9:.2f}e9/s" for name, value in found.items() if name != "compute"]
-            shown += [f"compute {row['compute_share']:.3f} of its speed"] if "compute" in found else []
-            log(f"together: {', '.join(shown)}")
-    return rows
+                    found = machine.run(actors, seconds / 2, kernel)
+                    row[KERNELS[kernel]] = found["adam"]
+                    row |= {f"{kernel}_{names[copy]}": found[copy] for copy in ("h2d", "d2h") if copy in found}
+            figures[actors] = row
+    return figures
+
+
+def _of_alone(figure: str, actors: tuple[str, ...], of: _Round, rounds: list[_Round]) -> float:
+    """A figure of one round. What the host and compute do is as fast as it was in all rounds where nothing ran beside it, times what was
+    left of that beside the others in this round; compute's speed alone is 1."""
+    alone: tuple[str, ...] = ("compute",) if figure == "compute_share" else ("adam",)
+    value = of[actors][figure]
+    if figure not in of[alone]:
+        return value
+    left = value / of[alone][figure]
+    return left if figure == "compute_share" else left * statistics.median(each[alone][figure] for each in rounds)
 
 
 class _Machine:
@@ -62,6 +87,7 @@ class _Machine:
         for actor in ("h2d", "d2h", "compute"):
             self.work(actor)  # The first of each also loads what it needs.
         self.piece = {"h2d": float(size), "d2h": float(size), "compute": 1.0}
+        self.adam_s = bench.numel / bench.rate("adam", 0.0)
 
     def work(self, actor: str) -> None:
         if actor == "compute":
@@ -87,8 +113,9 @@ class _Machine:
         torch.cuda.synchronize(self.device)
         marks: dict[str, list[torch.cuda.Event]] = {}
         for actor in actors:
-            # More than the time holds: nobody has the machine to himself at the end of it. Who is slowed down works longer anyway.
-            count = int(1.15 * seconds / once[actor]) + 2
+            # More than the time holds, and a run of Adam before and after it: nobody has the machine to himself at the end of it. Who is
+            # slowed down works longer anyway.
+            count = int((1.15 * seconds + (2 * self.adam_s if adam is not None else 0.0)) / once[actor]) + 2
             stream = torch.cuda.Stream(self.device)
             marks[actor] = []
             with torch.cuda.stream(stream):

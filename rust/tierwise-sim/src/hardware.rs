@@ -180,6 +180,12 @@ impl Hardware {
         times * bytes as f64
     }
 
+    /// What passes between two steps on the host takes, in bytes of the traffic of the host's Adam.
+    pub fn gap_work(&self) -> f64 {
+        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host_gap_ns?)));
+        measured.map_or(0.0, |(own, ns)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM * ns / 1e9)
+    }
+
     /// What a first pass that moves so many bytes takes on the lane of the host's Adam, in bytes of that one's traffic.
     pub fn params_first_work(&self, bytes: u64) -> f64 {
         let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;

@@ -251,6 +251,7 @@ mod tests {
             outside_backward_ns: ns,
             step_ns: ns,
             probe_ns: None,
+            crowded_times: None,
         };
         // The layer takes 8 ms, 9 without a pause.
         for (ns, factor) in [(2_600_000, 9.0 / 8.0), (2_700_000, 1.0)] {

@@ -135,7 +135,8 @@ impl Run<'_> {
     fn step_on_host(&mut self, chunk: ChunkId, what: &str, bytes: u64, more_work: f64, done: Event) -> Token {
         // A copy that nobody waited for may still read the parameters that are about to be rewritten.
         let waits = self.written[chunk.index()].map(|(token, _)| token).into_iter().collect();
-        self.enqueue(Lane::HostAdam, what, chunk, bytes, bytes as f64 + more_work, waits, Vec::new(), vec![Effect::Post(done)])
+        let work = bytes as f64 + more_work + self.setup.hardware.gap_work();
+        self.enqueue(Lane::HostAdam, what, chunk, bytes, work, waits, Vec::new(), vec![Effect::Post(done)])
     }
 
     /// Takes over the gradients of a chunk; gives what the training thread waits for if it cannot yet.

@@ -38,6 +38,9 @@ pub struct Measured {
     /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it.
     #[serde(default)]
     pub host_adam_params_per_s: Option<f64>,
+    /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
+    #[serde(default)]
+    pub host_gap_ns: Option<f64>,
     /// Device bytes of the workspaces of matrix products; what Hopper's are if it was not measured.
     #[serde(default)]
     pub workspace_bytes: Option<u64>,
@@ -88,6 +91,12 @@ pub struct Sharing {
     /// The second.
     #[serde(default)]
     pub moments_per_s: Option<f64>,
+    /// Host-to-device copies beside the first pass.
+    #[serde(default)]
+    pub params_first_h2d_bytes_per_s: Option<f64>,
+    /// Device-to-host copies beside the second.
+    #[serde(default)]
+    pub moments_d2h_bytes_per_s: Option<f64>,
 }
 
 /// Seconds of a product and of its two gradients.
@@ -166,7 +175,7 @@ pub struct LossRow {
 }
 
 /// Nanoseconds of the training thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Launch {
     /// A layer's forward.
@@ -186,6 +195,9 @@ pub struct Launch {
     /// Forward and backward of 48 small layers, measured beside these: recorded runs measure it again.
     #[serde(default)]
     pub probe_ns: Option<u64>,
+    /// How many times longer that takes while the host's kernels have a thread on every core.
+    #[serde(default)]
+    pub crowded_times: Option<f64>,
 }
 
 /// A directory as the NVMe tier.
@@ -249,6 +261,8 @@ impl Measured {
                 ("measured.sharing.compute_share", row.compute_share),
                 ("measured.sharing.params_first_per_s", row.params_first_per_s),
                 ("measured.sharing.moments_per_s", row.moments_per_s),
+                ("measured.sharing.params_first_h2d_bytes_per_s", row.params_first_h2d_bytes_per_s),
+                ("measured.sharing.moments_d2h_bytes_per_s", row.moments_d2h_bytes_per_s),
             ];
             figures.extend(rates.into_iter().filter_map(|(name, rate)| rate.map(|rate| (name, rate))));
         }
@@ -271,6 +285,8 @@ impl Measured {
         }
         figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
         figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
+        figures.extend(self.launch.and_then(|launch| launch.crowded_times).map(|times| ("measured.launch.crowded_times", times)));
+        figures.extend(self.host_gap_ns.map(|ns| ("measured.host_gap_ns", ns)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
         if let Some(disk) = self.disk {
             figures.extend([

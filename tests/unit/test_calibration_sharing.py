@@ -1,0 +1,64 @@
+"""Speeds beside each other are compared within a round."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
+
+from tierwise.calibration import sharing
+
+ALONE = {"h2d": 50e9, "d2h": 40e9, "adam": 5e9, "compute": 700.0}
+
+
+class _Rounds:
+    """A machine that is slower in its second round, host, device and links alike but for the links."""
+
+    def __init__(self, *args: Any) -> None:
+        self.runs = 0
+
+    def run(self, actors: tuple[str, ...], seconds: float, kernel: str = "adam") -> dict[str, float]:
+        # 15 sets, 4 of them with Adam and without copies to the host or the reverse each: 8 passes.
+        slower = 1.0 if self.runs < 15 + 8 else 0.5
+        self.runs += 1
+        left = 1.0 - 0.1 * (len(actors) - 1)
+        found = {actor: ALONE[actor] * left for actor in actors}
+        for actor in ("adam", "compute"):
+            if actor in found:
+                found[actor] *= slower
+        if kernel != "adam":
+            found["adam"] *= 1.5
+            found |= {copy: found[copy] * 0.9 for copy in ("h2d", "d2h") if copy in found}
+        return found
+
+
+def test_a_machine_that_is_slower_for_a_while_has_the_same_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = _Rounds()
+    monkeypatch.setattr(sharing, "_Machine", lambda device, bench: machine)
+    rows = sharing.beside(None, None, 0.2, lambda text: None)  # type: ignore[arg-type]
+    assert machine.runs == 2 * (15 + 8)
+    assert [tuple(row["actors"]) for row in rows] == [
+        actors for count in range(1, 5) for actors in itertools.combinations(("h2d", "d2h", "adam", "compute"), count)
+    ]
+    for row in rows:
+        actors = row["actors"]
+        left = 1.0 - 0.1 * (len(actors) - 1)
+        # Half of the rounds are half as fast.
+        expected = {
+            "h2d_bytes_per_s": 50e9 * left if "h2d" in actors else None,
+            "d2h_bytes_per_s": 40e9 * left if "d2h" in actors else None,
+            "adam_params_per_s": 0.75 * 5e9 * left if "adam" in actors else None,
+            "compute_share": left if "compute" in actors else None,
+        }
+        if "adam" in actors and "d2h" not in actors:
+            expected["params_first_per_s"] = 1.5 * 0.75 * 5e9 * left
+            if "h2d" in actors:
+                expected["params_first_h2d_bytes_per_s"] = 0.9 * 50e9 * left
+        if "adam" in actors and "h2d" not in actors:
+            expected["moments_per_s"] = 1.5 * 0.75 * 5e9 * left
+            if "d2h" in actors:
+                expected["moments_d2h_bytes_per_s"] = 0.9 * 40e9 * left
+        assert {name: value if value is None else pytest.approx(value) for name, value in row.items() if name != "actors"} == expected
