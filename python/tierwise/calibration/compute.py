@@ -14,9 +14,9 @@ from tierwise.calibration.timing import Timer
 from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
 from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
-_SUSTAINED_S = 1.0
-"""Of forward and backward in turn, the second half of which counts: the power limit is felt after less than a tenth of a second, but a
-device that is still cool draws less."""
+_SUSTAINED_S = 1.5
+"""Of forward and backward in turn, of which the last second counts: the power limit is felt after less than a tenth of a second, but a
+device that is still cool draws less, and its regulation swings with a period of about a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ def attention(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[di
     rows = []
     known: set[int] = set()
     for heads, head_dim in sizes.attention:
-        # More heads are as more sequences: of a width that was measured before, the sizes of whole layers are enough.
-        shapes = sizes.whole if head_dim in known else sizes.sequences
+        # More heads are as more sequences: of a width that was measured before, the least and the largest of whole layers are enough.
+        shapes = (sizes.whole[0], sizes.whole[-1]) if head_dim in known else sizes.sequences
         known.add(head_dim)
         for sequences, seq in shapes:
             # As a model's projections leave them: heads inside tokens.

@@ -18,9 +18,9 @@ from tierwise.calibration.thread import LaunchProbe, crowded_times
 
 _PROBE_S = 0.15
 """Seconds of the probe before every turn of a model."""
-_CROWDED_ROUNDS = 3
+_CROWDED_ROUNDS = 2
 """Times that the probe is measured beside the host's kernels."""
-_ROUNDS, _STEPS, _WARM = 2, 7, 2
+_ROUNDS, _STEPS, _WARM = 2, 6, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""

@@ -64,12 +64,12 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     scale = options.seconds / 45.0
     with sections("host"):
         bench = HostBench(options.host_numel)
-        measured["host"] = host.by_threads(bench, 2.5 * scale, log)
+        measured["host"] = host.by_threads(bench, 2.0 * scale, log)
         measured["host_numel"] = bench.numel
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, bench, 0.24 * scale, log)
+        measured["sharing"] = beside(device, bench, 0.2 * scale, log)
     missing: list[str] = []
     measured |= _kernels(device, scale, log, sections, missing)
     with sections("launches"):

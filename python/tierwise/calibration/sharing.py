@@ -83,7 +83,8 @@ class _Machine:
         width = 8192 if self.cuda else 128
         self.host = {name: torch.ones(size, dtype=torch.uint8, pin_memory=self.cuda) for name in ("h2d", "d2h")}
         self.remote = {name: torch.ones(size, dtype=torch.uint8, device=device) for name in ("h2d", "d2h")}
-        self.factors = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(3)]
+        # Zeros draw little power: at its limit a device slows down and speeds up by itself.
+        self.factors = [torch.zeros(width, width, dtype=torch.bfloat16, device=device) for _ in range(3)]
         for actor in ("h2d", "d2h", "compute"):
             self.work(actor)  # The first of each also loads what it needs.
         self.piece = {"h2d": float(size), "d2h": float(size), "compute": 1.0}

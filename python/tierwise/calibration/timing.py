@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 _LEAST, _MOST = 3, 64
+_MEANS = 3
 _QUEUED_KERNELS = 700
 """So many fit the device's queue; more, and Python would wait for the device after all."""
 _SLEEP_CYCLES_PER_S = 2e9
@@ -36,13 +38,13 @@ class Timer:
         """Of one measurement, about."""
 
     def seconds_of(self, work: Callable[[], Any], kernels: int = 1) -> float:
-        """Seconds of one call of `work`, which launches about so many kernels: the mean over as many calls as fit the time, at least three,
-        after two that are not counted."""
+        """Seconds of one call of `work`, which launches about so many kernels: the median of three means, because one may have been held
+        up, over as many calls together as fit the time, at least three, after two that are not counted."""
         work()
         enqueue_s = self._enqueue_s(work)
         once = max(self._run(work, 1, enqueue_s), 1e-7)
         times = min(max(int(self.seconds / once), _LEAST), _MOST, max(_QUEUED_KERNELS // kernels, _LEAST))
-        return self._run(work, times, enqueue_s)
+        return statistics.median(self._run(work, -(-times // _MEANS), enqueue_s) for _ in range(_MEANS))
 
     def _enqueue_s(self, work: Callable[[], Any]) -> float:
         """Seconds that Python takes for one call on an idle device."""
@@ -79,7 +81,7 @@ class Timer:
         torch.cuda.synchronize(self.device)
         marks: list[torch.cuda.Event] = []
         count = max(int(seconds / once), 8)
-        half = count // 2
+        warm = count // 3
         caught_up = 0
         for index in range(count):
             work()
@@ -87,9 +89,9 @@ class Timer:
             event.record()
             marks.append(event)
             # What was enqueued two calls before is done: the device is about to wait for Python.
-            caught_up += index >= half and marks[index - 2].query()
-            if caught_up > _CAUGHT_UP * (count - half):
+            caught_up += index >= warm and marks[index - 2].query()
+            if caught_up > _CAUGHT_UP * (count - warm):
                 torch.cuda.synchronize(self.device)
                 return None
         torch.cuda.synchronize(self.device)
-        return float(marks[half].elapsed_time(marks[-1])) / 1e3 / (len(marks) - 1 - half)
+        return float(marks[warm].elapsed_time(marks[-1])) / 1e3 / (len(marks) - 1 - warm)
