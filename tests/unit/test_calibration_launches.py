@@ -77,7 +77,8 @@ def _timeline(passes: bool) -> str:
             span = {"ph": "X", "tid": 0, "name": f"step layers.{layer}", "ts": begin, "dur": us, "args": {"bytes": moved}}
             events.append(span)
             if passes:
-                events.append({**span, "name": f"moments layers.{layer}", "ts": begin + 5e5, "dur": 10.0})
+                # The first of a step is disturbed.
+                events.append({**span, "name": f"moments layers.{1 - layer}", "ts": begin + 5e5, "dur": us * (10.0, 0.25)[layer]})
         events.append({"ph": "X", "tid": 0, "name": "step lm_head", "ts": 1e6 * step - 10, "dur": 1.0, "args": {"bytes": 26}})
         events.append({"ph": "X", "tid": 1, "name": "step layers.2", "ts": 1e6 * step, "dur": 10.0, "args": {"bytes": 26_000_000}})
         events.append({"ph": "X", "tid": 1, "name": "norm layers.2", "ts": 1e6 * step, "dur": 1.0, "args": {"bytes": 26_000_000}})
@@ -92,9 +93,11 @@ def test_the_engines_adam_is_that_of_undisturbed_chunks(passes: bool) -> None:
     assert found.device_params_per_s == pytest.approx(1e11)
     # The middle one of 1e9, 2e8 and 8e8; what the first pass gains is not the whole step's.
     assert found.host_params_per_s == pytest.approx(8e8 * (6 / 9 if passes else 1))
+    # Passes of 2e-3, 10e-3 and 2.5e-3 s times a quarter.
+    assert found.host_moments_per_s == (pytest.approx(1.6e9) if passes else None)
     assert found.host_gap_ns is None, "layers are a tenth of a second apart"
     assert said == [f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of 3 steps"]
-    assert engine.rates(json.dumps({"traceEvents": []}), host, said.append) == engine.Adam(None, None, None)
+    assert engine.rates(json.dumps({"traceEvents": []}), host, said.append) == engine.Adam(None, None, None, None)
 
 
 def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:

@@ -38,8 +38,8 @@ _AROUND_S = 0.2
 """Seconds of the host's Adam before and after the engine's."""
 _LONGEST_GAP_NS = 1e6
 """Between steps of which the second waits for nothing."""
-_WHOLE_BYTES, _PARAMS_BYTES = 26, 18
-"""Of memory traffic per parameter: of a step, and of the first of its two passes (split masters)."""
+_WHOLE_BYTES, _PASS_BYTES = 26, 18
+"""Of memory traffic per parameter: of a step, and of either of its two passes (split masters)."""
 
 
 def launches(device: torch.device, bench: HostBench) -> dict[str, float]:
@@ -145,6 +145,8 @@ class Adam:
 
     device_params_per_s: float | None
     host_params_per_s: float | None
+    host_moments_per_s: float | None
+    """The second of its two passes."""
     host_gap_ns: float | None
     """Between one chunk's step on the host and the next one's."""
 
@@ -152,8 +154,8 @@ class Adam:
 def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
     """From the engine's timeline: parameters per second on the device are the median of its chunks; on the host the median of the first
     chunk of every step, because the others share the memory with copies of what was stepped before them. Where the engine takes two passes,
-    the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`). The kernel is measured around it too:
-    the memory of a shared machine is not as fast as it was when `host` was measured."""
+    the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`), and the second is measured too. The
+    kernel is measured around it too: the memory of a shared machine is not as fast as it was when `host` was measured."""
     around = [bench.rate("adam", _AROUND_S)]
     size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
     booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=0.5)
@@ -169,8 +171,8 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
     around.append(bench.rate("adam", _AROUND_S))
     found = rates(booster._boosted().engine.timeline(), host, log)
     then = host["adam_params_per_s"] / statistics.mean(around)
-    on_host = found.host_params_per_s
-    return dataclasses.replace(found, host_params_per_s=None if on_host is None else on_host * then)
+    rates_then = {name: getattr(found, name) for name in ("host_params_per_s", "host_moments_per_s")}
+    return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
 
 
 def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> Adam:
@@ -188,12 +190,17 @@ def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> Ad
 
     on_host = spans("host optimizer", "step")
     first = on_host[:: max(len({e["name"] for e in on_host}), 1)]
-    passes = bool(spans("host optimizer", "moments"))
+    moments = spans("host optimizer", "moments")
+    passes = bool(moments)
+    # The first of each step runs beside the copy of what was stepped last.
+    of_a_step = max(len({e["name"] for e in moments}), 1)
+    later = [e for index, e in enumerate(moments) if index % of_a_step > 0] or moments
     log(f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of {len(first)} steps")
-    found = rate(first, _PARAMS_BYTES if passes else _WHOLE_BYTES)
+    found = rate(first, _PASS_BYTES if passes else _WHOLE_BYTES)
     if passes and found is not None:
         found *= host["adam_params_per_s"] / host["params_first_per_s"]
     pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in itertools.pairwise(on_host)]
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
-    return Adam(rate(spans("device optimizer", "step"), _WHOLE_BYTES), found, max(statistics.median(pauses), 1.0) if pauses else None)
+    on_device = rate(spans("device optimizer", "step"), _WHOLE_BYTES)
+    return Adam(on_device, found, rate(later, _PASS_BYTES), max(statistics.median(pauses), 1.0) if pauses else None)

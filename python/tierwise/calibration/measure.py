@@ -81,6 +81,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
     measured["device_adam_params_per_s"] = None if adam is None else adam.device_params_per_s
     measured["host_adam_params_per_s"] = None if adam is None else adam.host_params_per_s
+    measured["host_moments_per_s"] = None if adam is None else adam.host_moments_per_s
     measured["host_gap_ns"] = None if adam is None else adam.host_gap_ns
     log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:

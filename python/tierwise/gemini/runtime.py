@@ -283,9 +283,9 @@ class Runtime:
         return f"Tierwise: in {operation}; the plan holds {listed} of a budget of {budget}. What helps: {'; or '.join(remedies)}"
 
     def make_room(self, unit: int) -> None:
-        """Waits until a unit's forward fits beside gradients that still wait for their step."""
-        # Gradients of a batch that was not committed wait for `optimizer.step()`, not for time.
-        if self.gradients.outstanding and self.micro_done == 0 and not self.target.emulated:
+        """Waits until a unit's forward fits beside gradients that still wait for their step, or to be added to their sum."""
+        # Those of a whole batch that was not committed wait for `optimizer.step()`, not for time.
+        if self.gradients.outstanding and self.micro_done < self.accumulation and not self.target.emulated:
             traced = self.trace.units[self.unit_ids[unit]]
             kept = traced.input_bytes if self.recompute[unit] else traced.saved_bytes
             self.gradients.make_room(kept + self.planned.plan["device"]["reserve"], self.planned.device_budget)

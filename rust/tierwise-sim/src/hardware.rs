@@ -194,6 +194,9 @@ impl Hardware {
 
     /// The same of a second pass.
     pub fn moments_work(&self, bytes: u64) -> f64 {
+        if let Some((own, rate)) = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s?, m.host_moments_per_s?))) {
+            return bytes as f64 * own * ADAM_BYTES_PER_PARAM / (rate * MOMENTS_BYTES);
+        }
         let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
         let measured = self.measured.as_ref().and_then(|m| m.host.last()?.moments_per_s);
         bytes as f64 * measured.map_or(1.0, |rate| whole / (rate * MOMENTS_BYTES))

@@ -91,9 +91,17 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
         copy_bytes_per_s: 52e9,
     };
     let measured = Measured { host: vec![row], host_adam_params_per_s: Some(5e9), ..Measured::default() };
-    let machine = Hardware { host_stream_bytes_per_s: 4e10, measured: Some(measured), ..preset };
+    let machine = Hardware { host_stream_bytes_per_s: 4e10, measured: Some(measured.clone()), ..preset };
     // In the time of a copy of 52 GB Adam moves 5e9 parameters of 26 bytes.
     assert!((machine.copy_work(52) - 130.0).abs() < 1e-9);
     // Additions move 100 GB/s where norms read 40.
     assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
+    assert!(machine.gap_work().abs() < 1e-9, "not measured");
+    // The engine steps 5e9 parameters per second; its second passes are as fast as they were seen, and 10 us pass between two steps.
+    let measured = Measured { host_moments_per_s: Some(10e9), host_gap_ns: Some(1e4), ..measured };
+    let machine = Hardware { measured: Some(measured), ..machine };
+    assert!((machine.moments_work(18) - 13.0).abs() < 1e-9);
+    assert!((machine.gap_work() - 5e9 * 26.0 * 1e-5).abs() < 1e-3);
+    let twice = machine.with_host_adam(8e9).unwrap();
+    assert!((twice.moments_work(18) - 13.0).abs() < 1e-9, "all of the host is twice as fast");
 }

@@ -38,6 +38,9 @@ pub struct Measured {
     /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it.
     #[serde(default)]
     pub host_adam_params_per_s: Option<f64>,
+    /// The same of the second of its two passes.
+    #[serde(default)]
+    pub host_moments_per_s: Option<f64>,
     /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
     #[serde(default)]
     pub host_gap_ns: Option<f64>,
@@ -228,6 +231,7 @@ impl Measured {
             }
         }
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
+        faster.host_moments_per_s = self.host_moments_per_s.map(|rate| rate * factor);
         faster
     }
 
@@ -286,6 +290,7 @@ impl Measured {
         figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
         figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
         figures.extend(self.launch.and_then(|launch| launch.crowded_times).map(|times| ("measured.launch.crowded_times", times)));
+        figures.extend(self.host_moments_per_s.map(|rate| ("measured.host_moments_per_s", rate)));
         figures.extend(self.host_gap_ns.map(|ns| ("measured.host_gap_ns", ns)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
         if let Some(disk) = self.disk {
