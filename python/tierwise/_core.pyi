@@ -297,7 +297,7 @@ def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""
 
 def kernel_threads(threads: int | None = None) -> int:
-    """Threads of the CPU kernels: `threads`, else TIERWISE_NUM_THREADS, else seven eighths of its CPUs. Raises ValueError for less than 1
+    """Threads of the CPU kernels: `threads`, else TIERWISE_NUM_THREADS, else the CPUs of this process. Raises ValueError for less than 1
     and more than 1024."""
 
 def probe_disk(directory: str | os.PathLike[str], max_bytes: int = 1073741824, max_seconds: float = 6.0) -> str:

@@ -26,8 +26,7 @@ impl Pool {
         Self::try_new(threads).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// Starts `threads` threads, else as many as `TIERWISE_NUM_THREADS` says, else one per CPU this process may run on, with an eighth of
-    /// these left to others.
+    /// Starts `threads` threads, else as many as `TIERWISE_NUM_THREADS` says, else one per CPU this process may run on.
     pub fn try_new(threads: Option<usize>) -> Result<Self, String> {
         let threads = Self::wanted(threads)?;
         let pool = rayon::ThreadPoolBuilder::new()
@@ -95,16 +94,9 @@ fn size(argument: Option<usize>, env: Option<&str>) -> Result<usize, String> {
             )),
         },
         (None, None) => {
-            let cpus = std::thread::available_parallelism().map_err(|error| format!("cannot count this process's CPUs: {error}"))?;
-            Ok(left_of(cpus.get()))
+            std::thread::available_parallelism().map(usize::from).map_err(|error| format!("cannot count this process's CPUs: {error}"))
         }
     }
-}
-
-/// Kernel threads of so many CPUs. Where they have all of them, the training thread, autograd's and the engine's workers wait for a CPU,
-/// and a kernel for the one of its threads that had to make room.
-fn left_of(cpus: usize) -> usize {
-    cpus - cpus / 8
 }
 
 /// Several ranges of elements cut into grains: which range and which of its elements the n-th grain is.
@@ -192,8 +184,7 @@ mod tests {
     fn size_prefers_argument_then_environment_then_affinity() {
         assert_eq!(size(Some(3), Some("5")), Ok(3));
         assert_eq!(size(None, Some(" 5 ")), Ok(5));
-        assert_eq!(size(None, None), Ok(left_of(std::thread::available_parallelism().unwrap().get())));
-        assert_eq!([1, 2, 7, 8, 16, 96].map(left_of), [1, 2, 7, 7, 14, 84]);
+        assert_eq!(size(None, None), Ok(std::thread::available_parallelism().unwrap().get()));
     }
 
     #[test]

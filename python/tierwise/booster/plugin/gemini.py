@@ -123,7 +123,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     growth_interval: int = 1000
     """fp16: good steps before the scale grows."""
     num_threads: int | None = None
-    """Threads of the CPU kernels. None: TIERWISE_NUM_THREADS, else seven eighths of this process's CPUs."""
+    """Threads of the CPU kernels. None: TIERWISE_NUM_THREADS, else the CPUs of this process."""
     fused_loss: bool = True
     """Compute the loss of Hugging Face causal LMs in chunks, never whole logits (`outputs.logits` is None in training)."""
     enable_flash_attention: bool = False
