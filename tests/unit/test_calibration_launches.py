@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import weakref
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers: install tierwise[train]")
 
-from tierwise._core import HostBench
 from tierwise.calibration import compute, engine, measure
-from tierwise.calibration.thread import LaunchProbe, crowded_times
+from tierwise.calibration.thread import LaunchProbe
 from tierwise.calibration.timing import Timer
 
 
@@ -32,7 +30,7 @@ def test_launches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_ROUNDS", 1)
     monkeypatch.setattr(engine, "_PROBE_S", 0.01)
     with measure._Sections(cuda=False)("launches"):
-        measured = engine.launches(torch.device("cpu"), HostBench(1000))
+        measured = engine.launches(torch.device("cpu"))
     assert [model() for model in made] == [None] * 3
     assert all(ns > 0 for ns in measured.values())
 
@@ -41,11 +39,9 @@ def test_what_launches_take_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> N
     few, many, again = ({"forward": 1000.0 + per * layers, "backward": 500.0 + 2 * per * layers, "step": 7.0} for layers, per in
                         ((engine._FEW, 10), (engine._MANY, 10), (engine._MANY, 13)))  # fmt: skip
     monkeypatch.setattr(engine, "_step_ns", lambda device, models, probes: probes.extend([3.0, 5.0, 4.0]) or [few, many, again])
-    crowded = iter([1.5, 2.5])
-    monkeypatch.setattr(engine, "crowded_times", lambda probe, bench, seconds: next(crowded))
-    assert engine.launches(torch.device("cpu"), HostBench(1000)) == {
+    assert engine.launches(torch.device("cpu")) == {
         "forward_ns": 10, "backward_ns": 20, "checkpointed_forward_ns": 13, "checkpointed_backward_ns": 26,
-        "outside_forward_ns": 1000, "outside_backward_ns": 500, "step_ns": 7, "probe_ns": 4, "crowded_times": 2.0,
+        "outside_forward_ns": 1000, "outside_backward_ns": 500, "step_ns": 7, "probe_ns": 4,
     }  # fmt: skip
 
 
@@ -88,16 +84,16 @@ def _timeline(passes: bool) -> str:
 @pytest.mark.parametrize("passes", [False, True])
 def test_the_engines_adam_is_that_of_undisturbed_chunks(passes: bool) -> None:
     said: list[str] = []
-    host = {"adam_params_per_s": 6e8, "params_first_per_s": 9e8}
-    found = engine.rates(_timeline(passes), host, said.append)
+    found = engine.rates(_timeline(passes), said.append)
     assert found.device_params_per_s == pytest.approx(1e11)
-    # The middle one of 1e9, 2e8 and 8e8; what the first pass gains is not the whole step's.
-    assert found.host_params_per_s == pytest.approx(8e8 * (6 / 9 if passes else 1))
+    # The middle one of 1e9, 2e8 and 8e8.
+    whole, first = (None, pytest.approx(8e8)) if passes else (pytest.approx(8e8), None)
+    assert (found.host_params_per_s, found.host_params_first_per_s) == (whole, first)
     # Passes of 2e-3, 10e-3 and 2.5e-3 s times a quarter.
     assert found.host_moments_per_s == (pytest.approx(1.6e9) if passes else None)
     assert found.host_gap_ns is None, "layers are a tenth of a second apart"
-    assert said == [f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of 3 steps"]
-    assert engine.rates(json.dumps({"traceEvents": []}), host, said.append) == engine.Adam(None, None, None, None)
+    assert said == [f"Adam in the engine: {'two passes' if passes else 'whole steps'} of 3 steps"]
+    assert engine.rates(json.dumps({"traceEvents": []}), said.append) == engine.Adam()
 
 
 def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
@@ -105,16 +101,9 @@ def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
     events: list[dict[str, Any]] = [{"ph": "M", "tid": 0, "args": {"name": "host optimizer"}}]
     for layer, (begin, us) in enumerate(spans):
         events.append({"ph": "X", "tid": 0, "name": f"step layers.{layer}", "ts": begin, "dur": us, "args": {"bytes": 26_000_000}})
-    found = engine.rates(json.dumps({"traceEvents": events}), {"adam_params_per_s": 6e8, "params_first_per_s": 9e8}, lambda text: None)
+    found = engine.rates(json.dumps({"traceEvents": events}), lambda text: None)
     # 80, 120 and 100 us; the last began 4.7 ms after the one before.
     assert found.host_gap_ns == pytest.approx(1e5)
-
-
-def test_a_probe_beside_the_hosts_kernels_ends_them() -> None:
-    bench = HostBench(10_000)
-    before = threading.active_count()
-    assert crowded_times(LaunchProbe(torch.device("cpu")), bench, 0.05) > 0
-    assert threading.active_count() == before
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,10 @@ import torch
 from torch import nn
 
 from tierwise._core import HostBench
-from tierwise.calibration.thread import LaunchProbe, crowded_times
+from tierwise.calibration.thread import LaunchProbe
 
 _PROBE_S = 0.15
 """Seconds of the probe before every turn of a model."""
-_CROWDED_ROUNDS = 2
-"""Times that the probe is measured beside the host's kernels."""
 _ROUNDS, _STEPS, _WARM = 2, 6, 2
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
@@ -42,10 +40,10 @@ _WHOLE_BYTES, _PASS_BYTES = 26, 18
 """Of memory traffic per parameter: of a step, and of either of its two passes (split masters)."""
 
 
-def launches(device: torch.device, bench: HostBench) -> dict[str, float]:
+def launches(device: torch.device) -> dict[str, int]:
     """Nanoseconds in which the training thread enqueues a unit's forward and backward, with and without recomputation, and what a step
-    takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile, and how many times
-    longer it takes beside the host's kernels. Raises ImportError without transformers."""
+    takes beside its units: from a model so small that the device waits for Python; and those of `LaunchProbe` meanwhile. Raises ImportError
+    without transformers."""
     probes: list[float] = []
     few, many, again = _step_ns(device, [(_FEW, "none"), (_MANY, "none"), (_MANY, "full")], probes)
 
@@ -65,7 +63,6 @@ def launches(device: torch.device, bench: HostBench) -> dict[str, float]:
         "outside_backward_ns": _positive(backward[2]),
         "step_ns": _positive(many["step"]),
         "probe_ns": _positive(statistics.median(probes)),
-        "crowded_times": statistics.median(crowded_times(LaunchProbe(device), bench, 2 * _PROBE_S) for _ in range(_CROWDED_ROUNDS)),
     }
 
 
@@ -143,19 +140,19 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
 class Adam:
     """The optimizer step as the engine runs it; None where that was not seen."""
 
-    device_params_per_s: float | None
-    host_params_per_s: float | None
-    host_moments_per_s: float | None
-    """The second of its two passes."""
-    host_gap_ns: float | None
+    device_params_per_s: float | None = None
+    host_params_per_s: float | None = None
+    """Whole steps; the engine takes these, or two passes."""
+    host_params_first_per_s: float | None = None
+    host_moments_per_s: float | None = None
+    host_gap_ns: float | None = None
     """Between one chunk's step on the host and the next one's."""
 
 
 def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
     """From the engine's timeline: parameters per second on the device are the median of its chunks; on the host the median of the first
-    chunk of every step, because the others share the memory with copies of what was stepped before them. Where the engine takes two passes,
-    the first says by how much it differs from the kernel alone (`host`, a row of `host.by_threads`), and the second is measured too. The
-    kernel is measured around it too: the memory of a shared machine is not as fast as it was when `host` was measured."""
+    chunk of every step, because the others share the memory with copies of what was stepped before them. They are as much faster or slower
+    as the kernel alone was when `host` was measured, a row of `host.by_threads`: it is measured around them too."""
     around = [bench.rate("adam", _AROUND_S)]
     size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
     booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=0.5)
@@ -169,13 +166,14 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
         optimizer.zero_grad()
         booster.flush()
     around.append(bench.rate("adam", _AROUND_S))
-    found = rates(booster._boosted().engine.timeline(), host, log)
+    found = rates(booster._boosted().engine.timeline(), log)
     then = host["adam_params_per_s"] / statistics.mean(around)
-    rates_then = {name: getattr(found, name) for name in ("host_params_per_s", "host_moments_per_s")}
+    names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s")
+    rates_then = {name: getattr(found, name) for name in names}
     return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
 
 
-def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> Adam:
+def rates(timeline: str, log: Callable[[str], None]) -> Adam:
     """Of a timeline of whole steps that were flushed one by one."""
     events = json.loads(timeline)["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -195,12 +193,14 @@ def rates(timeline: str, host: dict[str, Any], log: Callable[[str], None]) -> Ad
     # The first of each step runs beside the copy of what was stepped last.
     of_a_step = max(len({e["name"] for e in moments}), 1)
     later = [e for index, e in enumerate(moments) if index % of_a_step > 0] or moments
-    log(f"Adam in the engine: {'the first of two passes' if passes else 'whole steps'} of {len(first)} steps")
-    found = rate(first, _PASS_BYTES if passes else _WHOLE_BYTES)
-    if passes and found is not None:
-        found *= host["adam_params_per_s"] / host["params_first_per_s"]
+    log(f"Adam in the engine: {'two passes' if passes else 'whole steps'} of {len(first)} steps")
     pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in itertools.pairwise(on_host)]
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
-    on_device = rate(spans("device optimizer", "step"), _WHOLE_BYTES)
-    return Adam(on_device, found, rate(later, _PASS_BYTES), max(statistics.median(pauses), 1.0) if pauses else None)
+    return Adam(
+        device_params_per_s=rate(spans("device optimizer", "step"), _WHOLE_BYTES),
+        host_params_per_s=None if passes else rate(first, _WHOLE_BYTES),
+        host_params_first_per_s=rate(first, _PASS_BYTES) if passes else None,
+        host_moments_per_s=rate(later, _PASS_BYTES),
+        host_gap_ns=max(statistics.median(pauses), 1.0) if pauses else None,
+    )

@@ -75,14 +75,16 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     with sections("launches"):
         from tierwise.calibration import engine
 
-        measured["launch"] = _if_possible("launches", lambda: engine.launches(device, bench), log, missing)
+        measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
         whole = measured["host"][-1]
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
-    measured["device_adam_params_per_s"] = None if adam is None else adam.device_params_per_s
-    measured["host_adam_params_per_s"] = None if adam is None else adam.host_params_per_s
-    measured["host_moments_per_s"] = None if adam is None else adam.host_moments_per_s
-    measured["host_gap_ns"] = None if adam is None else adam.host_gap_ns
+    adam = adam or engine.Adam()
+    measured["device_adam_params_per_s"] = adam.device_params_per_s
+    measured["host_adam_params_per_s"] = adam.host_params_per_s
+    measured["host_params_first_per_s"] = adam.host_params_first_per_s
+    measured["host_moments_per_s"] = adam.host_moments_per_s
+    measured["host_gap_ns"] = adam.host_gap_ns
     log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:
         measured["workspace_bytes"] = 0

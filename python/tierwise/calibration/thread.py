@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 
 import torch
 from torch import nn
-
-from tierwise._core import HostBench
 
 _LAYERS, _WIDTH = 48, 64
 """About 300 kernels of a microsecond each; other numbers would make other probes, which must not be compared."""
@@ -44,21 +41,3 @@ class LaunchProbe:
             # A full queue would make the next one wait.
             torch.cuda.synchronize(self.device)
         return ns
-
-
-def crowded_times(probe: LaunchProbe, bench: HostBench, seconds: float) -> float:
-    """How many times longer the probe takes while the host's kernels have a thread on every core; about `seconds` for both."""
-    alone = probe.ns(seconds / 2)
-    over = threading.Event()
-
-    def kernels() -> None:
-        while not over.is_set():
-            bench.rate("adam", seconds / 8)
-
-    beside = threading.Thread(target=kernels)
-    beside.start()
-    try:
-        return probe.ns(seconds / 2) / alone
-    finally:
-        over.set()
-        beside.join()

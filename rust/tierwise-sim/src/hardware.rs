@@ -175,27 +175,35 @@ impl Hardware {
     /// What a copy within host memory takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
     /// calibrated machine says how fast that is.
     pub fn copy_work(&self, bytes: u64) -> f64 {
-        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host.last()?.copy_bytes_per_s)));
-        let times = measured.map_or(2.0, |(own, copy)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM / copy);
-        times * bytes as f64
+        let copy = self.measured.as_ref().and_then(|m| m.host.last()).map(|row| row.copy_bytes_per_s);
+        copy.map_or(2.0, |copy| self.host_adam_bytes_per_s() / copy) * bytes as f64
     }
 
     /// What passes between two steps on the host takes, in bytes of the traffic of the host's Adam.
     pub fn gap_work(&self) -> f64 {
-        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host_gap_ns?)));
-        measured.map_or(0.0, |(own, ns)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM * ns / 1e9)
+        let gap_ns = self.measured.as_ref().and_then(|m| m.host_gap_ns);
+        gap_ns.map_or(0.0, |ns| self.host_adam_bytes_per_s() * ns / 1e9)
+    }
+
+    /// Bytes per second that whole steps on the host move: the engine's, where they were seen.
+    pub fn host_adam_bytes_per_s(&self) -> f64 {
+        let own = self.measured.as_ref().and_then(|m| m.host_adam_params_per_s);
+        own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM
     }
 
     /// What a first pass that moves so many bytes takes on the lane of the host's Adam, in bytes of that one's traffic.
     pub fn params_first_work(&self, bytes: u64) -> f64 {
+        if let Some(rate) = self.measured.as_ref().and_then(|m| m.host_params_first_per_s) {
+            return bytes as f64 * self.host_adam_bytes_per_s() / (rate * FIRST_PASS_BYTES);
+        }
         let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
         bytes as f64 * self.host_params_first_per_s.map_or(1.0, |rate| whole / (rate * FIRST_PASS_BYTES))
     }
 
     /// The same of a second pass.
     pub fn moments_work(&self, bytes: u64) -> f64 {
-        if let Some((own, rate)) = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s?, m.host_moments_per_s?))) {
-            return bytes as f64 * own * ADAM_BYTES_PER_PARAM / (rate * MOMENTS_BYTES);
+        if let Some(rate) = self.measured.as_ref().and_then(|m| m.host_moments_per_s) {
+            return bytes as f64 * self.host_adam_bytes_per_s() / (rate * MOMENTS_BYTES);
         }
         let whole = self.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
         let measured = self.measured.as_ref().and_then(|m| m.host.last()?.moments_per_s);
@@ -210,10 +218,8 @@ impl Hardware {
 
     /// The same on the lane of the host's Adam, in bytes of that one's traffic.
     pub fn addition_work_of_adam(&self, bytes: u64) -> f64 {
-        let measured = self.measured.as_ref().and_then(|m| Some((m.host_adam_params_per_s, m.host.last()?.accumulate_numel_per_s)));
-        let times =
-            measured.map_or(1.0, |(own, added)| own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM / (added * ADDED_BYTES));
-        times * bytes as f64
+        let added = self.measured.as_ref().and_then(|m| m.host.last()).map(|row| row.accumulate_numel_per_s);
+        added.map_or(1.0, |added| self.host_adam_bytes_per_s() / (added * ADDED_BYTES)) * bytes as f64
     }
 
     fn check(&self) -> Result<(), String> {

@@ -316,7 +316,7 @@ fn passes_of_host_steps_take_what_was_measured_of_them() {
     };
     let even = steps([8e9, 8e9], [9e9, 9e9]);
     // While gradients are copied, backward leaves moments time enough.
-    for (params, moments, times) in [([8e9, 2e9], [9e9, 9e9], 1.1), ([8e9, 8e9], [9e9, 3e8], 1.0001), ([8e9, 8e9], [2e9, 2e9], 1.1)] {
+    for (params, moments, times) in [([8e9, 2e9], [9e9, 9e9], 1.1), ([8e9, 8e9], [9e9, 3e8], 1.0), ([8e9, 8e9], [2e9, 2e9], 1.1)] {
         let slower = steps(params, moments);
         assert!(slower[0] > times * even[0], "{params:?} {moments:?}: {slower:?} after {even:?}");
         assert!(slower[1].to_bits() == even[1].to_bits(), "{params:?} {moments:?}: {slower:?} after {even:?}");

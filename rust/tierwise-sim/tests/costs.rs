@@ -97,9 +97,10 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
     // Additions move 100 GB/s where norms read 40.
     assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
     assert!(machine.gap_work().abs() < 1e-9, "not measured");
-    // The engine steps 5e9 parameters per second; its second passes are as fast as they were seen, and 10 us pass between two steps.
-    let measured = Measured { host_moments_per_s: Some(10e9), host_gap_ns: Some(1e4), ..measured };
-    let machine = Hardware { measured: Some(measured), ..machine };
+    // The engine steps 5e9 parameters per second; its passes are as fast as they were seen, and 10 us pass between two steps.
+    let measured = Measured { host_params_first_per_s: Some(8e9), host_moments_per_s: Some(10e9), host_gap_ns: Some(1e4), ..measured };
+    let machine = Hardware { schema_version: 2, measured: Some(measured), ..machine };
+    assert!((machine.params_first_work(18) - 16.25).abs() < 1e-9);
     assert!((machine.moments_work(18) - 13.0).abs() < 1e-9);
     assert!((machine.gap_work() - 5e9 * 26.0 * 1e-5).abs() < 1e-3);
     let twice = machine.with_host_adam(8e9).unwrap();

@@ -91,15 +91,19 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        // A layer that takes less than half as long again as Python takes to enqueue it was held up by Python if anything, and a device that
-        // waits for Python is not at its power limit.
+        // A layer that was sustained and takes less than half as long again as Python takes to enqueue it was held up by Python if anything,
+        // and a device that waits for Python is not at its power limit.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured
             .layers
             .iter()
             .filter_map(|row| {
                 let short_s = row.forward_s + row.backward_s;
-                let factor = if short_s < 1.5 * launch_s { 1.0 } else { row.sustained_s? / short_s };
+                let factor = if short_s < launch_s || (short_s < 1.5 * launch_s && row.sustained_s.is_some()) {
+                    1.0
+                } else {
+                    row.sustained_s? / short_s
+                };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
@@ -251,7 +255,6 @@ mod tests {
             outside_backward_ns: ns,
             step_ns: ns,
             probe_ns: None,
-            crowded_times: None,
         };
         // The layer takes 8 ms, 9 without a pause.
         for (ns, factor) in [(2_600_000, 9.0 / 8.0), (2_700_000, 1.0)] {

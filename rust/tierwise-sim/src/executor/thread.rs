@@ -14,8 +14,8 @@ use tierwise_core::trace::Phase;
 const QUEUED_KERNELS: u64 = 700;
 const FORWARD_KERNELS: u64 = 25;
 
-/// How many times longer the training thread takes where the threads of the host's kernels, one per core, compete with it and that was not
-/// calibrated; fitted (docs/simulator.md).
+/// How many times longer the training thread takes where the threads of the host's kernels, one per core, compete with it; fitted
+/// (docs/simulator.md).
 const CROWDED: f64 = 1.7;
 
 /// Where the training thread is.
@@ -185,10 +185,9 @@ impl Run<'_> {
 
     /// What the training thread takes while the host's kernels have every core.
     fn launch_ns(&self, ns: u64) -> u64 {
-        let Some(measured) = &self.setup.hardware.measured else { return ns };
-        let busy = [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().any(|lane| self.machine.is_busy(lane));
-        let times = measured.launch.and_then(|launch| launch.crowded_times).map_or(CROWDED, |times| times.max(1.0));
-        if busy { (ns as f64 * times).round() as u64 } else { ns }
+        let busy = self.setup.hardware.measured.is_some()
+            && [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().any(|lane| self.machine.is_busy(lane));
+        if busy { (ns as f64 * CROWDED).round() as u64 } else { ns }
     }
 
     fn kernels(&self, op: OpId) -> u64 {

@@ -35,10 +35,13 @@ pub struct Measured {
     /// Parameters per second of the device's optimizer step.
     #[serde(default)]
     pub device_adam_params_per_s: Option<f64>,
-    /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it.
+    /// Parameters per second of the host's optimizer step as the engine runs it, with nothing beside it; none where it took two passes.
     #[serde(default)]
     pub host_adam_params_per_s: Option<f64>,
-    /// The same of the second of its two passes.
+    /// The same of the first of its two passes.
+    #[serde(default)]
+    pub host_params_first_per_s: Option<f64>,
+    /// The same of the second.
     #[serde(default)]
     pub host_moments_per_s: Option<f64>,
     /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
@@ -178,7 +181,7 @@ pub struct LossRow {
 }
 
 /// Nanoseconds of the training thread.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Launch {
     /// A layer's forward.
@@ -198,9 +201,6 @@ pub struct Launch {
     /// Forward and backward of 48 small layers, measured beside these: recorded runs measure it again.
     #[serde(default)]
     pub probe_ns: Option<u64>,
-    /// How many times longer that takes while the host's kernels have a thread on every core.
-    #[serde(default)]
-    pub crowded_times: Option<f64>,
 }
 
 /// A directory as the NVMe tier.
@@ -231,6 +231,7 @@ impl Measured {
             }
         }
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
+        faster.host_params_first_per_s = self.host_params_first_per_s.map(|rate| rate * factor);
         faster.host_moments_per_s = self.host_moments_per_s.map(|rate| rate * factor);
         faster
     }
@@ -289,7 +290,7 @@ impl Measured {
         }
         figures.extend(self.device_adam_params_per_s.map(|rate| ("measured.device_adam_params_per_s", rate)));
         figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
-        figures.extend(self.launch.and_then(|launch| launch.crowded_times).map(|times| ("measured.launch.crowded_times", times)));
+        figures.extend(self.host_params_first_per_s.map(|rate| ("measured.host_params_first_per_s", rate)));
         figures.extend(self.host_moments_per_s.map(|rate| ("measured.host_moments_per_s", rate)));
         figures.extend(self.host_gap_ns.map(|ns| ("measured.host_gap_ns", ns)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
