@@ -14,8 +14,8 @@ from tierwise.calibration.timing import Timer
 from tierwise.kernels.fused import attention_backends, fuse_activations, fuse_normalization
 from tierwise.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
-_SUSTAINED_S = 1.5
-"""Of forward and backward in turn, of which the last second counts: the power limit is felt after less than a tenth of a second, but a
+_SUSTAINED_S = 1.2
+"""Of forward and backward in turn, of which the last two thirds count: the power limit is felt after less than a tenth of a second, but a
 device that is still cool draws less, and its regulation swings with a period of about a second."""
 
 

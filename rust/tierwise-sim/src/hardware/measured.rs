@@ -159,7 +159,7 @@ pub struct LayerRow {
     pub forward_s: f64,
     /// Backward.
     pub backward_s: f64,
-    /// Forward and backward in turn, for a second after half a second of them: long work meets the power limit.
+    /// Forward and backward in turn, after some that were not counted: long work meets the power limit.
     #[serde(default)]
     pub sustained_s: Option<f64>,
 }
