@@ -251,7 +251,7 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str
     runtime = booster._boosted()
     timeline = runtime.engine.timeline()
     if a.timelines is not None:
-        Path(a.timelines, run.name.replace(" ", "_") + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
+        Path(a.timelines, re.sub(r"[ /]", "_", run.name) + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
     spans = list(spans_of(timeline))
     counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
     recorded = {

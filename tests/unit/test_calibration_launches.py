@@ -104,6 +104,10 @@ def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
     found = engine.rates(json.dumps({"traceEvents": events}), lambda text: None)
     # 80, 120 and 100 us; the last began 4.7 ms after the one before.
     assert found.host_gap_ns == pytest.approx(1e5)
+    # What lies between two steps is no gap.
+    for begin in (2081.0, 3201.0):
+        events.append({"ph": "X", "tid": 0, "name": "moments layers.0", "ts": begin, "dur": 10.0, "args": {"bytes": 18_000_000}})
+    assert engine.rates(json.dumps({"traceEvents": events}), lambda text: None).host_gap_ns == pytest.approx(8e4)
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

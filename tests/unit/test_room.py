@@ -36,7 +36,11 @@ def test_a_forward_waits_for_gradients_in_its_way(monkeypatch: pytest.MonkeyPatc
     gradients._engine, gradients._target = engine, device
     gradients._account = lambda kind, nbytes: freed.append(-nbytes)
     gradients._tickets = {ticket: ([], GRADIENT) for ticket in range(4)}
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 + GRADIENT * len(gradients._tickets))
+
+    def stats(device: object) -> dict[str, Any]:
+        return {"allocated_bytes": {"all": {"current": 100 + GRADIENT * len(gradients._tickets), "peak": 10 * BUDGET}}}
+
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", stats)
     runtime: Any = SimpleNamespace(
         gradients=gradients, micro_done=micro_done, accumulation=2, target=device, unit_ids=[7], recompute=[False],
         trace=SimpleNamespace(units={7: SimpleNamespace(saved_bytes=KEPT, input_bytes=0)}),

@@ -194,7 +194,8 @@ def rates(timeline: str, log: Callable[[str], None]) -> Adam:
     of_a_step = max(len({e["name"] for e in moments}), 1)
     later = [e for index, e in enumerate(moments) if index % of_a_step > 0] or moments
     log(f"Adam in the engine: {'two passes' if passes else 'whole steps'} of {len(first)} steps")
-    pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in itertools.pairwise(on_host)]
+    pairs = [pair for pair in itertools.pairwise(spans("host optimizer", "")) if all(e["name"].startswith("step") for e in pair)]
+    pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in pairs]
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
     return Adam(

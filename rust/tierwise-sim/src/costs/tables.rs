@@ -91,8 +91,8 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        // A layer that was sustained and takes less than half as long again as Python takes to enqueue it was held up by Python if anything,
-        // and a device that waits for Python is not at its power limit.
+        // A device that waits for Python is not at its power limit: a layer that takes less than Python does to enqueue it is never sustained,
+        // and one that was, but takes less than half as long again, was held up by Python if anything.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured
             .layers
