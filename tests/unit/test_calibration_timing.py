@@ -72,6 +72,25 @@ def test_launching_is_not_measured(monkeypatch: pytest.MonkeyPatch, python_s: fl
     assert calls * kernels <= 1000
 
 
+def test_one_run_that_is_held_up_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = _Machine()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    for name, value in {"Event": machine.event, "synchronize": machine.synchronize, "_sleep": machine.sleep}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    device: Any = _Cuda()
+    for held_up in range(4, 12):
+        calls = 0
+
+        def work(held_up: int = held_up) -> None:
+            nonlocal calls
+            calls += 1
+            machine.launch(1e-5, 0.2 if calls == held_up else 1e-3)
+
+        assert timing.Timer(device, 0.009).seconds_of(work, 4) == pytest.approx(1e-3, rel=1e-6)
+        # Two that are not counted, one that says how many, and three times three.
+        assert calls == 12
+
+
 @pytest.mark.parametrize(("python_s", "kernel_s", "seen"), [(1e-3, 4e-3, True), (4e-3, 3.5e-3, False), (4e-3, 1e-3, False)])
 def test_work_that_python_holds_up_is_not_sustained(monkeypatch: pytest.MonkeyPatch, python_s: float, kernel_s: float, seen: bool) -> None:
     machine = _Machine()
