@@ -185,10 +185,10 @@ impl Hardware {
         gap_ns.map_or(0.0, |ns| self.host_adam_bytes_per_s() * ns / 1e9)
     }
 
-    /// Bytes per second that whole steps on the host move: the engine's, where they were seen.
+    /// Bytes per second that whole steps on the host move: the engine's, where they were seen, whose kernel is no faster than alone.
     pub fn host_adam_bytes_per_s(&self) -> f64 {
         let own = self.measured.as_ref().and_then(|m| m.host_adam_params_per_s);
-        own.unwrap_or(self.host_adam_params_per_s) * ADAM_BYTES_PER_PARAM
+        own.map_or(self.host_adam_params_per_s, |own| own.min(self.host_adam_params_per_s)) * ADAM_BYTES_PER_PARAM
     }
 
     /// What a first pass that moves so many bytes takes on the lane of the host's Adam, in bytes of that one's traffic.

@@ -91,9 +91,12 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
         copy_bytes_per_s: 52e9,
     };
     let measured = Measured { host: vec![row], host_adam_params_per_s: Some(5e9), ..Measured::default() };
-    let machine = Hardware { host_stream_bytes_per_s: 4e10, measured: Some(measured.clone()), ..preset };
+    let machine = Hardware { host_stream_bytes_per_s: 4e10, host_adam_params_per_s: 6e9, measured: Some(measured.clone()), ..preset };
     // In the time of a copy of 52 GB Adam moves 5e9 parameters of 26 bytes.
     assert!((machine.copy_work(52) - 130.0).abs() < 1e-9);
+    // The engine's kernel is no faster than the same alone.
+    let slower = Hardware { host_adam_params_per_s: 4e9, ..machine.clone() };
+    assert!((slower.copy_work(52) - 104.0).abs() < 1e-9);
     // Additions move 100 GB/s where norms read 40.
     assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
     assert!(machine.gap_work().abs() < 1e-9, "not measured");
