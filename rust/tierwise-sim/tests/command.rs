@@ -340,11 +340,9 @@ fn passes_of_host_steps_take_what_was_measured_of_them() {
     let even = steps([8e9, 8e9], [9e9, 9e9]);
     let bound_by_moments = steps([8e9, 8e9], [2e9, 2e9]);
     // While gradients are copied, backward leaves moments time enough, unless they bound it: then what copies take from them shows.
-    for (even, params, moments, times) in [
-        (&even, [8e9, 2e9], [9e9, 9e9], 1.1),
-        (&bound_by_moments, [8e9, 8e9], [2e9, 1e8], 1.02),
-        (&even, [8e9, 8e9], [2e9, 2e9], 1.1),
-    ] {
+    for (even, params, moments, times) in
+        [(&even, [8e9, 2e9], [9e9, 9e9], 1.1), (&bound_by_moments, [8e9, 8e9], [2e9, 1e8], 1.02), (&even, [8e9, 8e9], [2e9, 2e9], 1.1)]
+    {
         let slower = steps(params, moments);
         assert!(slower[0] > times * even[0], "{params:?} {moments:?}: {slower:?} after {even:?}");
         assert!(slower[1].to_bits() == even[1].to_bits(), "{params:?} {moments:?}: {slower:?} after {even:?}");
