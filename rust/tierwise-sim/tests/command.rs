@@ -218,6 +218,13 @@ fn what_has_to_stay_whole_fits_if_any_of_the_compared_plans_keeps_it() {
     }
 }
 
+/// A folder of a test's own.
+fn scratch(test: &str) -> std::path::PathBuf {
+    let folder = std::env::temp_dir().join(format!("tierwise-sim-{test}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
 /// A file of `validation`.
 fn recorded(name: &str) -> serde_json::Value {
     let path = format!("{}/validation/{name}", env!("CARGO_MANIFEST_DIR"));
@@ -230,8 +237,7 @@ fn run_of(file: &serde_json::Value, name: &str) -> serde_json::Value {
 
 #[test]
 fn validation_writes_the_timelines_of_what_fits() {
-    let scratch = std::env::temp_dir().join(format!("tierwise-sim-traces-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).unwrap();
+    let scratch = scratch("traces");
     let mut file = recorded("ours-h100-c.json");
     file["gate"] = serde_json::json!({});
     let names = ["1b host 4x4096 16k full defer fires", "1b device 16x4096 64k none defer fires"];
@@ -264,8 +270,7 @@ fn refuses(path: &std::path::Path, problem: &str) {
 
 #[test]
 fn a_run_is_predicted_with_the_training_thread_that_it_met() {
-    let scratch = std::env::temp_dir().join(format!("tierwise-sim-launched-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).unwrap();
+    let scratch = scratch("launched");
     let mut hardware = recorded("h100-2026-11-27-b.json");
     hardware["measured"]["launch"]["probe_ns"] = 4_000_000.into();
     std::fs::write(scratch.join("probed.json"), hardware.to_string()).unwrap();
@@ -309,8 +314,7 @@ fn a_run_is_predicted_with_the_training_thread_that_it_met() {
 
 #[test]
 fn passes_of_host_steps_take_what_was_measured_of_them() {
-    let scratch = std::env::temp_dir().join(format!("tierwise-sim-passes-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).unwrap();
+    let scratch = scratch("passes");
     let mut file = recorded("ours-h100-c.json");
     file["gate"] = serde_json::json!({});
     // Steps in two passes, and in one.
