@@ -4,6 +4,11 @@ use super::machine::{HostPass, LANES, Lane};
 use crate::costs::ADAM_BYTES_PER_PARAM;
 use crate::hardware::{Hardware, Sharing};
 
+/// What compute and the device's optimizer keep of their speed while both work: matrix products hold most of the multiprocessors, and
+/// together they do a little more than one after the other. Read from the timelines of three recorded runs (docs/simulator.md).
+const COMPUTE_BESIDE_OPTIMIZER: f64 = 0.8;
+const OPTIMIZER_BESIDE_COMPUTE: f64 = 0.25;
+
 /// Work per nanosecond of every lane.
 pub type Rates = [f64; LANES.len()];
 
@@ -70,9 +75,8 @@ impl<'a> Speeds<'a> {
             rates[states as usize] = rates[lane as usize];
         }
         if busy(Lane::Compute) && busy(Lane::Optimizer) {
-            // They share the GPU: together they do as much as one after the other.
-            rates[Lane::Compute as usize] *= 0.5;
-            rates[Lane::Optimizer as usize] *= 0.5;
+            rates[Lane::Compute as usize] *= COMPUTE_BESIDE_OPTIMIZER;
+            rates[Lane::Optimizer as usize] *= OPTIMIZER_BESIDE_COMPUTE;
         }
         if busy(Lane::Gather) || busy(Lane::Reduce) {
             rates[Lane::Compute as usize] *= 1.0 - self.hardware.collective_compute_tax;
@@ -217,6 +221,19 @@ mod tests {
     /// Whole steps alone are as fast as in these rows.
     fn of(sharing: Vec<Sharing>) -> Measured {
         Measured { sharing, host_adam_params_per_s: Some(5e9), ..Measured::default() }
+    }
+
+    #[test]
+    fn compute_and_the_devices_optimizer_slow_each_other_down() {
+        let speeds = |measured| Hardware { measured, ..preset("h100").unwrap() };
+        for hardware in [speeds(None), speeds(Some(Measured { device_adam_params_per_s: Some(1e11), ..of(rows()) }))] {
+            let rates = |lanes: &[Lane]| Speeds::new(&hardware).rates(|lane| lanes.contains(&lane), None);
+            let (alone, both) = (rates(&[Lane::Compute]), rates(&[Lane::Compute, Lane::Optimizer]));
+            let (optimizer, beside) = (rates(&[Lane::Optimizer])[Lane::Optimizer as usize], both[Lane::Optimizer as usize]);
+            let (compute, slowed) = (alone[Lane::Compute as usize], both[Lane::Compute as usize]);
+            assert!((slowed / compute - 0.8).abs() < 1e-12, "{slowed} of {compute}");
+            assert!((beside / optimizer - 0.25).abs() < 1e-12, "{beside} of {optimizer}");
+        }
     }
 
     #[test]
