@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate.add_argument("--name", default="this-machine", help="name of the machine in reports")
     calibrate.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto", help="emulated: the CPU stands for the device")
     calibrate.add_argument("--disk", default=None, help="directory to measure as the NVMe tier")
-    calibrate.add_argument("--host-numel", type=int, default=100_000_000, help="parameters to measure the host on, 14 bytes each")
+    calibrate.add_argument("--host-numel", type=int, help="parameters to measure the host on, 14 bytes each (400 million if memory allows)")
     calibrate.add_argument("--seconds", type=float, default=45.0, help="all measurements together, about")
     args = parser.parse_args(argv)
     return _doctor(parser, args) if args.command == "doctor" else _calibrate(parser, args)

@@ -110,6 +110,20 @@ def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
     assert engine.rates(json.dumps({"traceEvents": events}), lambda text: None).host_gap_ns == pytest.approx(8e4)
 
 
+def test_what_speculation_takes_is_read_from_its_spans() -> None:
+    events: list[dict[str, Any]] = [{"ph": "M", "tid": 0, "args": {"name": "host optimizer"}}]
+    for step, ms in enumerate((2.0, 4.0, 2.5)):
+        for what, at, moved, us in (("undo record", 0.0, 24_000_000, 1e3 * ms), ("speculate", 2e4, 26_000_000, 2e3 * ms)):
+            span = {"ph": "X", "tid": 0, "name": f"{what} layers.3", "ts": 1e6 * step + at, "dur": us, "args": {"bytes": moved}}
+            events.append(span)
+        # Nothing was speculated of it.
+        events.append({"ph": "X", "tid": 0, "name": "step embed", "ts": 1e6 * step + 9e4, "dur": 1.0, "args": {"bytes": 26_000_000}})
+    whole, undo = engine.speculated_rates(json.dumps({"traceEvents": events}))
+    assert whole == pytest.approx(1_000_000 / 5e-3)
+    assert undo == pytest.approx(12_000_000 / 2.5e-3)
+    assert engine.speculated_rates(json.dumps({"traceEvents": events[:1]})) == (None, None)
+
+
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dataclasses.replace(compute.CPU_SIZES, layers=((32, 64, 2), (64, 160, 4)))
     timer = Timer(torch.device("cpu"), 1e-4)

@@ -15,6 +15,7 @@ from torch import nn
 
 from tierwise._core import HostBench
 from tierwise.calibration.thread import LaunchProbe
+from tierwise.calibration.timing import free
 
 _PROBE_S = 0.15
 """Seconds of the probe before every turn of a model."""
@@ -32,6 +33,7 @@ _STEPPED_ON_CUDA = (2048, 5504, 16)
 _STEPPED_TOKENS = 8192
 """Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
 
+_NEVER_CLIPS = 1e9
 _AROUND_S = 0.2
 """Seconds of the host's Adam before and after the engine's."""
 _LONGEST_GAP_NS = 1e6
@@ -71,8 +73,9 @@ def _positive(ns: float) -> int:
 
 
 def _boosted(
-    device: torch.device, layers: int, size: tuple[int, int, int], tokens: int, recompute: str, offload_optim_frac: float = 0.0
-) -> tuple[Any, Any, Any]:
+    device: torch.device, layers: int, size: tuple[int, int, int], tokens: int, recompute: str, offload_optim_frac: float = 0.0,
+    speculates: bool = False,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tierwise.booster import Booster
@@ -93,7 +96,8 @@ def _boosted(
         micro_batch_size=1, seq_len=tokens,
         recompute=recompute,  # type: ignore[arg-type]
         device="cuda" if cuda else "emulated", device_budget="12GB" if cuda else "1GB",
-        host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True, max_norm=1.0,
+        host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True,
+        clip_mode="speculate" if speculates else "defer", max_norm=_NEVER_CLIPS if speculates else 1.0,
     )  # fmt: skip
     booster = Booster(plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -145,17 +149,34 @@ class Adam:
     """Whole steps; the engine takes these, or two passes."""
     host_params_first_per_s: float | None = None
     host_moments_per_s: float | None = None
+    host_undo_bytes_per_s: float | None = None
+    """Copies of what a step that may be undone overwrites."""
     host_gap_ns: float | None = None
     """Between one chunk's step on the host and the next one's."""
 
 
 def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
-    """From the engine's timeline: parameters per second on the device are the median of its chunks; on the host the median of the first
-    chunk of every step, because the others share the memory with copies of what was stepped before them. They are as much faster or slower
-    as the kernel alone was when `host` was measured, a row of `host.by_threads`: it is measured around them too."""
+    """From the timelines of two engines, one that steps when the norm is known and one that does not wait for it: parameters per second on
+    the device are the median of its chunks; on the host the median of one chunk of every step, while no copies share the memory. They are
+    as much faster or slower as the kernel alone was when `host` was measured, a row of `host.by_threads`: it is measured around them
+    too."""
     around = [bench.rate("adam", _AROUND_S)]
+    found = rates(_stepped(device, speculates=False), log)
+    whole, undo = speculated_rates(_stepped(device, speculates=True))
+    around.append(bench.rate("adam", _AROUND_S))
+    found = dataclasses.replace(found, host_params_per_s=found.host_params_per_s or whole, host_undo_bytes_per_s=undo)
+    then = host["adam_params_per_s"] / statistics.mean(around)
+    names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undo_bytes_per_s")
+    rates_then = {name: getattr(found, name) for name in names}
+    return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
+
+
+def _stepped(device: torch.device, speculates: bool) -> str:
+    """The timeline of steps that were flushed one by one."""
     size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
-    booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=0.5)
+    # What is speculated is the last layer, whose gradients come first: no others leave while it is stepped.
+    fraction = 0.25 if speculates else 0.5
+    booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=fraction, speculates=speculates)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     for step in range(6):
         if step == 1:
@@ -165,27 +186,39 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
         optimizer.step()
         optimizer.zero_grad()
         booster.flush()
-    around.append(bench.rate("adam", _AROUND_S))
-    found = rates(booster._boosted().engine.timeline(), log)
-    then = host["adam_params_per_s"] / statistics.mean(around)
-    names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s")
-    rates_then = {name: getattr(found, name) for name in names}
-    return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
+    timeline: str = booster._boosted().engine.timeline()
+    del booster, model, optimizer, loss
+    free(device.type == "cuda")
+    return timeline
+
+
+class _Timeline:
+    """Spans of layers' chunks."""
+
+    def __init__(self, timeline: str) -> None:
+        self.events = json.loads(timeline)["traceEvents"]
+        self.tracks = {event["tid"]: event["args"]["name"] for event in self.events if event["ph"] == "M"}
+
+    def spans(self, track: str, kind: str) -> list[dict[str, Any]]:
+        """Of one kind, in the order in which they began."""
+        found = [e for e in self.events if e["ph"] == "X" and self.tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
+        return sorted((e for e in found if e["name"].startswith(kind)), key=lambda e: float(e["ts"]))
+
+
+def _rate(of: list[dict[str, Any]], bytes_each: int) -> float | None:
+    return statistics.median(e["args"]["bytes"] / bytes_each / (e["dur"] / 1e6) for e in of) if of else None
+
+
+def speculated_rates(timeline: str) -> tuple[float | None, float | None]:
+    """Parameters per second of whole steps, and bytes per second of undo records. None where nothing was speculated."""
+    of = _Timeline(timeline)
+    # A record is read and written.
+    return _rate(of.spans("host optimizer", "speculate"), _WHOLE_BYTES), _rate(of.spans("host optimizer", "undo record"), 2)
 
 
 def rates(timeline: str, log: Callable[[str], None]) -> Adam:
     """Of a timeline of whole steps that were flushed one by one."""
-    events = json.loads(timeline)["traceEvents"]
-    tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-
-    def spans(track: str, kind: str) -> list[dict[str, Any]]:
-        """Of layers' chunks, as they began."""
-        found = [e for e in events if e["ph"] == "X" and tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
-        return sorted((e for e in found if e["name"].startswith(kind)), key=lambda e: float(e["ts"]))
-
-    def rate(of: list[dict[str, Any]], bytes_per_param: int) -> float | None:
-        return statistics.median(e["args"]["bytes"] / bytes_per_param / (e["dur"] / 1e6) for e in of) if of else None
-
+    spans = _Timeline(timeline).spans
     on_host = spans("host optimizer", "step")
     first = on_host[:: max(len({e["name"] for e in on_host}), 1)]
     moments = spans("host optimizer", "moments")
@@ -199,9 +232,9 @@ def rates(timeline: str, log: Callable[[str], None]) -> Adam:
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
     return Adam(
-        device_params_per_s=rate(spans("device optimizer", "step"), _WHOLE_BYTES),
-        host_params_per_s=None if passes else rate(first, _WHOLE_BYTES),
-        host_params_first_per_s=rate(first, _PASS_BYTES) if passes else None,
-        host_moments_per_s=rate(later, _PASS_BYTES),
+        device_params_per_s=_rate(spans("device optimizer", "step"), _WHOLE_BYTES),
+        host_params_per_s=None if passes else _rate(first, _WHOLE_BYTES),
+        host_params_first_per_s=_rate(first, _PASS_BYTES) if passes else None,
+        host_moments_per_s=_rate(later, _PASS_BYTES),
         host_gap_ns=max(statistics.median(pauses), 1.0) if pauses else None,
     )

@@ -21,6 +21,9 @@ KERNELS = {
 _ROUNDS = 3
 """Of all kernels with all threads: the memory of a shared machine is faster in one moment than in the next."""
 
+_FEW_NUMEL = 100_000_000
+"""Parameters that fewer threads are measured on: one takes long."""
+
 
 def thread_counts(most: int) -> list[int]:
     """Powers of two up to `most`, and `most`."""
@@ -35,9 +38,10 @@ def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> 
     counts = thread_counts(_core.kernel_threads())
     share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS))
     rows = []
+    few = bench if bench.numel <= _FEW_NUMEL else HostBench(_FEW_NUMEL)
     for threads in counts:
-        rounds = _ROUNDS if threads == counts[-1] else 1
-        found = [{field: bench.rate(kernel, share, threads) for kernel, field in KERNELS.items()} for _ in range(rounds)]
+        rounds, on = (_ROUNDS, bench) if threads == counts[-1] else (1, few)
+        found = [{field: on.rate(kernel, share, threads) for kernel, field in KERNELS.items()} for _ in range(rounds)]
         row: dict[str, Any] = {"threads": threads}
         row |= {field: statistics.median(of[field] for of in found) for field in KERNELS.values()}
         rows.append(row)

@@ -18,6 +18,9 @@ from tierwise.calibration import host
 from tierwise.calibration.summary import hardware
 from tierwise.config import available_memory_bytes
 
+_NUMEL = 400_000_000
+"""Parameters to measure on where memory allows it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -29,8 +32,9 @@ class Options:
     """"emulated" measures the CPU as the device; "auto" takes CUDA where there is one."""
     disk: str | None = None
     """Directory to measure as the NVMe tier."""
-    host_numel: int = 100_000_000
-    """Parameters on which the host's kernels are measured, 14 bytes each."""
+    host_numel: int | None = None
+    """Parameters on which the host's kernels are measured, 14 bytes each; None: 400 million, or fewer where memory is scarce. The memory of
+    a virtual machine is not equally fast everywhere."""
     seconds: float = 45.0
     """All measurements together, about; those of single kernels are shortened for it."""
 
@@ -39,6 +43,8 @@ class Options:
             raise ValueError(f"device={self.device!r} is not one of 'auto', 'cuda', 'emulated'")
         if not 1.0 <= self.seconds <= 3600.0:
             raise ValueError(f"seconds must be between 1 and 3600, got {self.seconds}")
+        if self.host_numel is None:
+            return
         if self.host_numel < 1:
             raise ValueError(f"host_numel must be at least 1, got {self.host_numel}")
         most = available_memory_bytes() // 2
@@ -46,6 +52,10 @@ class Options:
             raise ValueError(
                 f"host_numel={self.host_numel} takes {14 * self.host_numel} bytes; at most {most}, half of what is free, may be"
             )
+
+    def numel(self) -> int:
+        """How many parameters `host_numel` stands for now."""
+        return max(min(_NUMEL, available_memory_bytes() // 8 // 14), 1) if self.host_numel is None else self.host_numel
 
 
 def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     measured: dict[str, Any] = {}
     scale = options.seconds / 45.0
     with sections("host"):
-        bench = HostBench(options.host_numel)
+        bench = HostBench(options.numel())
         measured["host"] = host.by_threads(bench, 2.0 * scale, log)
         measured["host_numel"] = bench.numel
     from tierwise.calibration.sharing import beside
@@ -84,6 +94,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     measured["host_adam_params_per_s"] = adam.host_params_per_s
     measured["host_params_first_per_s"] = adam.host_params_first_per_s
     measured["host_moments_per_s"] = adam.host_moments_per_s
+    measured["host_undo_bytes_per_s"] = adam.host_undo_bytes_per_s
     measured["host_gap_ns"] = adam.host_gap_ns
     log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:

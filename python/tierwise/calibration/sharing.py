@@ -17,7 +17,8 @@ from tierwise.calibration.host import KERNELS
 _ACTORS = ("h2d", "d2h", "adam", "compute")
 _PASSES = {"params_first": "d2h", "moments": "h2d"}
 """Of Adam, and the copies that they do not run beside."""
-_PIECE_BYTES = 128 * 2**20
+_PIECE_BYTES, _PIECES = 128 * 2**20, 8
+"""Of what is copied in turn in either direction: the memory of a virtual machine is not equally fast everywhere."""
 _ROUNDS = 2
 """Of all sets, because a shared machine is faster in one moment than in the next: speeds are compared within a round."""
 
@@ -81,7 +82,8 @@ class _Machine:
         self.cuda = device.type == "cuda"
         size = _PIECE_BYTES if self.cuda else _PIECE_BYTES // 64
         width = 8192 if self.cuda else 128
-        self.host = {name: torch.ones(size, dtype=torch.uint8, pin_memory=self.cuda) for name in ("h2d", "d2h")}
+        pieces = {name: torch.ones(_PIECES * size, dtype=torch.uint8, pin_memory=self.cuda).chunk(_PIECES) for name in ("h2d", "d2h")}
+        self.host = {name: itertools.cycle(of) for name, of in pieces.items()}
         self.remote = {name: torch.ones(size, dtype=torch.uint8, device=device) for name in ("h2d", "d2h")}
         # Zeros draw little power: at its limit a device slows down and speeds up by itself.
         self.factors = [torch.zeros(width, width, dtype=torch.bfloat16, device=device) for _ in range(3)]
@@ -94,9 +96,9 @@ class _Machine:
         if actor == "compute":
             torch.mm(self.factors[0], self.factors[1], out=self.factors[2])
         elif actor == "h2d":
-            self.remote[actor].copy_(self.host[actor], non_blocking=True)
+            self.remote[actor].copy_(next(self.host[actor]), non_blocking=True)
         else:
-            self.host[actor].copy_(self.remote[actor], non_blocking=True)
+            next(self.host[actor]).copy_(self.remote[actor], non_blocking=True)
 
     def run(self, actors: tuple[str, ...], seconds: float, kernel: str = "adam") -> dict[str, float]:
         queued = [actor for actor in actors if actor != "adam"]
@@ -114,9 +116,9 @@ class _Machine:
         torch.cuda.synchronize(self.device)
         marks: dict[str, list[torch.cuda.Event]] = {}
         for actor in actors:
-            # More than the time holds, and a run of Adam before and after it: nobody has the machine to himself at the end of it. Who is
+            # More than the time holds, and runs of Adam before and after it: nobody has the machine to himself at the end of it. Who is
             # slowed down works longer anyway.
-            count = int((1.15 * seconds + (2 * self.adam_s if adam is not None else 0.0)) / once[actor]) + 2
+            count = int((1.15 * seconds + (3 * self.adam_s if adam is not None else 0.0)) / once[actor]) + 2
             stream = torch.cuda.Stream(self.device)
             marks[actor] = []
             with torch.cuda.stream(stream):

@@ -100,7 +100,8 @@ pub unsafe fn f32_to_fp16_at(pool: &Pool, level: Level, src: *const f32, dst: *m
     });
 }
 
-/// Copies `bytes` bytes with all threads.
+/// Copies `bytes` bytes with all threads, past the caches: for more than they hold, or for what is not read soon. A store that went through
+/// them would first read the line that it overwrites.
 ///
 /// # Safety
 /// Until this returns, the caller keeps `src` valid and unwritten and `dst` valid and untouched by anyone else; they do not overlap.
@@ -108,8 +109,34 @@ pub unsafe fn copy(pool: &Pool, src: *const u8, dst: *mut u8, bytes: usize) {
     let (src, dst) = (Shared::from_const(src), Shared(dst));
     for_each_range(pool, bytes, COPY_GRAIN_BYTES, |start, bytes| {
         // SAFETY: the caller keeps both arrays alive; ranges do not overlap, and each is taken by one thread.
-        unsafe { dst.slice_mut(start, bytes).copy_from_slice(src.slice(start, bytes)) }
+        unsafe { copy_past_caches(src.slice(start, bytes), dst.slice_mut(start, bytes)) }
     });
+}
+
+/// Slices of equal length.
+#[cfg(target_arch = "x86_64")]
+fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    /// Of one store, which must be aligned; the processor joins four of them to a line.
+    const WORD: usize = size_of::<__m128i>();
+    assert_eq!(src.len(), dst.len());
+    let head = dst.as_ptr().align_offset(WORD).min(dst.len());
+    let (first, dst) = dst.split_at_mut(head);
+    first.copy_from_slice(&src[..head]);
+    let (words, rest) = dst.as_chunks_mut::<WORD>();
+    let (from, last) = src[head..].as_chunks::<WORD>();
+    for (to, from) in words.iter_mut().zip(from) {
+        // SAFETY: every x86-64 has SSE2; both arrays have the bytes of a word, and words of `dst` begin at a multiple of their size.
+        unsafe { _mm_stream_si128(to.as_mut_ptr().cast(), _mm_loadu_si128(from.as_ptr().cast())) };
+    }
+    rest.copy_from_slice(last);
+    // SAFETY: every x86-64 has it. Without it another thread might see what is stored after this before these words.
+    unsafe { _mm_sfence() };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
+    dst.copy_from_slice(src);
 }
 
 fn for_each_range(pool: &Pool, numel: usize, grain_numel: usize, f: impl Fn(usize, usize) + Sync) {

@@ -223,3 +223,18 @@ fn long_arrays_are_covered_once_by_all_threads() {
     assert!((0..numel).all(|i| sum[i].to_bits() == (values[i] + grad.values[i]).to_bits()));
     assert_eq!(bytes, source);
 }
+
+#[test]
+fn copies_may_begin_and_end_anywhere() {
+    let source: Vec<u8> = (0..400_u32).map(|i| (i % 251) as u8).collect();
+    let pool = Pool::new(Some(1));
+    for (from, to) in [(0, 0), (1, 0), (0, 1), (3, 15), (7, 7)] {
+        for len in [0, 1, 14, 15, 16, 17, 63, 64, 65, 300] {
+            let mut bytes = vec![0_u8; 400];
+            // SAFETY: both vectors have more bytes than are copied, and outlive the call.
+            unsafe { copy(&pool, source[from..].as_ptr(), bytes[to..].as_mut_ptr(), len) };
+            assert_eq!(&bytes[to..to + len], &source[from..from + len], "{len} bytes from {from} to {to}");
+            assert!(bytes[..to].iter().chain(&bytes[to + len..]).all(|&byte| byte == 0), "{len} bytes from {from} to {to}");
+        }
+    }
+}

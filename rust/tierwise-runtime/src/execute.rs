@@ -153,10 +153,8 @@ impl Shared {
         state.undo_records.insert(chunk, record);
         let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(reader, move |shared| {
-            for &(home, record, bytes) in &saved {
-                // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
-                unsafe { convert::copy(&shared.pool, home as *const u8, record as *mut u8, bytes) };
-            }
+            // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
+            unsafe { copy_pieces(shared, saved.iter().copied(), &format!("undo record {name}")) };
             // Everything that the step overwrites was read and written once more.
             run_adam(shared, Pass::Whole, &segments, copied_bytes(&saved), &format!("speculate {name}"));
             shared.post(&Event::SpeculateDone { chunk })
@@ -166,12 +164,12 @@ impl Shared {
     fn undo(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Internal(format!("chunk {} has no undo record", chunk.0)))?;
         let saved = self.undo_pieces(state, chunk, record);
+        let name = format!("undo {}", state.scheduler.layout().chunks[chunk.index()].name);
         self.adam_jobs.send(Job::new(None, move |shared| {
             shared.host_work(|| copied_bytes(&saved));
-            for &(home, record, bytes) in &saved {
-                // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
-                unsafe { convert::copy(&shared.pool, record as *const u8, home as *mut u8, bytes) };
-            }
+            let back = saved.iter().map(|&(home, record, bytes)| (record, home, bytes));
+            // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
+            unsafe { copy_pieces(shared, back, &name) };
             shared.post(&Event::UndoDone { chunk })
         }))
     }
@@ -279,6 +277,21 @@ fn pass_bytes(pass: Pass, precision: Precision) -> u64 {
 /// Bytes of host memory that copies of undo records read and write.
 fn copied_bytes(pieces: &[(u64, u64, usize)]) -> u64 {
     pieces.iter().map(|&(_, _, bytes)| 2 * bytes as u64).sum()
+}
+
+/// Copies (from, to, bytes), and writes down how long all of it took.
+///
+/// # Safety
+/// All are in the slab that `shared` keeps alive, the destinations overlap nothing, and nobody else touches them.
+unsafe fn copy_pieces(shared: &Arc<Shared>, pieces: impl Iterator<Item = (u64, u64, usize)>, name: &str) {
+    let (start, mut moved) = (shared.device.now_ns(), 0);
+    for (from, to, bytes) in pieces {
+        // SAFETY: promised by the caller.
+        unsafe { convert::copy(&shared.pool, from as *const u8, to as *mut u8, bytes) };
+        moved += 2 * bytes as u64;
+    }
+    let end = shared.device.now_ns();
+    shared.lock().recorder.span("host optimizer", name.to_owned(), moved, start, end);
 }
 
 /// `more_bytes` of host memory were moved for it before.

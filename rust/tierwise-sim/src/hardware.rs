@@ -172,10 +172,12 @@ impl Hardware {
         Ok(hardware)
     }
 
-    /// What a copy within host memory takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
-    /// calibrated machine says how fast that is.
+    /// What copying an undo record takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
+    /// calibrated machine says how fast that is, in the engine no faster than alone.
     pub fn copy_work(&self, bytes: u64) -> f64 {
-        let copy = self.measured.as_ref().and_then(|m| m.host.last()).map(|row| row.copy_bytes_per_s);
+        let measured = self.measured.as_ref();
+        let own = measured.and_then(|m| m.host_undo_bytes_per_s);
+        let copy = measured.and_then(|m| m.host.last()).map(|row| own.map_or(row.copy_bytes_per_s, |own| own.min(row.copy_bytes_per_s)));
         copy.map_or(2.0, |copy| self.host_adam_bytes_per_s() / copy) * bytes as f64
     }
 

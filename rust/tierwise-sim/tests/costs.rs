@@ -97,6 +97,12 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
     // The engine's kernel is no faster than the same alone.
     let slower = Hardware { host_adam_params_per_s: 4e9, ..machine.clone() };
     assert!((slower.copy_work(52) - 104.0).abs() < 1e-9);
+    let with_undo =
+        |rate| Hardware { measured: Some(Measured { host_undo_bytes_per_s: Some(rate), ..measured.clone() }), ..machine.clone() };
+    assert!((with_undo(26e9).copy_work(52) - 260.0).abs() < 1e-9, "half as fast in the engine");
+    assert!((with_undo(60e9).copy_work(52) - 130.0).abs() < 1e-9, "no faster than alone");
+    let later = Hardware { schema_version: 2, ..with_undo(26e9) }.with_host_adam(12e9).unwrap();
+    assert!((later.copy_work(52) - 260.0).abs() < 1e-9, "all of the host is twice as fast");
     // Additions move 100 GB/s where norms read 40.
     assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
     assert!(machine.gap_work().abs() < 1e-9, "not measured");

@@ -44,6 +44,9 @@ pub struct Measured {
     /// The same of the second.
     #[serde(default)]
     pub host_moments_per_s: Option<f64>,
+    /// Bytes per second at which it copies undo records.
+    #[serde(default)]
+    pub host_undo_bytes_per_s: Option<f64>,
     /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
     #[serde(default)]
     pub host_gap_ns: Option<f64>,
@@ -233,6 +236,7 @@ impl Measured {
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
         faster.host_params_first_per_s = self.host_params_first_per_s.map(|rate| rate * factor);
         faster.host_moments_per_s = self.host_moments_per_s.map(|rate| rate * factor);
+        faster.host_undo_bytes_per_s = self.host_undo_bytes_per_s.map(|rate| rate * factor);
         faster
     }
 
@@ -292,6 +296,7 @@ impl Measured {
         figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
         figures.extend(self.host_params_first_per_s.map(|rate| ("measured.host_params_first_per_s", rate)));
         figures.extend(self.host_moments_per_s.map(|rate| ("measured.host_moments_per_s", rate)));
+        figures.extend(self.host_undo_bytes_per_s.map(|rate| ("measured.host_undo_bytes_per_s", rate)));
         figures.extend(self.host_gap_ns.map(|ns| ("measured.host_gap_ns", ns)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
         if let Some(disk) = self.disk {
