@@ -110,7 +110,7 @@ pub struct Run {
     #[serde(default)]
     host_adam_params_per_s: Vec<f64>,
     /// Nanoseconds of a fixed piece of work of a training thread around the run, the calibrated hardware's `measured.launch.probe_ns`. What
-    /// the training thread takes is scaled by their mean: other programs have a part of its core's caches, or of its time.
+    /// the training thread takes is scaled by their median: other programs have a part of its core's caches, and now and then its core.
     #[serde(default)]
     launch_probe_ns: Vec<f64>,
     /// The plan that ran. Without one the planner is asked.
@@ -220,6 +220,12 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
+}
+
 fn read_file(what: &str, path: &Path, known: &str) -> Result<String, String> {
     std::fs::read_to_string(path)
         .map_err(|error| format!("unknown {what} `{}` and no such file ({error}); known are {known}", path.display()))
@@ -261,7 +267,7 @@ impl File {
         };
         let hardware = match run.launch_probe_ns.as_slice() {
             [] => hardware,
-            probes => hardware.with_launch_probe(mean(probes))?,
+            probes => hardware.with_launch_probe(median(probes))?,
         };
         let policy = match run.policy.as_str() {
             "tierwise" => None,

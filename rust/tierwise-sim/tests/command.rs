@@ -288,7 +288,7 @@ fn a_run_is_predicted_with_the_training_thread_that_it_met() {
         run["launch_probe_ns"] = probes.into();
         run
     };
-    let probes = [vec![], vec![3.5e6, 4.5e6], vec![8e6], vec![3e6], vec![4.1e6], vec![5e6], vec![7e6], vec![12e6]];
+    let probes = [vec![], vec![40e6, 4.1e6, 3.9e6, 3.5e6], vec![8e6], vec![3e6], vec![4.1e6], vec![5e6], vec![7e6], vec![12e6]];
     file["runs"] = runs.iter().flat_map(|run| probes.iter().map(|probes| probed(run, "probed.json", probes))).collect();
     file["gate"] = serde_json::json!({});
     let path = scratch.join("runs.json");

@@ -72,6 +72,14 @@ impl Tables {
         }
         for matrix in &mut products {
             matrix.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            // More rows keep the device as busy at least; what a short measurement of many shows besides is the power limit, which counts by
+            // itself.
+            for index in 1..matrix.points.len() {
+                let fewer = matrix.points[index - 1].1;
+                let value = &mut matrix.points[index].1;
+                value.forward_s = value.forward_s.min(fewer.forward_s);
+                value.backward_s = value.backward_s.min(fewer.backward_s);
+            }
         }
         let attention = measured
             .attention
@@ -91,19 +99,15 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        // A device that waits for Python is not at its power limit: a layer that takes less than Python does to enqueue it is never sustained,
-        // and one that was, but takes less than half as long again, was held up by Python if anything.
+        // A device that waits for Python is not at its power limit: a layer that was sustained, but takes less than half as long again as
+        // Python does to enqueue it, was held up by Python if anything. Layers that were not sustained say nothing of it.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured
             .layers
             .iter()
             .filter_map(|row| {
-                let short_s = row.forward_s + row.backward_s;
-                let factor = if short_s < launch_s || (short_s < 1.5 * launch_s && row.sustained_s.is_some()) {
-                    1.0
-                } else {
-                    row.sustained_s? / short_s
-                };
+                let (short_s, sustained_s) = (row.forward_s + row.backward_s, row.sustained_s?);
+                let factor = if short_s < 1.5 * launch_s { 1.0 } else { sustained_s / short_s };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
@@ -260,6 +264,40 @@ mod tests {
         for (ns, factor) in [(2_600_000, 9.0 / 8.0), (2_700_000, 1.0)] {
             let tables = Tables::new(&Measured { launch: Some(launch(ns)), ..measured() }).unwrap();
             assert!((tables.sustained(4096, 1024) - factor).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn layers_that_were_not_sustained_say_nothing_about_the_power_limit() {
+        let mut measured = measured();
+        let short = LayerRow { sequences: 2, seq: 1024, forward_s: 1e-3, backward_s: 3e-3, sustained_s: None, ..measured.layers[0] };
+        measured.layers.push(short);
+        let tables = Tables::new(&measured).unwrap();
+        for tokens in [1024, 2048, 3000, 1 << 15] {
+            assert!((tables.sustained(tokens, 1024) - 9.0 / 8.0).abs() < 1e-9, "{tokens} tokens");
+        }
+        measured.layers.remove(0);
+        let none = Tables::new(&measured).unwrap();
+        assert!((none.sustained(2048, 1024) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn more_rows_of_a_product_are_no_slower_each() {
+        let mut measured = measured();
+        let slow: Vec<Product> = measured.products.iter().filter(|row| row.tokens == 4096).copied().collect();
+        // Eight times the rows take ten times as long forward, and six times as long backward.
+        measured.products.extend(slow.iter().map(|row| Product {
+            tokens: 8 * row.tokens,
+            forward_s: 10.0 * row.forward_s,
+            input_grad_s: 6.0 * row.input_grad_s,
+            weight_grad_s: 6.0 * row.weight_grad_s,
+            ..*row
+        }));
+        let tables = Tables::new(&measured).unwrap();
+        for row in slow {
+            let found = tables.product(8 * row.tokens, row.inputs, row.outputs);
+            assert!((found.forward_s / row.forward_s - 8.0).abs() < 1e-9);
+            assert!((found.backward_s / (row.input_grad_s + row.weight_grad_s) - 6.0).abs() < 1e-9);
         }
     }
 
