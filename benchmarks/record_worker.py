@@ -31,7 +31,7 @@ OUTSIDE_BYTES = 2_500_000_000
 """Of the CUDA context, modules and libraries, beside what torch's allocator holds; more is somebody else's."""
 LEFT_HOST_BYTES = 8_000_000_000
 """Resident memory that may stay more than at the worker's start: libraries, and pages that the allocator keeps."""
-PROBE_S = 0.2
+HOST_PROBE_S, THREAD_PROBE_S = 0.5, 0.2
 """Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, around every part of the timed steps: a
 shared machine is faster in one moment than in the next."""
 PARTS = 3
@@ -134,9 +134,9 @@ class Probes:
         self.host_adam_params_per_s, self.launch_probe_ns = [], []
 
     def take(self) -> None:
-        """Measures both, `PROBE_S` each."""
-        self.host_adam_params_per_s.append(self.bench.rate("adam", PROBE_S))
-        self.launch_probe_ns.append(self.thread.ns(PROBE_S))
+        """Measures both."""
+        self.host_adam_params_per_s.append(self.bench.rate("adam", HOST_PROBE_S))
+        self.launch_probe_ns.append(self.thread.ns(THREAD_PROBE_S))
 
     def taken(self) -> dict[str, list[float]]:
         """As a run has them."""

@@ -61,6 +61,10 @@ def test_the_probe_takes_as_long_as_its_work(monkeypatch: pytest.MonkeyPatch) ->
     assert median == sorted(calls[1:])[2]
 
 
+def test_a_turn_that_was_disturbed_does_not_count() -> None:
+    assert engine.median_turn([[3.0, 2.0, 9.0], [20.0, 21.0, 22.0], [2.0, 2.5, 2.0]]) == 3.0
+
+
 def _timeline(passes: bool) -> str:
     """Three steps of two layers on the host, the first of each undisturbed; and one on the device."""
     events: list[dict[str, Any]] = [

@@ -19,8 +19,9 @@ from tierwise.calibration.timing import free
 
 _PROBE_S = 0.15
 """Seconds of the probe before every turn of a model."""
-_ROUNDS, _STEPS, _WARM = 2, 6, 2
-"""Times that every model has its turn, steps of a turn, and those of them that are not timed."""
+_ROUNDS, _STEPS, _WARM = 3, 5, 2
+"""Times that every model has its turn, steps of a turn, and those of them that are not timed. The median turn counts: one may have been
+disturbed."""
 _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
@@ -115,10 +116,12 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
     size, tokens = (_ON_CUDA, _TOKENS_ON_CUDA) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
     boosted = [_boosted(device, layers, size, tokens, recompute) for layers, recompute in models]
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    times: list[dict[str, list[float]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
+    times: list[dict[str, list[list[float]]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
     for _ in range(_ROUNDS):
         for of, (booster, model, optimizer) in zip(times, boosted, strict=True):
             probes.append(probe.ns(_PROBE_S))
+            for turns in of.values():
+                turns.append([])
             for step in range(_STEPS):
                 marks = [time.perf_counter()]
                 loss = model(input_ids=ids, labels=ids).loss
@@ -135,9 +138,14 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
                     booster.flush()
                 if step >= _WARM:
                     for name, start, end in zip(of, marks, marks[1:], strict=False):
-                        of[name].append(1e9 * (end - start))
+                        of[name][-1].append(1e9 * (end - start))
             booster.flush()
-    return [{name: statistics.median(values) for name, values in of.items()} for of in times]
+    return [{name: median_turn(turns) for name, turns in of.items()} for of in times]
+
+
+def median_turn(turns: list[list[float]]) -> float:
+    """The median of the turns' medians: steps that follow each other are disturbed together."""
+    return statistics.median(statistics.median(turn) for turn in turns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ _ROUNDS = 3
 """Of all kernels with all threads: the memory of a shared machine is faster in one moment than in the next."""
 
 _FEW_NUMEL = 100_000_000
-"""Parameters that fewer threads are measured on: one takes long."""
 
 
 def thread_counts(most: int) -> list[int]:
@@ -33,12 +32,17 @@ def thread_counts(most: int) -> list[int]:
     return counts if most in counts else [*counts, most]
 
 
+def fewer(bench: HostBench) -> HostBench:
+    """One of no more than `_FEW_NUMEL` parameters, where what counts is a ratio, or one run of a kernel would take long."""
+    return bench if bench.numel <= _FEW_NUMEL else HostBench(_FEW_NUMEL)
+
+
 def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Elements per second of every kernel by number of threads; `seconds` in all."""
     counts = thread_counts(_core.kernel_threads())
     share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS))
     rows = []
-    few = bench if bench.numel <= _FEW_NUMEL else HostBench(_FEW_NUMEL)
+    few = fewer(bench)
     for threads in counts:
         rounds, on = (_ROUNDS, bench) if threads == counts[-1] else (1, few)
         found = [{field: on.rate(kernel, share, threads) for kernel, field in KERNELS.items()} for _ in range(rounds)]

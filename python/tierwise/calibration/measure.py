@@ -79,7 +79,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, bench, 0.2 * scale, log)
+        measured["sharing"] = beside(device, host.fewer(bench), 0.2 * scale, log)
     missing: list[str] = []
     measured |= _kernels(device, scale, log, sections, missing)
     with sections("launches"):
