@@ -1,10 +1,12 @@
-"""CPU Adam beside a plain three-stream add and torch's fused CPU AdamW, at several thread counts, in one run.
+"""CPU Adam beside a plain three-stream add and torch's fused CPU AdamW, and copies of undo records beside torch's, at several thread
+counts, in one run.
 
     python benchmarks/cpu_adam.py --numel 1000000000 --threads 1,2,4,8,16
 
 Ours steps split bf16 masters: 26 bytes of memory traffic per parameter (gradient 2, parameter 2+2, low half 2+2, two moments 8+8). The add
 is `c = a + b` over fp32: 12 bytes per element, the plain bandwidth of the machine. torch steps fp32 parameters with fp32 gradients: 28
-bytes per parameter. All memory is touched before it is timed; a figure is the median of the repeats, [lowest, highest].
+bytes per parameter. Copies are of 4 bytes per parameter, `copy_` of fp32 beside ours, in turn. All memory is touched before it is timed; a
+figure is the median of the repeats, [lowest, highest].
 """
 
 from __future__ import annotations
@@ -43,23 +45,40 @@ def allocate(numel: int, dtype: torch.dtype, zero: bool = False) -> torch.Tensor
     return tensor.zero_() if zero else tensor.fill_(0.01)
 
 
+def copies(numel: int, threads: int, repeats: int) -> tuple[float, float]:
+    """GB/s of bytes copied: ours, which go past the caches, and torch's. They take turns: the memory of a shared machine is faster in one
+    moment than in the next."""
+    bench = _core.HostBench(numel)
+    source, target = allocate(numel, torch.float32), allocate(numel, torch.float32)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(bench.rate("copy", 0.0, threads) / 1e9)
+        theirs.append(4 * numel / median_of(lambda: target.copy_(source), 1)[0] / 1e9)
+    return statistics.median(ours), statistics.median(theirs)
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--numel", type=int, default=100_000_000, help="parameters; the torch row needs 16 bytes for each beside our 14")
     p.add_argument("--threads", default="1,2", help="thread counts, comma separated")
     p.add_argument("--repeats", type=int, default=7)
     a = p.parse_args()
-    n = a.numel
+    n, counts = a.numel, [int(t) for t in a.threads.split(",")]
+    print(f"{n:,} parameters, {a.repeats} repeats")
+    print(f"{'threads':>7} {'our copy GB/s':>13} {'torch GB/s':>10} {'ours/torch':>10}")
+    for threads in counts:
+        torch.set_num_threads(threads)
+        copied, torch_copied = copies(n, threads, a.repeats)
+        print(f"{threads:7d} {copied:13.1f} {torch_copied:10.1f} {copied / torch_copied:10.2f}", flush=True)
     hi, lo, grad = (allocate(n, d) for d in (torch.bfloat16, torch.int16, torch.bfloat16))
     exp_avg, exp_avg_sq = allocate(n, torch.float32, True), allocate(n, torch.float32, True)
     step = 0
-    print(f"{n:,} parameters, {a.repeats} repeats")
     print(
         f"{'threads':>7} {'ours 1e9 param/s':>26} {'ours GB/s':>10} {'add GB/s':>9} {'ours/add':>9} "
         f"{'torch 1e9 param/s':>18} {'ours/torch':>10}"
     )
     worst_add, worst_torch = float("inf"), float("inf")
-    for threads in (int(t) for t in a.threads.split(",")):
+    for threads in counts:
         torch.set_num_threads(threads)
 
         def ours(threads: int = threads) -> None:

@@ -6,7 +6,8 @@ use super::placement::Row;
 use super::{HOST_ADAM_BYTES, PlanRequest, late, spill, visiting};
 use crate::plan::{ClipMode, HostBytes};
 
-/// Host memory traffic of a speculated step beside that of a plain one: its undo record is read, written, and read before it is written.
+/// What a speculated step takes beside a plain one: its undo record takes as long as three times its bytes of the step's traffic, as measured
+/// (docs/performance.md, "Undo records past the caches").
 const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
 
 /// Bytes of device memory traffic of one optimizer step per parameter.
