@@ -122,10 +122,17 @@ def test_what_speculation_takes_is_read_from_its_spans() -> None:
             events.append(span)
         # Nothing was speculated of it.
         events.append({"ph": "X", "tid": 0, "name": "step embed", "ts": 1e6 * step + 9e4, "dur": 1.0, "args": {"bytes": 26_000_000}})
-    whole, undo = engine.speculated_rates(json.dumps({"traceEvents": events}))
-    assert whole == pytest.approx(1_000_000 / 5e-3)
-    assert undo == pytest.approx(12_000_000 / 2.5e-3)
-    assert engine.speculated_rates(json.dumps({"traceEvents": events[:1]})) == (None, None)
+    found = engine.speculated_rates(json.dumps({"traceEvents": events}))
+    assert found.host_params_per_s == pytest.approx(1_000_000 / 5e-3)
+    assert found.host_undo_bytes_per_s == pytest.approx(12_000_000 / 2.5e-3)
+    assert engine.speculated_rates(json.dumps({"traceEvents": events[:1]})) == engine.Adam()
+
+
+def test_whole_steps_of_an_engine_that_takes_them_count_before_speculated_ones() -> None:
+    speculated = engine.Adam(host_params_per_s=5e9, host_undo_bytes_per_s=6e10)
+    passes = engine.with_speculation(engine.Adam(host_moments_per_s=9e9), speculated)
+    assert passes == engine.Adam(host_params_per_s=5e9, host_moments_per_s=9e9, host_undo_bytes_per_s=6e10)
+    assert engine.with_speculation(engine.Adam(host_params_per_s=4e9), speculated).host_params_per_s == 4e9
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("torch", reason="needs torch: install tierwise[train]")
 
-from tierwise.calibration import sharing
+from tierwise._core import HostBench
+from tierwise.calibration import host, measure, sharing
 
 ALONE = {"h2d": 50e9, "d2h": 40e9, "adam": 5e9, "compute": 700.0}
 
@@ -62,3 +63,24 @@ def test_a_machine_that_is_slower_for_a_while_has_the_same_shares(monkeypatch: p
             if "d2h" in actors:
                 expected["moments_d2h_bytes_per_s"] = 0.9 * 40e9 * left
         assert {name: value if value is None else pytest.approx(value) for name, value in row.items() if name != "actors"} == expected
+
+
+@pytest.mark.parametrize(("free_bytes", "expected"), [(128 << 30, 8), (16 << 30, 4), (3 << 30, 1), (1 << 20, 1)])
+def test_copies_take_a_part_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int, expected: int) -> None:
+    monkeypatch.setattr(sharing, "available_memory_bytes", lambda: free_bytes)
+    assert sharing.pieces(128 << 20) == expected
+
+
+@pytest.mark.parametrize(("free_bytes", "expected"), [(128 << 30, 400_000_000), (14 * 8 * 1000, 1000), (50, 1)])
+def test_the_host_is_measured_on_a_part_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int, expected: int) -> None:
+    monkeypatch.setattr(measure, "available_memory_bytes", lambda: free_bytes)
+    assert measure.Options().numel() == expected
+
+
+def test_what_was_asked_for_is_measured() -> None:
+    assert measure.Options(host_numel=1000).numel() == 1000
+
+
+def test_few_parameters_are_measured_as_they_are() -> None:
+    bench = HostBench(100_000)
+    assert host.fewer(bench) is bench

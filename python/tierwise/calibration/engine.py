@@ -164,15 +164,28 @@ class Adam:
 
 
 def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
-    """From the timelines of two engines, one that steps when the norm is known and one that does not wait for it: parameters per second on
-    the device are the median of its chunks; on the host the median of one chunk of every step, while no copies share the memory. They are
-    as much faster or slower as the kernel alone was when `host` was measured, a row of `host.by_threads`: it is measured around them
-    too."""
+    """From the timeline of an engine that steps when the norm is known: parameters per second on the device are the median of its chunks;
+    on the host the median of one chunk of every step, while no copies share the memory. They are as much faster or slower as the kernel
+    alone was when `host` was measured, a row of `host.by_threads`: it is measured around them too."""
+    return _as_when(host, bench, lambda: rates(_stepped(device, speculates=False), log))
+
+
+def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> Adam:
+    """The same of an engine that does not wait for the norm: whole steps in backward, and their undo records."""
+    return _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True)))
+
+
+def with_speculation(found: Adam, speculated: Adam) -> Adam:
+    """All that is known: whole steps in backward stand for those of an engine that otherwise takes two passes."""
+    whole = found.host_params_per_s or speculated.host_params_per_s
+    return dataclasses.replace(found, host_params_per_s=whole, host_undo_bytes_per_s=speculated.host_undo_bytes_per_s)
+
+
+def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:
+    """What the host does, times how much faster its kernel alone was when `host` was measured than around this."""
     around = [bench.rate("adam", _AROUND_S)]
-    found = rates(_stepped(device, speculates=False), log)
-    whole, undo = speculated_rates(_stepped(device, speculates=True))
+    found = measure()
     around.append(bench.rate("adam", _AROUND_S))
-    found = dataclasses.replace(found, host_params_per_s=found.host_params_per_s or whole, host_undo_bytes_per_s=undo)
     then = host["adam_params_per_s"] / statistics.mean(around)
     names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undo_bytes_per_s")
     rates_then = {name: getattr(found, name) for name in names}
@@ -217,11 +230,12 @@ def _rate(of: list[dict[str, Any]], bytes_each: int) -> float | None:
     return statistics.median(e["args"]["bytes"] / bytes_each / (e["dur"] / 1e6) for e in of) if of else None
 
 
-def speculated_rates(timeline: str) -> tuple[float | None, float | None]:
-    """Parameters per second of whole steps, and bytes per second of undo records. None where nothing was speculated."""
+def speculated_rates(timeline: str) -> Adam:
+    """Whole steps and undo records; None where nothing was speculated."""
     of = _Timeline(timeline)
+    steps, records = of.spans("host optimizer", "speculate"), of.spans("host optimizer", "undo record")
     # A record is read and written.
-    return _rate(of.spans("host optimizer", "speculate"), _WHOLE_BYTES), _rate(of.spans("host optimizer", "undo record"), 2)
+    return Adam(host_params_per_s=_rate(steps, _WHOLE_BYTES), host_undo_bytes_per_s=_rate(records, 2))
 
 
 def rates(timeline: str, log: Callable[[str], None]) -> Adam:

@@ -33,7 +33,7 @@ def thread_counts(most: int) -> list[int]:
 
 
 def fewer(bench: HostBench) -> HostBench:
-    """One of no more than `_FEW_NUMEL` parameters, where what counts is a ratio, or one run of a kernel would take long."""
+    """One of no more than `_FEW_NUMEL` parameters: for few threads, which take long, and for what is compared with itself."""
     return bench if bench.numel <= _FEW_NUMEL else HostBench(_FEW_NUMEL)
 
 
@@ -42,7 +42,7 @@ def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> 
     counts = thread_counts(_core.kernel_threads())
     share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS))
     rows = []
-    few = fewer(bench)
+    few = fewer(bench) if len(counts) > 1 else bench
     for threads in counts:
         rounds, on = (_ROUNDS, bench) if threads == counts[-1] else (1, few)
         found = [{field: on.rate(kernel, share, threads) for kernel, field in KERNELS.items()} for _ in range(rounds)]

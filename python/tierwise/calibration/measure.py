@@ -68,7 +68,9 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
 
     device = _device(options)
     cuda = device.type == "cuda"
-    free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else available_memory_bytes()
+    # Before anything that is measured takes some.
+    host_bytes = available_memory_bytes()
+    free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
     sections = _Sections(cuda)
     measured: dict[str, Any] = {}
     scale = options.seconds / 45.0
@@ -89,7 +91,10 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     with sections("Adam"):
         whole = measured["host"][-1]
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
-    adam = adam or engine.Adam()
+        adam = adam or engine.Adam()
+        undo = _if_possible("undo records", lambda: engine.speculation(device, whole, bench), log, missing)
+        if undo is not None:
+            adam = engine.with_speculation(adam, undo)
     measured["device_adam_params_per_s"] = adam.device_params_per_s
     measured["host_adam_params_per_s"] = adam.host_params_per_s
     measured["host_params_first_per_s"] = adam.host_params_first_per_s
@@ -109,7 +114,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         **({"not measured": "; ".join(missing)} if missing else {}),
     }
     device_name = torch.cuda.get_device_name(device) if cuda else None
-    return hardware(options.name, about, measured, device_name, free_device_bytes, available_memory_bytes())
+    return hardware(options.name, about, measured, device_name, free_device_bytes, host_bytes)
 
 
 def write(path: str, contents: dict[str, Any]) -> None:

@@ -13,12 +13,14 @@ import torch
 
 from tierwise._core import HostBench
 from tierwise.calibration.host import KERNELS
+from tierwise.config import available_memory_bytes
 
 _ACTORS = ("h2d", "d2h", "adam", "compute")
 _PASSES = {"params_first": "d2h", "moments": "h2d"}
 """Of Adam, and the copies that they do not run beside."""
-_PIECE_BYTES, _PIECES = 128 * 2**20, 8
-"""Of what is copied in turn in either direction: the memory of a virtual machine is not equally fast everywhere."""
+_PIECE_BYTES, _MOST_PIECES, _PARTS = 128 * 2**20, 8, 16
+"""Of what is copied in turn in either direction, because the memory of a virtual machine is not equally fast everywhere; both
+together take at most one of so many parts of what is free."""
 _ROUNDS = 2
 """Of all sets, because a shared machine is faster in one moment than in the next: speeds are compared within a round."""
 
@@ -74,6 +76,11 @@ def _of_alone(figure: str, actors: tuple[str, ...], of: _Round, rounds: list[_Ro
     return left if figure == "compute_share" else left * statistics.median(each[alone][figure] for each in rounds)
 
 
+def pieces(size: int) -> int:
+    """How many pieces of `size` bytes are copied in turn in either direction."""
+    return min(max(available_memory_bytes() // _PARTS // (2 * size), 1), _MOST_PIECES)
+
+
 class _Machine:
     """Buffers and streams of the actors."""
 
@@ -82,8 +89,9 @@ class _Machine:
         self.cuda = device.type == "cuda"
         size = _PIECE_BYTES if self.cuda else _PIECE_BYTES // 64
         width = 8192 if self.cuda else 128
-        pieces = {name: torch.ones(_PIECES * size, dtype=torch.uint8, pin_memory=self.cuda).chunk(_PIECES) for name in ("h2d", "d2h")}
-        self.host = {name: itertools.cycle(of) for name, of in pieces.items()}
+        count = pieces(size)
+        whole = {name: torch.ones(count * size, dtype=torch.uint8, pin_memory=self.cuda) for name in ("h2d", "d2h")}
+        self.host = {name: itertools.cycle(of.chunk(count)) for name, of in whole.items()}
         self.remote = {name: torch.ones(size, dtype=torch.uint8, device=device) for name in ("h2d", "d2h")}
         # Zeros draw little power: at its limit a device slows down and speeds up by itself.
         self.factors = [torch.zeros(width, width, dtype=torch.bfloat16, device=device) for _ in range(3)]

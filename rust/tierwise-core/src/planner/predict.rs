@@ -6,8 +6,8 @@ use super::placement::Row;
 use super::{HOST_ADAM_BYTES, PlanRequest, late, spill, visiting};
 use crate::plan::{ClipMode, HostBytes};
 
-/// What a speculated step takes beside a plain one: its undo record takes as long as three times its bytes of the step's traffic, as measured
-/// (docs/performance.md, "Undo records past the caches").
+/// What a speculated step takes beside a plain one. An undo record takes as long as 38 to 42 bytes of the step's traffic (docs/performance.md,
+/// "Undo records past the caches"); three times its own 12 are near enough to choose by.
 const SPECULATION_COST: f64 = (HOST_ADAM_BYTES + 3.0 * 12.0) / HOST_ADAM_BYTES;
 
 /// Bytes of device memory traffic of one optimizer step per parameter.
