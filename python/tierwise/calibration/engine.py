@@ -35,6 +35,7 @@ _STEPPED_TOKENS = 8192
 """Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
 
 _NEVER_CLIPS = 1e9
+"""Limit of the norm with which nothing that was speculated is undone."""
 _AROUND_S = 0.2
 """Seconds of the host's Adam before and after the engine's."""
 _LONGEST_GAP_NS = 1e6
@@ -74,9 +75,14 @@ def _positive(ns: float) -> int:
 
 
 def _boosted(
-    device: torch.device, layers: int, size: tuple[int, int, int], tokens: int, recompute: str, offload_optim_frac: float = 0.0,
+    device: torch.device,
+    layers: int,
+    size: tuple[int, int, int],
+    tokens: int,
+    recompute: str,
+    offload_optim_frac: float = 0.0,
     speculates: bool = False,
-) -> tuple[Any, Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tierwise.booster import Booster
