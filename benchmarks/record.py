@@ -9,12 +9,15 @@ worker that failed, hangs or keeps memory is replaced, and the next configuratio
 configuration, and what is in it is not recorded again: the same command continues after an interruption. A configuration that runs out of
 memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
+With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps: a shared
+machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`).
+
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed, and nothing waits for the device between timed steps but for the probes, which part them in three. `recorded` has the median,
 the times themselves, the allocator's peak of device bytes since training began, the engine's peak of host bytes, and how long the compute
-stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the timeline of two more steps by track and
-kind, and has how many seconds the training thread was in its calls in the timed steps (`thread_s`, medians: forward and backward of a
-micro-batch, step of an optimizer step).
+stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the timeline of two more steps of the first
+visit by track and kind, and has how many seconds the training thread was in its calls in the timed steps (`thread_s`, medians: forward and
+backward of a micro-batch, step of an optimizer step); `visits` in it has these of every visit, and its median step.
 `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
 a training thread, before, between and after these parts, measured as `calibrate` does.
 """
@@ -22,9 +25,11 @@ a training thread, before, between and after these parts, measured as `calibrate
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,6 +38,8 @@ from typing import Any
 import record_worker
 from record_list import LISTS, Configuration
 
+NOT_SIMULATED = ("device", "predicted_step_s")
+"""Of an executed plan: what the planner says of it, which depends on what it measured."""
 START_S = 120
 """In which a worker has to be there: it imports torch and opens the device."""
 ENDING_S = 60
@@ -54,9 +61,9 @@ class Worker:
         theirs.close()
         self.machine: dict[str, Any] = self._answer(START_S)
 
-    def record(self, run: Configuration, seconds: float) -> record_worker.Answer:
+    def record(self, run: Configuration, first: bool, seconds: float) -> record_worker.Answer:
         """Raises LostError if the worker ends or takes longer."""
-        self.pipe.send(run)
+        self.pipe.send((run, first))
         answer: record_worker.Answer = self._answer(seconds)
         return answer
 
@@ -83,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", choices=LISTS, default="full")
     p.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto")
     p.add_argument("--limit", type=float, default=480, help="seconds after which no further configuration is begun")
+    p.add_argument("--visits", type=int, default=1, help="times that the list is gone through, and parts of the timed steps")
     p.add_argument("--each", type=float, default=90, help="seconds that one configuration may take")
     p.add_argument("--skip", action="append", default=[], help="file whose configurations are not recorded again")
     p.add_argument("--timelines", default=None, help="folder for the timeline of every configuration, gzipped, for Perfetto")
@@ -110,6 +118,39 @@ def write(a: argparse.Namespace, result: dict[str, Any]) -> None:
     partial.replace(a.out)
 
 
+def visits(run: dict[str, Any]) -> float:
+    """How often a configuration was visited; one that did not fit will not the next time."""
+    return len(run["observed"].get("visits", [None])) if run["recorded"]["fits"] else float("inf")
+
+
+def joined(run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """A run with another visit of its configuration. Raises ValueError if that was no repetition."""
+    if not again["recorded"]["fits"]:
+        raise ValueError(f"visited again it did not fit: {again['failed']}")
+
+    def plan(of: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in of["executed"].items() if name not in NOT_SIMULATED}
+
+    if plan(run) != plan(again):
+        differs = [name for name, value in plan(run).items() if value != plan(again).get(name)]
+        raise ValueError(f"visited again another plan was executed: {', '.join(differs)}")
+
+    def visit(of: dict[str, Any]) -> dict[str, Any]:
+        return {"step_s": of["recorded"]["step_s"], "wait_s": of["recorded"]["wait_s"], "thread_s": of["observed"]["thread_s"]}
+
+    all_visits = [*run["observed"].get("visits", [visit(run)]), visit(again)]
+    times = run["recorded"]["step_times_s"] + again["recorded"]["step_times_s"]
+    recorded = {
+        **run["recorded"],
+        "step_s": statistics.median(times),
+        "step_times_s": times,
+        "wait_s": statistics.mean(one["wait_s"] for one in all_visits),
+        **{peak: max(run["recorded"][peak], again["recorded"][peak]) for peak in ("device_peak_bytes", "host_peak_bytes")},
+    }
+    probes = {name: run[name] + again[name] for name in ("host_adam_params_per_s", "launch_probe_ns")}
+    return {**run, "recorded": recorded, "observed": {**run["observed"], "visits": all_visits}, **probes}
+
+
 def shown(run: dict[str, Any]) -> str:
     recorded = run["recorded"]
     if not recorded["fits"]:
@@ -121,6 +162,8 @@ def shown(run: dict[str, Any]) -> str:
 
 def main() -> int:
     a = parser().parse_args()
+    if a.visits < 1:
+        raise SystemExit(f"--visits is {a.visits}: the list is gone through at least once")
     started = time.monotonic()
 
     def elapsed() -> float:
@@ -135,30 +178,46 @@ def main() -> int:
     result = begun(a)
     if a.timelines is not None:
         Path(a.timelines).mkdir(parents=True, exist_ok=True)
-    done = {run["name"] for runs in (result["runs"], *(json.loads(Path(path).read_text())["runs"] for path in a.skip)) for run in runs}
-    wanted = [run for run in LISTS[a.list] if run.name not in done and (a.only is None or re.search(a.only, run.name))]
+    places = {run["name"]: place for place, run in enumerate(result["runs"])}
+    skipped = {run["name"] for path in a.skip for run in json.loads(Path(path).read_text())["runs"]}
+    listed = [run for run in LISTS[a.list] if run.name not in skipped and (a.only is None or re.search(a.only, run.name))]
+    done = {run.name: visits(result["runs"][places[run.name]]) if run.name in places else 0 for run in listed}
+    wanted = [run for visit in range(a.visits) for run in listed if done[run.name] <= visit]
+    recorded = 0
     failed: list[str] = []
     left = len(wanted)
     worker: Worker | None = None
     for number, run in enumerate(wanted, 1):
+        known = result["runs"][places[run.name]] if run.name in places else None
+        if known is not None and not known["recorded"]["fits"]:
+            left -= 1
+            continue  # Nothing else will come of it.
         if elapsed() > a.limit:
-            print(f"time is up: {left} configurations are left", flush=True)
+            print(f"time is up: {left} {'configurations' if a.visits == 1 else 'visits'} are left", flush=True)
             break
         begin = elapsed()
         try:
             worker = worker or Worker(a)
             result["machine"] = worker.machine
-            answer = worker.record(run, min(a.each, a.limit + ENDING_S - elapsed()))
+            answer = worker.record(run, known is None, min(a.each, a.limit + ENDING_S - elapsed()))
         except LostError as error:
             answer = record_worker.Answer(run=None, problem=str(error), dirty=str(error))
+        if answer.run is not None and known is not None:
+            try:
+                result["runs"][places[run.name]] = joined(known, answer.run)
+            except ValueError as error:
+                answer = dataclasses.replace(answer, run=None, problem=str(error))
+        elif answer.run is not None:
+            places[run.name] = len(result["runs"])
+            result["runs"].append(answer.run)
         if answer.run is None:
             failed.append(f"{run.name}: {answer.problem}")
         else:
             result["models"][run.size] = run.config()
-            result["runs"].append(answer.run)
             write(a, result)
+            recorded += 1
             left -= 1
-        text = f"not recorded: {answer.problem}" if answer.run is None else shown(answer.run)
+        text = f"not recorded: {answer.problem}" if answer.run is None else shown(result["runs"][places[run.name]])
         print(f"[{number}/{len(wanted)}, {elapsed():.0f} s] {run.name}: {text}, took {elapsed() - begin:.1f} s", flush=True)
         if answer.dirty is not None and worker is not None:
             print(f"a new worker: {answer.dirty}", flush=True)
@@ -166,10 +225,11 @@ def main() -> int:
             worker = None
     if worker is not None:
         worker.end()
-    print(f"{len(result['runs'])} configurations are in {a.out}; {len(wanted) - left} were recorded in {elapsed():.0f} s", flush=True)
+    made = "were recorded" if a.visits == 1 else "visits were made"
+    print(f"{len(result['runs'])} configurations are in {a.out}; {recorded} {made} in {elapsed():.0f} s", flush=True)
     for text in failed:
         print(f"not recorded: {text}", file=sys.stderr, flush=True)
-    return 0 if len(wanted) == 0 or left < len(wanted) else 1
+    return 0 if left < len(wanted) or not wanted else 1
 
 
 if __name__ == "__main__":

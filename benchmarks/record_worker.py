@@ -35,7 +35,7 @@ HOST_PROBE_S, THREAD_PROBE_S = 0.5, 0.2
 """Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, around every part of the timed steps: a
 shared machine is faster in one moment than in the next."""
 PARTS = 3
-"""Of the timed steps."""
+"""Of the timed steps, over all visits."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -64,12 +64,13 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
     bench = HostBench(json.loads(Path(a.hardware).read_text(encoding="utf-8"))["measured"]["host_numel"])
     probes: Probes | None = None
     resident = None
-    while (run := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        run, first = asked
         try:
             wait_for_memory(a)
             resident = resident_bytes() if resident is None else resident
             probes = probes or Probes(bench, LaunchProbe(torch.device("cuda" if uses_cuda(a) else "cpu")))
-            answer = Answer(run=record(run, a, probes))
+            answer = Answer(run=record(run, a, probes, first))
         except Exception as error:
             answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
         pipe.send(dataclasses.replace(answer, dirty=left_behind(answer, resident or 0)))
@@ -167,8 +168,8 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in pairs]
 
 
-def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str, Any]:
-    """One configuration; gives what `recorded`, `executed`, `planned` and `observed` hold, and the probes."""
+def train(run: Configuration, a: argparse.Namespace, probes: Probes, first: bool) -> dict[str, Any]:
+    """One visit of a configuration; gives what `recorded`, `executed` and `observed` hold, and the probes. Only the first has spans."""
     import torch
 
     from tierwise.booster import Booster
@@ -226,14 +227,15 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str
     times: list[float] = []
     probes.forget()
     steps = 0
-    parts = min(PARTS, run.timed_steps)
+    timed = -(-run.timed_steps // a.visits)
+    parts = min(max(PARTS // a.visits, 1), timed)
     for _ in range(parts):
         # Between two marks is a whole step, all of whose work was asked for in this part.
         booster.flush()
         rest()
         probes.take()
         clock.marks = []
-        for _ in range(-(-run.timed_steps // parts) + 1):
+        for _ in range(-(-timed // parts) + 1):
             step()
             steps += 1
         rest()
@@ -243,16 +245,18 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str
     rest()
     probes.take()
     thread_s = {name: round(statistics.median(values), 6) for name, values in thread.items()}
-    booster.record_timeline()
-    for _ in range(PROFILED):
-        step()
-    booster.flush()
-    rest()
     runtime = booster._boosted()
-    timeline = runtime.engine.timeline()
-    if a.timelines is not None:
-        Path(a.timelines, re.sub(r"[ /]", "_", run.name) + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
-    spans = list(spans_of(timeline))
+    spans: dict[str, Any] = {}
+    if first:
+        booster.record_timeline()
+        for _ in range(PROFILED):
+            step()
+        booster.flush()
+        rest()
+        timeline = runtime.engine.timeline()
+        if a.timelines is not None:
+            Path(a.timelines, re.sub(r"[ /]", "_", run.name) + ".json.gz").write_bytes(gzip.compress(timeline.encode()))
+        spans = summary(list(spans_of(timeline)))
     counters = ("wait_ns", "fetches", "demand_fetches", "evictions", "clipped", "speculated", "undone", "h2d_bytes", "d2h_bytes")
     recorded = {
         "fits": True,
@@ -277,7 +281,7 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str
         "boost_s": round(boosted - started, 2),
         "thread_s": thread_s,
         "per_step": {name: (after[name] - before[name]) / steps for name in counters},
-        "spans": summary(spans),
+        "spans": spans,
     }
     return {
         "recorded": recorded,
@@ -289,7 +293,7 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str
     }
 
 
-def record(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[str, Any]:
+def record(run: Configuration, a: argparse.Namespace, probes: Probes, first: bool) -> dict[str, Any]:
     """A run in the schema of `validate`. One that runs out of memory did not fit; other errors are raised."""
     import torch
 
@@ -305,7 +309,7 @@ def record(run: Configuration, a: argparse.Namespace, probes: Probes) -> dict[st
         **run.request(),
     }
     try:
-        return {**request, **train(run, a, probes)}
+        return {**request, **train(run, a, probes, first)}
     except (torch.OutOfMemoryError, TierwiseError, MemoryError) as error:
         if isinstance(error, TierwiseError) and not isinstance(error, BudgetError) and not OUT_OF_MEMORY.search(str(error)):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,45 @@ def test_recorded_runs_are_validated(hardware: Path, tmp_path: Path) -> None:
     for run in found["runs"][:6]:
         # Bytes that nobody measures by a clock are predicted to the byte of the host's slab.
         assert run["metrics"]["host_peak_bytes"]["error_percent"] == 0, run
+
+
+@pytest.mark.timeout(300)
+def test_visits_of_a_configuration_become_one_run(hardware: Path, tmp_path: Path) -> None:
+    out, only = hardware.parent / "visits.json", ["--only", "tiny (device|host).* defer fires$|100KB"]
+    ran = _record(hardware, out, *only)
+    assert ran.returncode == 0, ran.stderr
+    once = json.loads(out.read_text())["runs"]
+    assert all("visits" not in run.get("observed", {}) for run in once)
+    # Another visit is added to what is there; what did not fit is not visited again.
+    ran = _record(hardware, out, "--visits", "2", *only)
+    assert ran.returncode == 0, ran.stderr
+    assert "2 visits were made" in ran.stdout
+    twice = json.loads(out.read_text())["runs"]
+    assert [run["name"] for run in twice] == [run["name"] for run in once]
+    for before, after in zip(once[:2], twice[:2], strict=True):
+        times = after["recorded"]["step_times_s"]
+        assert times[: len(before["recorded"]["step_times_s"])] == before["recorded"]["step_times_s"]
+        assert len(times) == len(before["recorded"]["step_times_s"]) + 1
+        assert after["recorded"]["step_s"] == pytest.approx(statistics.median(times), rel=1e-3)
+        assert len(after["observed"]["visits"]) == 2
+        assert after["observed"]["visits"][0]["step_s"] == before["recorded"]["step_s"]
+        assert after["host_adam_params_per_s"][:3] == before["host_adam_params_per_s"]
+        assert len(after["host_adam_params_per_s"]) == 5
+        assert after["observed"]["spans"] == before["observed"]["spans"]
+        assert after["executed"] == before["executed"]
+    assert twice[2] == once[2]
+    assert _core.sim_output(["validate", str(out)])[0] == 0
+    # Nothing of another plan is added.
+    contents = json.loads(out.read_text())
+    contents["runs"][0]["executed"]["undo_bytes"] += 64
+    out.write_text(json.dumps(contents))
+    ran = _record(hardware, out, "--visits", "3", "--only", "tiny device.* defer fires$")
+    assert ran.returncode == 1
+    assert "visited again another plan was executed: undo_bytes" in ran.stderr
+    assert json.loads(out.read_text()) == contents
+    refused = _record(hardware, out, "--visits", "0")
+    assert refused.returncode == 1
+    assert "--visits is 0" in refused.stderr
 
 
 @pytest.mark.timeout(300)
