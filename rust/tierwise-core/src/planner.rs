@@ -189,6 +189,9 @@ const HOST_ADAM_BYTES: f64 = 26.0;
 /// Of these, what the first of two passes moves: gradient and moments read, parameter and low half read and written.
 pub const FIRST_PASS_BYTES: f64 = 18.0;
 
+/// Gradients of so many chunks, each as large as the largest that one operation completes, may be on their way where device memory is left.
+const GRADIENTS_AHEAD: u64 = 4;
+
 /// One point of the search.
 struct Candidate<'a> {
     activations: &'a Activations,
@@ -259,7 +262,7 @@ pub fn candidates(layout: &Layout, trace: &Trace, request: &PlanRequest, most: u
         }
     })?;
     if !best.found.is_empty() {
-        return best.found.into_iter().map(|found| finish(layout, trace, request, found)).collect();
+        return best.found.into_iter().map(|found| finish(&memory, request, found)).collect();
     }
     if let Some(breakdown) = least_nvme {
         let (needed, budget) = (breakdown.file_bytes, request.nvme.map_or(0, |nvme| nvme.budget));
@@ -377,8 +380,18 @@ fn is_hopeless(
             > bound * (1.0 + 1e-9)
 }
 
-fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
-    let Candidate { activations, row, mut slab, tight, step } = best;
+fn finish(memory: &Memory, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
+    let Candidate { activations, mut row, mut slab, mut tight, step } = best;
+    // The training thread waits where no more gradients may be on their way: what is left lets it run ahead. Not where steps may be
+    // speculated: what lands after a step was committed is not, and a thread that is far ahead commits early.
+    let most = if request.clip_mode == ClipMode::Defer { GRADIENTS_AHEAD } else { 1 };
+    for times in (2..=most).rev() {
+        let wider = row.with_gradients_ahead(memory, times);
+        if wider.device_bytes(activations, slab, false, request.reserve_bytes) <= request.device_budget {
+            (row, tight) = (wider, false);
+            break;
+        }
+    }
     if step.bound_by == "h2d" && slab > 0 {
         // What is left keeps chunks between their uses at the turns of the step, and lets copies run further ahead.
         let left = request.device_budget - row.device_bytes(activations, slab, tight, request.reserve_bytes);
@@ -416,6 +429,6 @@ fn finish(layout: &Layout, trace: &Trace, request: &PlanRequest, best: Candidate
         predicted_step_s: step.seconds,
         bound_by: step.bound_by.to_owned(),
     };
-    plan.fetches = dry_run::fetches(layout, trace, &plan).map_err(|error| PlanError::Invalid(error.to_string()))?;
+    plan.fetches = dry_run::fetches(memory.layout, memory.trace, &plan).map_err(|error| PlanError::Invalid(error.to_string()))?;
     Ok(plan)
 }

@@ -686,6 +686,35 @@ fn undo_records_take_what_the_host_has_left() {
     }
 }
 
+/// Device memory that nothing else wants lets the training thread run ahead of the gradients that leave.
+#[test]
+fn more_gradients_are_on_their_way_where_device_memory_is_left() {
+    let (layout, trace) = llama_7b(16_384);
+    let on_host = PlanRequest { placement: all_on_host(0.0), recompute: Recompute::Full, ..h100(80 * GIB, 128 * GIB) };
+    let planned = |request: &PlanRequest| {
+        let plan = plan(&layout, &trace, request).unwrap();
+        check_memory(&layout, &trace, request, &plan);
+        plan
+    };
+    let largest = layout.ids().map(|c| layout.grad_bytes(c)).max().unwrap();
+    let ample = planned(&on_host);
+    assert_eq!(ample.grad_in_flight_bytes, 4 * largest);
+    assert_eq!(ample.device.gradients, 5 * largest);
+    // What is there decides, and fewer of them change nothing else.
+    let least = minimum_device_bytes(&layout, &trace, &on_host);
+    for (device_budget, times) in [(ample.device.total(), 4), (ample.device.total() - 1, 3), (least, 1)] {
+        let plan = planned(&PlanRequest { device_budget, ..on_host.clone() });
+        assert_eq!(plan.grad_in_flight_bytes, times * largest, "{device_budget}");
+        assert_eq!((plan.chunks, plan.predicted_step_s), (ample.chunks.clone(), ample.predicted_step_s));
+    }
+    // A thread that is far ahead commits before gradients land that could have been speculated with.
+    for clip_mode in [ClipMode::Speculate, ClipMode::Auto] {
+        assert_eq!(planned(&PlanRequest { clip_mode, ..on_host.clone() }).grad_in_flight_bytes, largest);
+    }
+    let nothing = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+    assert_eq!(planned(&PlanRequest { placement: nothing, ..h100(200 * GIB, GIB) }).grad_in_flight_bytes, 0);
+}
+
 /// While the moments of the last step are written, gradients of the first micro-batch wait for them where they landed.
 #[test]
 fn late_moments_take_buffers_for_gradients_that_land_meanwhile() {

@@ -15,7 +15,7 @@ const GOLDEN: [(&str, u64); 4] = [
         "run --model llama2-7b --micro-batch 4 --device-budget 30GB --host-budget 250GB --clip-mode speculate --format json",
         0x0145_a0da_dc1d_57f5,
     ),
-    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x22b0_c2ac_57b2_d88d),
+    ("run --model llama2-70b --hardware dgx-a100-40 --gpus 512 --tokens-per-step 4194304 --format json", 0x7ee1_6588_81ae_0f90),
     (
         "run --model gpt2-xl --hardware dgx-h100 --gpus 8 --seq 1024 --pipeline 4 --zero 1 --tokens-per-step 65536 --format json",
         0x543d_7904_023d_97be,

@@ -99,6 +99,13 @@ impl Row {
         self.base.total() + slab + reserve + alive
     }
 
+    /// The same with `times` as many gradients on their way as `ample` allows, at most all of a micro-batch.
+    pub fn with_gradients_ahead(&self, memory: &Memory, times: u64) -> Row {
+        let ample = (times * self.in_flight_bytes[0]).min(self.cost.grad_bytes);
+        let [ahead, _] = memory.gradients(&self.chunks, [ample, 0]);
+        Row { in_flight_bytes: [ample, 0], gradients: [ahead, self.gradients[1].clone()], ..self.clone() }
+    }
+
     /// Device bytes at the peak by purpose, and where the peak is.
     pub fn device_breakdown(&self, activations: &Activations, slab: u64, tight: bool, reserve: u64) -> (DeviceBytes, OpId) {
         let gradients = &self.gradients[usize::from(tight)];
