@@ -18,6 +18,9 @@ the times themselves, the allocator's peak of device bytes since training began,
 stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the timeline of two more steps of the first
 visit by track and kind, and has how many seconds the training thread was in its calls in the timed steps (`thread_s`, medians: forward and
 backward of a micro-batch, step of an optimizer step); `visits` in it has these of every visit, and its median step.
+A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more of who shares the
+machine than of the configuration: it is kept under `disturbed`, and made again at the end, three times at most.
+
 `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
 a training thread, before, between and after these parts, measured as `calibrate` does.
 """
@@ -40,6 +43,8 @@ from record_list import LISTS, Configuration
 
 NOT_SIMULATED = ("device", "predicted_step_s")
 """Of an executed plan: what the planner says of it, which depends on what it measured."""
+TRIES = 3
+"""Of a visit that is disturbed."""
 START_S = 120
 """In which a worker has to be there: it imports torch and opens the device."""
 ENDING_S = 60
@@ -91,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto")
     p.add_argument("--limit", type=float, default=480, help="seconds after which no further configuration is begun")
     p.add_argument("--visits", type=int, default=1, help="times that the list is gone through, and parts of the timed steps")
+    p.add_argument("--disturbed", type=float, default=2.0, help="times the calibrated probe from which on a visit does not count")
     p.add_argument("--each", type=float, default=90, help="seconds that one configuration may take")
     p.add_argument("--skip", action="append", default=[], help="file whose configurations are not recorded again")
     p.add_argument("--timelines", default=None, help="folder for the timeline of every configuration, gzipped, for Perfetto")
@@ -151,6 +157,20 @@ def joined(run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     return {**run, "recorded": recorded, "observed": {**run["observed"], "visits": all_visits}, **probes}
 
 
+def is_disturbed(run: dict[str, Any], longest_probe_ns: float) -> bool:
+    """Whether another program had the processors."""
+    return max(run.get("launch_probe_ns", [0.0])) > longest_probe_ns
+
+
+def left_out(run: dict[str, Any]) -> dict[str, Any]:
+    """What a file keeps of a visit that was disturbed."""
+    return {
+        **{name: run[name] for name in ("name", "host_adam_params_per_s", "launch_probe_ns")},
+        **{name: run["recorded"][name] for name in ("step_s", "step_times_s")},
+        "thread_s": run["observed"]["thread_s"],
+    }
+
+
 def shown(run: dict[str, Any]) -> str:
     recorded = run["recorded"]
     if not recorded["fits"]:
@@ -182,19 +202,21 @@ def main() -> int:
     skipped = {run["name"] for path in a.skip for run in json.loads(Path(path).read_text())["runs"]}
     listed = [run for run in LISTS[a.list] if run.name not in skipped and (a.only is None or re.search(a.only, run.name))]
     done = {run.name: visits(result["runs"][places[run.name]]) if run.name in places else 0 for run in listed}
-    wanted = [run for visit in range(a.visits) for run in listed if done[run.name] <= visit]
-    recorded = 0
+    wanted = [(run, 1) for visit in range(a.visits) for run in listed if done[run.name] <= visit]
+    asked, recorded, number = len(wanted), 0, 0
     failed: list[str] = []
-    left = len(wanted)
     worker: Worker | None = None
-    for number, run in enumerate(wanted, 1):
+    # What is disturbed comes again at the end.
+    while number < len(wanted):
+        run, tried = wanted[number]
         known = result["runs"][places[run.name]] if run.name in places else None
         if known is not None and not known["recorded"]["fits"]:
-            left -= 1
+            number += 1
             continue  # Nothing else will come of it.
         if elapsed() > a.limit:
-            print(f"time is up: {left} {'configurations' if a.visits == 1 else 'visits'} are left", flush=True)
+            print(f"time is up: {len(wanted) - number} {'configurations' if a.visits == 1 else 'visits'} are left", flush=True)
             break
+        number += 1
         begin = elapsed()
         try:
             worker = worker or Worker(a)
@@ -202,7 +224,15 @@ def main() -> int:
             answer = worker.record(run, known is None, min(a.each, a.limit + ENDING_S - elapsed()))
         except LostError as error:
             answer = record_worker.Answer(run=None, problem=str(error), dirty=str(error))
-        if answer.run is not None and known is not None:
+        if answer.run is not None and is_disturbed(answer.run, a.disturbed * measured["launch"]["probe_ns"]):
+            result.setdefault("disturbed", []).append(left_out(answer.run))
+            write(a, result)
+            probes = " and ".join(f"{ns / 1e6:.1f}" for ns in answer.run["launch_probe_ns"])
+            calibrated = f"{measured['launch']['probe_ns'] / 1e6:.1f} ms when this machine was calibrated"
+            answer = dataclasses.replace(answer, run=None, problem=f"disturbed: the training thread's probes took {probes}, {calibrated}")
+            if tried < TRIES:
+                wanted.append((run, tried + 1))
+        elif answer.run is not None and known is not None:
             try:
                 result["runs"][places[run.name]] = joined(known, answer.run)
             except ValueError as error:
@@ -210,13 +240,12 @@ def main() -> int:
         elif answer.run is not None:
             places[run.name] = len(result["runs"])
             result["runs"].append(answer.run)
-        if answer.run is None:
-            failed.append(f"{run.name}: {answer.problem}")
-        else:
+        if answer.run is not None:
             result["models"][run.size] = run.config()
             write(a, result)
             recorded += 1
-            left -= 1
+        elif not (answer.problem or "").startswith("disturbed") or tried == TRIES:
+            failed.append(f"{run.name}: {answer.problem}")
         text = f"not recorded: {answer.problem}" if answer.run is None else shown(result["runs"][places[run.name]])
         print(f"[{number}/{len(wanted)}, {elapsed():.0f} s] {run.name}: {text}, took {elapsed() - begin:.1f} s", flush=True)
         if answer.dirty is not None and worker is not None:
@@ -229,7 +258,7 @@ def main() -> int:
     print(f"{len(result['runs'])} configurations are in {a.out}; {recorded} {made} in {elapsed():.0f} s", flush=True)
     for text in failed:
         print(f"not recorded: {text}", file=sys.stderr, flush=True)
-    return 0 if left < len(wanted) or not wanted else 1
+    return 0 if recorded or not asked else 1
 
 
 if __name__ == "__main__":

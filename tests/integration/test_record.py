@@ -61,12 +61,13 @@ def test_a_calibration_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def _record(hardware: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    args = ["--hardware", str(hardware), "--out", str(out), "--list", "tiny", "--device", "emulated", *more]
+    # Tests run beside others, and disturb each other.
+    args = ["--hardware", str(hardware), "--out", str(out), "--list", "tiny", "--device", "emulated", "--disturbed", "1e6", *more]
     # The package that is tested, wherever it was imported from.
     path = os.pathsep.join([str(Path(tierwise.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, str(_BENCHMARKS / "record.py"), *args], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    # As many threads as the calibration had here: the probe's small products wait for a second one.
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(_BENCHMARKS / "record.py"), *args], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.timeout(300)
@@ -144,6 +145,28 @@ def test_visits_of_a_configuration_become_one_run(hardware: Path, tmp_path: Path
     refused = _record(hardware, out, "--visits", "0")
     assert refused.returncode == 1
     assert "--visits is 0" in refused.stderr
+
+
+@pytest.mark.timeout(300)
+def test_a_visit_beside_another_program_does_not_count(hardware: Path) -> None:
+    only = ["--only", "tiny device.* defer fires$|100KB"]
+    out = hardware.parent / "disturbed.json"
+    # No training thread is so much faster than it was calibrated.
+    ran = _record(hardware, out, *only, "--disturbed", "1e-6")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(out.read_text())
+    # What did not fit did not because of another program.
+    assert [run["recorded"]["fits"] for run in found["runs"]] == [False]
+    assert len(found["disturbed"]) == 3
+    assert all(visit["step_s"] > 0 and min(visit["launch_probe_ns"]) > 2 for visit in found["disturbed"])
+    assert ran.stderr.count("not recorded: tiny device") == 1
+    assert "disturbed: the training thread's probes took" in ran.stderr
+    assert _core.sim_output(["validate", str(out)])[0] == 0
+    ran = _record(hardware, out, *only)
+    assert ran.returncode == 0, ran.stderr
+    again = json.loads(out.read_text())
+    assert [run["recorded"]["fits"] for run in again["runs"]] == [False, True]
+    assert again["disturbed"] == found["disturbed"]
 
 
 @pytest.mark.timeout(300)

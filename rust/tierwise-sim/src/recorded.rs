@@ -35,6 +35,9 @@ pub struct File {
     pub gate: BTreeMap<String, Limits>,
     /// The runs.
     pub runs: Vec<Run>,
+    /// What was recorded while other programs had the machine; not simulated.
+    #[serde(default, rename = "disturbed")]
+    _disturbed: Value,
 }
 
 /// Largest errors, in percent.
