@@ -19,7 +19,9 @@ import random
 import statistics
 import threading
 import time
-from pathlib import Path
+
+from tierwise._core import HostBench
+from tierwise.config import available_memory_bytes
 
 BLOCK_BYTES = 4 << 20
 """The largest block that Linux's page allocator keeps together on x86-64."""
@@ -27,14 +29,6 @@ PIECE_BYTES = 256 << 20
 """What a thread writes at once."""
 AREA_NUMEL = 64_000_000
 """Parameters of an area: 0.9 GB."""
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/meminfo has no MemAvailable: this needs Linux")
 
 
 def mix(size: int, threads: int, seed: int) -> tuple[float, float]:
@@ -60,7 +54,7 @@ def mix(size: int, threads: int, seed: int) -> tuple[float, float]:
     for worker in workers:
         worker.join()
     written = time.perf_counter()
-    # Blocks begin at multiples of their size, as the allocator's do.
+    # Whole huge pages: no block begins inside one.
     first = -base % BLOCK_BYTES
     blocks = list(range(first, size - BLOCK_BYTES + 1, BLOCK_BYTES))
     random.Random(seed).shuffle(blocks)
@@ -72,8 +66,6 @@ def mix(size: int, threads: int, seed: int) -> tuple[float, float]:
 
 def spread(areas: int) -> str:
     """How fast the host's Adam is on each of so many areas, all of which exist at once."""
-    from tierwise._core import HostBench
-
     benches = [HostBench(AREA_NUMEL) for _ in range(areas)]
     rounds = [[bench.rate("adam", 0.05) for bench in benches] for _ in range(2)]
     means = [statistics.mean(pair) for pair in zip(*rounds, strict=True)]
@@ -95,7 +87,11 @@ def main() -> None:
     a = parser.parse_args()
     if not 0 < a.share <= 0.95:
         raise SystemExit(f"--share is {a.share}: it must be more than 0 and at most 0.95, since other programs need memory too")
-    size = int(a.share * available_bytes()) // BLOCK_BYTES * BLOCK_BYTES
+    if a.areas < 0 or (a.threads is not None and a.threads < 1):
+        raise SystemExit(f"--areas is {a.areas} and --threads {a.threads}: there are no fewer than 0 and 1")
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        raise SystemExit("this needs Linux: huge pages cannot be asked for here")
+    size = int(a.share * available_memory_bytes()) // BLOCK_BYTES * BLOCK_BYTES
     if size < 2 * BLOCK_BYTES:
         raise SystemExit(f"--share {a.share} of the available memory is {size} bytes, less than two blocks of {BLOCK_BYTES}")
     if a.areas:

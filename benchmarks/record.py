@@ -10,16 +10,19 @@ configuration, and what is in it is not recorded again: the same command continu
 memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
 With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps: a shared
-machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`).
+machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). Visits of a configuration
+must have executed the same plan. One that the planner chose depends on how fast it found the host, once per worker: a new worker may find
+another.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
-not timed, and nothing waits for the device between timed steps but for the probes, which part them in three. `recorded` has the median,
-the times themselves, the allocator's peak of device bytes since training began, the engine's peak of host bytes, and how long the compute
-stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the timeline of two more steps of the first
-visit by track and kind, and has how many seconds the training thread was in its calls in the timed steps (`thread_s`, medians: forward and
-backward of a micro-batch, step of an optimizer step); `visits` in it has these of every visit, and its median step.
-A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more of who shares the
-machine than of the configuration: it is kept under `disturbed`, and made again at the end, three times at most.
+not timed, and nothing waits for the device between timed steps but for the probes, which part them in three (two visits or more are not
+parted). `recorded` has the median, the times themselves, the allocator's peak of device bytes since training began, the engine's peak of
+host bytes, and how long the compute stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the
+timeline of two more steps of the first visit by track and kind, and has how many seconds the training thread was in its calls in the timed
+steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step); `visits` in it has these of every visit, and
+its median step. A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more
+of who shares the machine than of the configuration: it is kept under `disturbed`, and made again at the end, up to three of a
+configuration.
 
 `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
 a training thread, before, between and after these parts, measured as `calibrate` does.
@@ -35,6 +38,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ from record_list import LISTS, Configuration
 NOT_SIMULATED = ("device", "predicted_step_s")
 """Of an executed plan: what the planner says of it, which depends on what it measured."""
 TRIES = 3
-"""Of a visit that is disturbed."""
+"""Visits of a configuration that may be disturbed before a command gives it up."""
 START_S = 120
 """In which a worker has to be there: it imports torch and opens the device."""
 ENDING_S = 60
@@ -142,15 +146,18 @@ def joined(run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"visited again another plan was executed: {', '.join(differs)}")
 
     def visit(of: dict[str, Any]) -> dict[str, Any]:
-        return {"step_s": of["recorded"]["step_s"], "wait_s": of["recorded"]["wait_s"], "thread_s": of["observed"]["thread_s"]}
+        recorded = of["recorded"]
+        steps = len(recorded["step_times_s"])
+        return {"steps": steps, "step_s": recorded["step_s"], "wait_s": recorded["wait_s"], "thread_s": of["observed"]["thread_s"]}
 
     all_visits = [*run["observed"].get("visits", [visit(run)]), visit(again)]
+    steps = [one["steps"] for one in all_visits]
     times = run["recorded"]["step_times_s"] + again["recorded"]["step_times_s"]
     recorded = {
         **run["recorded"],
         "step_s": statistics.median(times),
         "step_times_s": times,
-        "wait_s": statistics.mean(one["wait_s"] for one in all_visits),
+        "wait_s": sum(one["wait_s"] * one["steps"] for one in all_visits) / sum(steps),
         **{peak: max(run["recorded"][peak], again["recorded"][peak]) for peak in ("device_peak_bytes", "host_peak_bytes")},
     }
     probes = {name: run[name] + again[name] for name in ("host_adam_params_per_s", "launch_probe_ns")}
@@ -184,6 +191,8 @@ def main() -> int:
     a = parser().parse_args()
     if a.visits < 1:
         raise SystemExit(f"--visits is {a.visits}: the list is gone through at least once")
+    if not a.disturbed > 0:
+        raise SystemExit(f"--disturbed is {a.disturbed}: it must be more than 0, or every visit is disturbed")
     started = time.monotonic()
 
     def elapsed() -> float:
@@ -202,15 +211,16 @@ def main() -> int:
     skipped = {run["name"] for path in a.skip for run in json.loads(Path(path).read_text())["runs"]}
     listed = [run for run in LISTS[a.list] if run.name not in skipped and (a.only is None or re.search(a.only, run.name))]
     done = {run.name: visits(result["runs"][places[run.name]]) if run.name in places else 0 for run in listed}
-    wanted = [(run, 1) for visit in range(a.visits) for run in listed if done[run.name] <= visit]
+    wanted = [run for visit in range(a.visits) for run in listed if done[run.name] <= visit]
     asked, recorded, number = len(wanted), 0, 0
-    failed: list[str] = []
+    failed: dict[str, str] = {}
+    disturbed: Counter[str] = Counter()
     worker: Worker | None = None
     # What is disturbed comes again at the end.
     while number < len(wanted):
-        run, tried = wanted[number]
+        run = wanted[number]
         known = result["runs"][places[run.name]] if run.name in places else None
-        if known is not None and not known["recorded"]["fits"]:
+        if run.name in failed or (known is not None and not known["recorded"]["fits"]):
             number += 1
             continue  # Nothing else will come of it.
         if elapsed() > a.limit:
@@ -224,14 +234,15 @@ def main() -> int:
             answer = worker.record(run, known is None, min(a.each, a.limit + ENDING_S - elapsed()))
         except LostError as error:
             answer = record_worker.Answer(run=None, problem=str(error), dirty=str(error))
+        again = False
         if answer.run is not None and is_disturbed(answer.run, a.disturbed * measured["launch"]["probe_ns"]):
             result.setdefault("disturbed", []).append(left_out(answer.run))
             write(a, result)
             probes = " and ".join(f"{ns / 1e6:.1f}" for ns in answer.run["launch_probe_ns"])
             calibrated = f"{measured['launch']['probe_ns'] / 1e6:.1f} ms when this machine was calibrated"
             answer = dataclasses.replace(answer, run=None, problem=f"disturbed: the training thread's probes took {probes}, {calibrated}")
-            if tried < TRIES:
-                wanted.append((run, tried + 1))
+            disturbed[run.name] += 1
+            again = disturbed[run.name] < TRIES
         elif answer.run is not None and known is not None:
             try:
                 result["runs"][places[run.name]] = joined(known, answer.run)
@@ -244,8 +255,10 @@ def main() -> int:
             result["models"][run.size] = run.config()
             write(a, result)
             recorded += 1
-        elif not (answer.problem or "").startswith("disturbed") or tried == TRIES:
-            failed.append(f"{run.name}: {answer.problem}")
+        elif again:
+            wanted.append(run)
+        else:
+            failed[run.name] = answer.problem or "no answer"
         text = f"not recorded: {answer.problem}" if answer.run is None else shown(result["runs"][places[run.name]])
         print(f"[{number}/{len(wanted)}, {elapsed():.0f} s] {run.name}: {text}, took {elapsed() - begin:.1f} s", flush=True)
         if answer.dirty is not None and worker is not None:
@@ -256,8 +269,8 @@ def main() -> int:
         worker.end()
     made = "were recorded" if a.visits == 1 else "visits were made"
     print(f"{len(result['runs'])} configurations are in {a.out}; {recorded} {made} in {elapsed():.0f} s", flush=True)
-    for text in failed:
-        print(f"not recorded: {text}", file=sys.stderr, flush=True)
+    for name, problem in failed.items():
+        print(f"not recorded: {name}: {problem}", file=sys.stderr, flush=True)
     return 0 if recorded or not asked else 1
 
 

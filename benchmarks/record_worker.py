@@ -35,7 +35,7 @@ HOST_PROBE_S, THREAD_PROBE_S = 0.5, 0.2
 """Of the host's Adam, on as many parameters as it was calibrated on, and of the training thread, around every part of the timed steps: a
 shared machine is faster in one moment than in the next."""
 PARTS = 3
-"""Of the timed steps, over all visits."""
+"""Of the timed steps of one visit; where there are more visits, each has one part."""
 PATIENCE_S = 15.0
 """A process that ended gives its memory back with a delay."""
 OUT_OF_MEMORY = re.compile(r"out.of.memory", re.IGNORECASE)
@@ -228,7 +228,7 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes, first: bool
     probes.forget()
     steps = 0
     timed = -(-run.timed_steps // a.visits)
-    parts = min(max(PARTS // a.visits, 1), timed)
+    parts = min(PARTS, timed) if a.visits == 1 else 1
     for _ in range(parts):
         # Between two marks is a whole step, all of whose work was asked for in this part.
         booster.flush()

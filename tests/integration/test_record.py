@@ -142,9 +142,10 @@ def test_visits_of_a_configuration_become_one_run(hardware: Path, tmp_path: Path
     assert ran.returncode == 1
     assert "visited again another plan was executed: undo_bytes" in ran.stderr
     assert json.loads(out.read_text()) == contents
-    refused = _record(hardware, out, "--visits", "0")
-    assert refused.returncode == 1
-    assert "--visits is 0" in refused.stderr
+    for option in ("--visits", "--disturbed"):
+        refused = _record(hardware, out, option, "0")
+        assert refused.returncode == 1
+        assert f"{option} is 0" in refused.stderr
 
 
 @pytest.mark.timeout(300)
@@ -152,13 +153,13 @@ def test_a_visit_beside_another_program_does_not_count(hardware: Path) -> None:
     only = ["--only", "tiny device.* defer fires$|100KB"]
     out = hardware.parent / "disturbed.json"
     # No training thread is so much faster than it was calibrated.
-    ran = _record(hardware, out, *only, "--disturbed", "1e-6")
+    ran = _record(hardware, out, *only, "--disturbed", "1e-6", "--visits", "2")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(out.read_text())
     # What did not fit did not because of another program.
     assert [run["recorded"]["fits"] for run in found["runs"]] == [False]
-    assert len(found["disturbed"]) == 3
-    assert all(visit["step_s"] > 0 and min(visit["launch_probe_ns"]) > 2 for visit in found["disturbed"])
+    assert [visit["name"] for visit in found["disturbed"]] == 3 * ["tiny device 2x64 0k none defer fires"]
+    assert all(visit["step_s"] > 0 and len(visit["launch_probe_ns"]) == 2 for visit in found["disturbed"])
     assert ran.stderr.count("not recorded: tiny device") == 1
     assert "disturbed: the training thread's probes took" in ran.stderr
     assert _core.sim_output(["validate", str(out)])[0] == 0

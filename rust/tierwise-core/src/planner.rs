@@ -17,7 +17,7 @@ mod visiting;
 
 use crate::Tier;
 use crate::layout::Layout;
-use crate::plan::{ClipMode, DeviceBytes, HostBytes, LANDING_BUFFERS, NvmePlan, Plan, host_region_bytes};
+use crate::plan::{ChunkPlan, ClipMode, DeviceBytes, HostBytes, LANDING_BUFFERS, NvmePlan, Plan, host_region_bytes};
 use crate::trace::Trace;
 use activations::Activations;
 use memory::Memory;
@@ -380,22 +380,31 @@ fn is_hopeless(
             > bound * (1.0 + 1e-9)
 }
 
+/// The same placement with as many more gradients on their way as fit. The training thread waits where no more may be: what nothing else
+/// wants of the device lets it run ahead. Not where steps may be speculated: what lands after a step was committed is not, and a thread that
+/// is far ahead commits early.
+fn run_ahead(memory: &Memory, request: &PlanRequest, activations: &Activations, row: Row, slab: u64, landing_buffers: u32) -> Row {
+    // Gradients that land in buffers wait for these too.
+    let lands = request.accumulation > 1 || row.chunks.iter().any(ChunkPlan::spills_grads);
+    let most = match request.clip_mode {
+        ClipMode::Speculate | ClipMode::Auto => 1,
+        ClipMode::Defer if lands => GRADIENTS_AHEAD.min(u64::from(landing_buffers)),
+        ClipMode::Defer => GRADIENTS_AHEAD,
+    };
+    let fits = |row: &Row| row.device_bytes(activations, slab, false, request.reserve_bytes) <= request.device_budget;
+    (2..=most).rev().map(|times| row.with_gradients_ahead(memory, times)).find(fits).unwrap_or(row)
+}
+
 fn finish(memory: &Memory, request: &PlanRequest, best: Candidate) -> Result<Plan, PlanError> {
-    let Candidate { activations, mut row, mut slab, mut tight, step } = best;
-    // The training thread waits where no more gradients may be on their way: what is left lets it run ahead. Not where steps may be
-    // speculated: what lands after a step was committed is not, and a thread that is far ahead commits early.
-    let most = if request.clip_mode == ClipMode::Defer { GRADIENTS_AHEAD } else { 1 };
-    for times in (2..=most).rev() {
-        let wider = row.with_gradients_ahead(memory, times);
-        if wider.device_bytes(activations, slab, false, request.reserve_bytes) <= request.device_budget {
-            (row, tight) = (wider, false);
-            break;
-        }
-    }
+    let Candidate { activations, mut row, mut slab, tight, step } = best;
     if step.bound_by == "h2d" && slab > 0 {
         // What is left keeps chunks between their uses at the turns of the step, and lets copies run further ahead.
         let left = request.device_budget - row.device_bytes(activations, slab, tight, request.reserve_bytes);
         slab = (slab + left / row.slab_step * row.slab_step).min(row.streamed_bytes).max(slab);
+    }
+    let landing_buffers = step.late.unwrap_or(LANDING_BUFFERS);
+    if !tight {
+        row = run_ahead(memory, request, activations, row, slab, landing_buffers);
     }
     let (device, device_peak_op) = row.device_breakdown(activations, slab, tight, request.reserve_bytes);
     let mut host = HostBytes { activations: activations.host_bytes, ..row.host };
@@ -407,7 +416,6 @@ fn finish(memory: &Memory, request: &PlanRequest, best: Candidate) -> Result<Pla
         if host_region_bytes(wanted) <= left { wanted } else { left / host_region_bytes(1) * host_region_bytes(1) }
     };
     host.undo = host_region_bytes(undo_bytes);
-    let landing_buffers = step.late.unwrap_or(LANDING_BUFFERS);
     host.staging = host.staging / u64::from(LANDING_BUFFERS) * u64::from(landing_buffers);
     let mut plan = Plan {
         version: crate::plan::VERSION,

@@ -713,6 +713,32 @@ fn more_gradients_are_on_their_way_where_device_memory_is_left() {
     }
     let nothing = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 0.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
     assert_eq!(planned(&PlanRequest { placement: nothing, ..h100(200 * GIB, GIB) }).grad_in_flight_bytes, 0);
+    // Where they land in buffers, these are the limit.
+    let adding = PlanRequest { accumulation: 2, accumulate: Some(Tier::Host), ..on_host };
+    for (late_moments, host_budget, buffers) in [(false, 128 * GIB, 2), (true, 128 * GIB, 35)] {
+        let plan = planned(&PlanRequest { late_moments: Some(late_moments), host_budget, ..adding.clone() });
+        assert_eq!((plan.landing_buffers, plan.grad_in_flight_bytes), (buffers, u64::from(buffers.min(4)) * largest));
+    }
+}
+
+/// Chunks that stay between their uses come before gradients: they save copies where copies bound the step.
+#[test]
+fn the_slab_of_streamed_parameters_grows_before_more_gradients_are_on_their_way() {
+    let (layout, trace) = llama_7b(4096);
+    let streamed = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 1.0, stream_optim_frac: 0.0 };
+    let slow = Speeds { h2d_bytes: 10e9, d2h_bytes: 10e9, ..h100(GIB, GIB).speeds };
+    let mut both = 0;
+    for device_budget in (8..24).map(|gib| gib * GIB) {
+        let request = PlanRequest { placement: streamed, speeds: slow, recompute: Recompute::Full, ..h100(device_budget, 200 * GIB) };
+        let ahead = plan(&layout, &trace, &request).unwrap();
+        check_memory(&layout, &trace, &request, &ahead);
+        assert_eq!(ahead.bound_by, "h2d");
+        // Nothing of a plan that may speculate goes to gradients.
+        let without = plan(&layout, &trace, &PlanRequest { clip_mode: ClipMode::Speculate, ..request }).unwrap();
+        assert_eq!(ahead.stream_slab_bytes, without.stream_slab_bytes);
+        both += u32::from(ahead.grad_in_flight_bytes > without.grad_in_flight_bytes);
+    }
+    assert!(both > 0, "what the slab does not take goes to gradients");
 }
 
 /// While the moments of the last step are written, gradients of the first micro-batch wait for them where they landed.
