@@ -317,10 +317,17 @@ def test_a_correction_takes_only_room_at_the_peak_of_the_plan(kit: Any, monkeypa
 def test_on_cuda_a_peak_as_planned_leaves_no_room() -> None:
     # A plan for 52.15 GiB whose activations alone peak at 6.95 GiB, earlier in backward.
     device = {"states": 32600, "gradients": 6650, "resident_params": 6520, "activations": 2970, "reserve": 2350, "stream_slab": 772}
-    for peak, temporary, room in ((51212, 1700, 0), (50212, 1700, 1000), (51862, 4000, 0)):
+    # Gradients that may be on their way so that the training thread runs ahead may not have been: their room is none.
+    for peak, temporary, ahead, room in (
+        (51212, 1700, 0, 0),
+        (50212, 1700, 0, 1000),
+        (51862, 4000, 0, 0),
+        (50212, 1700, 600, 400),
+        (44000, 1700, 9000, 562),
+    ):
         search = SimpleNamespace(temporary_bytes=lambda _, size=temporary: size)
         target = SimpleNamespace(emulated=False, torch_device="cuda")
-        planned = SimpleNamespace(plan={"device": device})
+        planned = SimpleNamespace(plan={"device": device, "grad_ahead_bytes": ahead})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "max_memory_allocated", lambda _, peak=peak: peak)
             runtime: Any = SimpleNamespace(target=target, planned=planned, search=search, trace=None)

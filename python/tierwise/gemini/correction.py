@@ -31,8 +31,8 @@ def measured_activation_bytes(runtime: Runtime) -> int:
         temporaries = min(runtime.search.temporary_bytes(runtime.trace), planned["reserve"])
         peak = int(torch.cuda.max_memory_allocated(runtime.target.torch_device)) - temporaries
     held = sum(planned.values()) - planned["reserve"] - planned["activations"]
-    # How many gradients were on their way in that one step depends on the link's speed and on who was waited for: their room stays theirs.
-    held -= min(runtime.planned.plan["grad_in_flight_bytes"], planned["gradients"])
+    # Whether the thread ran ahead of its gradients in that one step depends on who was waited for: what it may is no room.
+    held -= min(runtime.planned.plan["grad_ahead_bytes"], planned["gradients"])
     return max(peak - int(held), 0)
 
 

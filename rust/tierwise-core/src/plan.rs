@@ -326,6 +326,9 @@ pub struct Plan {
     pub stream_slab_bytes: u64,
     /// Gradients of host-class chunks that may be on their way to the host at once, in bytes.
     pub grad_in_flight_bytes: u64,
+    /// What of these nothing else wanted of the device: it lets the training thread run ahead, and is not needed.
+    #[serde(default)]
+    pub grad_ahead_bytes: u64,
     /// Micro-batches per optimizer step.
     pub accumulation: u32,
     /// How clipping and the host step overlap.

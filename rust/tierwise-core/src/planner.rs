@@ -403,6 +403,7 @@ fn finish(memory: &Memory, request: &PlanRequest, best: Candidate) -> Result<Pla
         slab = (slab + left / row.slab_step * row.slab_step).min(row.streamed_bytes).max(slab);
     }
     let landing_buffers = step.late.unwrap_or(LANDING_BUFFERS);
+    let needed = row.in_flight_bytes[usize::from(tight)];
     if !tight {
         row = run_ahead(memory, request, activations, row, slab, landing_buffers);
     }
@@ -424,6 +425,7 @@ fn finish(memory: &Memory, request: &PlanRequest, best: Candidate) -> Result<Pla
         offload_window_bytes: activations.window_bytes,
         stream_slab_bytes: slab,
         grad_in_flight_bytes: row.in_flight_bytes[usize::from(tight)],
+        grad_ahead_bytes: row.in_flight_bytes[usize::from(tight)] - needed,
         accumulation: request.accumulation,
         clip_mode: request.clip_mode,
         undo_bytes,

@@ -86,6 +86,7 @@ fn accumulating(placement: ChunkPlan, buffers: u32, accumulation: u32) -> Plan {
         offload_window_bytes: 0,
         stream_slab_bytes: if placement.home.is_streamed() { SLOT * u64::from(buffers.clamp(1, 2)) } else { 0 },
         grad_in_flight_bytes: 1 << 20,
+        grad_ahead_bytes: 0,
         accumulation,
         clip_mode: ClipMode::Defer,
         undo_bytes: 0,

@@ -111,6 +111,7 @@ impl GivenPlan {
             offload_window_bytes: self.offload_window_bytes,
             stream_slab_bytes: self.stream_slab_bytes,
             grad_in_flight_bytes: self.grad_in_flight_bytes,
+            grad_ahead_bytes: 0,
             accumulation,
             clip_mode,
             undo_bytes: self.undo_bytes,

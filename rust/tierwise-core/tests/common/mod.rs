@@ -118,6 +118,7 @@ pub fn bare_plan(chunks: Vec<ChunkPlan>, units: usize, slab_bytes: u64, accumula
         offload_window_bytes: 0,
         stream_slab_bytes: slab_bytes,
         grad_in_flight_bytes: 0,
+        grad_ahead_bytes: 0,
         accumulation,
         clip_mode: ClipMode::Defer,
         undo_bytes: 0,
