@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.85, help="of the memory that is available")
     parser.add_argument("--threads", type=int, default=None, help="that write; one per CPU by default")
     parser.add_argument("--areas", type=int, default=0, help="to measure before and after; they take 0.9 GB each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which blocks are freed")
     a = parser.parse_args()
     if not 0 < a.share <= 0.95:
         raise SystemExit(f"--share is {a.share}: it must be more than 0 and at most 0.95, since other programs need memory too")
