@@ -26,6 +26,7 @@ use tierwise_core::plan::{NvmePlan, OptimizerClass, ParamHome, Plan};
 use tierwise_core::staging::{Piece, PieceId, Pieces, Staging, Transfer};
 use tierwise_core::trace::Trace;
 use tierwise_io::buffer::Buffer;
+use tierwise_io::error::{Error as DiskError, Result as DiskResult};
 use tierwise_io::store::{Slab, Store, StoreConfig};
 use tierwise_io::ticket::Ticket;
 use tierwise_io::{Direction, Key, Priority};
@@ -305,6 +306,26 @@ impl Shared {
         drop(guard);
         self.notify();
         Ok(())
+    }
+
+    /// Waits for what the disk was asked for. A read may find that the write of what it wants has failed before whoever waits for that write
+    /// was told: that one says why, and the read says what it found only if nobody does.
+    fn await_disk(&self, asked: &DiskResult<Ticket>, failed: impl FnOnce(DiskError) -> Error) -> Result<()> {
+        let error = match asked.as_ref().map_err(DiskError::clone).and_then(Ticket::wait) {
+            Ok(()) => return Ok(()),
+            Err(source @ DiskError::NotStored { .. }) => failed(source),
+            Err(source) => return Err(failed(source)),
+        };
+        // The write was submitted before, so its worker gets to it first.
+        self.disk_jobs[Direction::Write as usize].send(Job::new(None, move |_| Err(error)))?;
+        let mut state = self.lock();
+        loop {
+            Shared::healthy(&state)?;
+            if self.stopping() {
+                return Err(Error::Stopped("the engine is being dropped".to_owned()));
+            }
+            state = self.wait_for_news(state);
+        }
     }
 
     /// A transfer that was submitted then has ended now.

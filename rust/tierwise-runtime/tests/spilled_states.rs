@@ -430,6 +430,26 @@ fn a_fault_that_cannot_be_repaired_stops_the_engine_and_says_what_it_was() {
 }
 
 #[test]
+fn a_fetch_that_finds_its_write_failed_leaves_the_word_to_the_write() {
+    let mut of_params = 0;
+    // Of a piece, parameters and states are written apart.
+    for number in 1..8 {
+        let script = Script::default();
+        // Whoever waits for writes is still waiting for the one before, and the next step wants the parameters by then.
+        let late = Fault::Late(100_000_000);
+        script.faults.lock().unwrap().extend([(Direction::Write, 0, late), (Direction::Write, number, Fault::Errno(libc::ENOSPC))]);
+        let mut rig = Rig::new(ChunkPlan::new(OptimizerClass::Nvme, ParamHome::Fetched), 12, &script);
+        rig.run(0..2).unwrap();
+        script.armed.store(true, Ordering::Release);
+        let error = rig.run(2..5).expect_err("a disk that is full");
+        let message = error.to_string();
+        assert!(matches!(&error, Error::StoppedByDisk { source, .. } if source.errno() == Some(libc::ENOSPC)), "{number}: {error:?}");
+        of_params += usize::from(message.contains("spilled param, "));
+    }
+    assert!(of_params > 3, "{of_params} of the failing writes were waited for as writes");
+}
+
+#[test]
 fn a_parameter_that_cannot_be_read_is_never_used() {
     let mut reference = Rig::new(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2, &Script::default());
     reference.run(0..3).unwrap();

@@ -79,11 +79,10 @@ impl Shared {
             // Compute waits for it, or will soon; states are read far ahead.
             let key = param_key(spill.key(id));
             let ticket = store.read(key, generation, &mut target, Priority::Demand);
-            let ticket = ticket.map_err(|source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) })?;
             let ends = self.disk_work(key, Direction::Read, bytes, Priority::Demand);
             let submitted = self.device.now_ns();
             self.fetch_jobs[0].send(Job::new(None, move |shared| {
-                ticket.wait().map_err(|source| Error::Storage { what, path, source: Box::new(source) })?;
+                shared.await_disk(&ticket, |source| Error::Storage { what, path, source: Box::new(source) })?;
                 await_clock(ends.as_ref())?;
                 let mut state = shared.lock();
                 let end = shared.device.now_ns();

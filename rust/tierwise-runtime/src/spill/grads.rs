@@ -20,14 +20,14 @@ use tierwise_core::layout::Layout;
 use tierwise_core::plan::{ChunkPlan, HOST_REGION_ALIGN, NvmePlan, Plan};
 use tierwise_core::staging::{Piece, PieceId};
 use tierwise_io::buffer::Buffer;
-use tierwise_io::error::Error as DiskError;
+use tierwise_io::error::Result as DiskResult;
 use tierwise_io::ticket::Ticket;
 use tierwise_io::{Direction, Key, Priority};
 
 /// A transfer of one piece's gradient.
 pub(super) struct GradTransfer {
     /// Or why it could not even be submitted.
-    ticket: std::result::Result<Ticket, DiskError>,
+    ticket: DiskResult<Ticket>,
     /// When it ends by the clock, where there is one.
     ends: Option<EventRef>,
     direction: Direction,
@@ -150,22 +150,8 @@ impl Shared {
     /// Waits for a transfer.
     pub(super) fn await_grad(&self, transfer: &GradTransfer) -> Result<()> {
         let GradTransfer { ticket, ends, direction, chunk, what, bytes, submitted, path } = transfer;
-        let outcome = ticket.as_ref().map_err(DiskError::clone).and_then(Ticket::wait);
         let failed = |source| Error::Storage { what: what.clone(), path: path.clone(), source: Box::new(source) };
-        if let Err(source @ DiskError::NotStored { .. }) = outcome {
-            // Its write has failed. Who waits for that says why; this is said only if there is no such reason.
-            let error = failed(source);
-            self.disk_jobs[Direction::Write as usize].send(Job::new(None, move |_| Err(error)))?;
-            let mut state = self.lock();
-            loop {
-                Shared::healthy(&state)?;
-                if self.stopping() {
-                    return Err(Error::Stopped("the engine is being dropped".to_owned()));
-                }
-                state = self.wait_for_news(state);
-            }
-        }
-        outcome.map_err(failed)?;
+        self.await_disk(ticket, failed)?;
         await_clock(ends.as_ref())?;
         let mut state = self.lock();
         let verb = if *direction == Direction::Read { "read" } else { "write" };
