@@ -290,8 +290,8 @@ class HostBench:
     def numel(self) -> int: ...
     def rate(self, kernel: str, seconds: float, threads: int | None = None) -> float:
         """Elements per second of the median pass: parameters of "adam" (26 bytes of traffic each), of the two passes that its steps may
-        take, "params_first" and "moments" (18 each), of "accumulate" (bf16 into fp32) and of "norm" (bf16), bytes of "copy". Raises
-        ValueError for another kernel."""
+        take, "params_first" and "moments" (18 each), of steps that may be undone, "undoable" (38), of "accumulate" (bf16 into fp32) and of
+        "norm" (bf16), bytes of "copy". Raises ValueError for another kernel."""
 
 def sim_main(args: list[str]) -> int:
     """Runs the `tierwise-sim` command with these arguments; returns its exit code."""

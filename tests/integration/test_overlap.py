@@ -94,18 +94,17 @@ def test_speculation_steps_during_backward(kit: Any, tmp_path: Path) -> None:
     backward = tracks.first("compute", "model.layers.0 backward")
     for layer in range(2, LAYERS):
         span = tracks.first("host optimizer", f"speculate model.layers.{layer}")
-        record = tracks.first("host optimizer", f"undo record model.layers.{layer}")
-        assert tracks.first("d2h", f"gradients model.layers.{layer}").end <= record.start < record.end <= span.start
+        assert tracks.first("d2h", f"gradients model.layers.{layer}").end <= span.start < span.end
         assert span.end <= backward.end, "with 20 ms a layer, those before the last are stepped in backward"
 
 
 def test_what_is_undone_is_seen(kit: Any, tmp_path: Path) -> None:
     tracks = run(kit, tmp_path, seconds=0.02, steps=1, clip_mode="speculate", max_norm=1.5)
-    undone = [span for span in tracks.of("host optimizer", "undo ") if not span.name.startswith("undo record")]
-    assert undone
-    for span in undone:
+    for span in tracks.of("host optimizer", "undo "):
         step = tracks.first("host optimizer", span.name.replace("undo", "speculate"))
         assert step.end <= span.start < span.end
+        # Of an fp32 parameter 12 bytes are read and written to undo what a step of 28 overwrote, which wrote them down.
+        assert span.nbytes * (28 + 12) == step.nbytes * 24
 
 
 def test_streamed_layers_come_while_the_one_before_computes(kit: Any, tmp_path: Path) -> None:

@@ -117,22 +117,14 @@ def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
 def test_what_speculation_takes_is_read_from_its_spans() -> None:
     events: list[dict[str, Any]] = [{"ph": "M", "tid": 0, "args": {"name": "host optimizer"}}]
     for step, ms in enumerate((2.0, 4.0, 2.5)):
-        for what, at, moved, us in (("undo record", 0.0, 24_000_000, 1e3 * ms), ("speculate", 2e4, 26_000_000, 2e3 * ms)):
-            span = {"ph": "X", "tid": 0, "name": f"{what} layers.3", "ts": 1e6 * step + at, "dur": us, "args": {"bytes": moved}}
-            events.append(span)
+        moved = {"bytes": 38_000_000}
+        events.append({"ph": "X", "tid": 0, "name": "speculate layers.3", "ts": 1e6 * step, "dur": 1e3 * ms, "args": moved})
         # Nothing was speculated of it.
         events.append({"ph": "X", "tid": 0, "name": "step embed", "ts": 1e6 * step + 9e4, "dur": 1.0, "args": {"bytes": 26_000_000}})
     found = engine.speculated_rates(json.dumps({"traceEvents": events}))
-    assert found.host_params_per_s == pytest.approx(1_000_000 / 5e-3)
-    assert found.host_undo_bytes_per_s == pytest.approx(12_000_000 / 2.5e-3)
+    assert found.host_undoable_params_per_s == pytest.approx(1_000_000 / 2.5e-3)
+    assert found == engine.Adam(host_undoable_params_per_s=found.host_undoable_params_per_s)
     assert engine.speculated_rates(json.dumps({"traceEvents": events[:1]})) == engine.Adam()
-
-
-def test_whole_steps_of_an_engine_that_takes_them_count_before_speculated_ones() -> None:
-    speculated = engine.Adam(host_params_per_s=5e9, host_undo_bytes_per_s=6e10)
-    passes = engine.with_speculation(engine.Adam(host_moments_per_s=9e9), speculated)
-    assert passes == engine.Adam(host_params_per_s=5e9, host_moments_per_s=9e9, host_undo_bytes_per_s=6e10)
-    assert engine.with_speculation(engine.Adam(host_params_per_s=4e9), speculated).host_params_per_s == 4e9
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

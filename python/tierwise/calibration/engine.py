@@ -42,8 +42,8 @@ _AROUND_S = 0.2
 """Seconds of the host's Adam before and after the engine's."""
 _LONGEST_GAP_NS = 1e6
 """Between steps of which the second waits for nothing."""
-_WHOLE_BYTES, _PASS_BYTES = 26, 18
-"""Of memory traffic per parameter: of a step, and of either of its two passes (split masters)."""
+_WHOLE_BYTES, _PASS_BYTES, _UNDOABLE_BYTES = 26, 18, 38
+"""Of memory traffic per parameter: of a step, of either of its two passes, and of a step with its undo record (split masters)."""
 
 
 def launches(device: torch.device) -> dict[str, int]:
@@ -165,8 +165,8 @@ class Adam:
     """Whole steps; the engine takes these, or two passes."""
     host_params_first_per_s: float | None = None
     host_moments_per_s: float | None = None
-    host_undo_bytes_per_s: float | None = None
-    """Copies of what a step that may be undone overwrites."""
+    host_undoable_params_per_s: float | None = None
+    """Steps that may be undone, and their records."""
     host_gap_ns: float | None = None
     """Between one chunk's step on the host and the next one's."""
 
@@ -179,14 +179,8 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
 
 
 def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> Adam:
-    """The same of an engine that does not wait for the norm: whole steps in backward, and their undo records."""
+    """The same of an engine that does not wait for the norm: steps in backward that may be undone."""
     return _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True, steps=_STEPS_OF_ADAM)))
-
-
-def with_speculation(found: Adam, speculated: Adam) -> Adam:
-    """All that is known: whole steps in backward stand for those of an engine that otherwise takes two passes."""
-    whole = found.host_params_per_s or speculated.host_params_per_s
-    return dataclasses.replace(found, host_params_per_s=whole, host_undo_bytes_per_s=speculated.host_undo_bytes_per_s)
 
 
 def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:
@@ -195,7 +189,7 @@ def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]
     found = measure()
     around.append(bench.rate("adam", _AROUND_S))
     then = host["adam_params_per_s"] / statistics.mean(around)
-    names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undo_bytes_per_s")
+    names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undoable_params_per_s")
     rates_then = {name: getattr(found, name) for name in names}
     return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
 
@@ -239,11 +233,8 @@ def _rate(of: list[dict[str, Any]], bytes_each: int) -> float | None:
 
 
 def speculated_rates(timeline: str) -> Adam:
-    """Whole steps and undo records; None where nothing was speculated."""
-    of = _Timeline(timeline)
-    steps, records = of.spans("host optimizer", "speculate"), of.spans("host optimizer", "undo record")
-    # A record is read and written.
-    return Adam(host_params_per_s=_rate(steps, _WHOLE_BYTES), host_undo_bytes_per_s=_rate(records, 2))
+    """Of steps that may be undone; None where nothing was speculated."""
+    return Adam(host_undoable_params_per_s=_rate(_Timeline(timeline).spans("host optimizer", "speculate"), _UNDOABLE_BYTES))
 
 
 def rates(timeline: str, log: Callable[[str], None]) -> Adam:

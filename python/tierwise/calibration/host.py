@@ -13,6 +13,7 @@ KERNELS = {
     "adam": "adam_params_per_s",
     "params_first": "params_first_per_s",
     "moments": "moments_per_s",
+    "undoable": "undoable_params_per_s",
     "accumulate": "accumulate_numel_per_s",
     "norm": "norm_numel_per_s",
     "copy": "copy_bytes_per_s",

@@ -92,14 +92,12 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         whole = measured["host"][-1]
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
         adam = adam or engine.Adam()
-        undo = _if_possible("undo records", lambda: engine.speculation(device, whole, bench), log, missing)
-        if undo is not None:
-            adam = engine.with_speculation(adam, undo)
+        undoable = _if_possible("steps that may be undone", lambda: engine.speculation(device, whole, bench), log, missing)
     measured["device_adam_params_per_s"] = adam.device_params_per_s
     measured["host_adam_params_per_s"] = adam.host_params_per_s
     measured["host_params_first_per_s"] = adam.host_params_first_per_s
     measured["host_moments_per_s"] = adam.host_moments_per_s
-    measured["host_undo_bytes_per_s"] = adam.host_undo_bytes_per_s
+    measured["host_undoable_params_per_s"] = undoable and undoable.host_undoable_params_per_s
     measured["host_gap_ns"] = adam.host_gap_ns
     log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:

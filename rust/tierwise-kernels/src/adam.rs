@@ -19,7 +19,7 @@ use half::{bf16, f16};
 use crate::dispatch::{self, Level, Supported, at_every_level, prefetch_read, prefetch_write};
 use crate::element::{self, Element};
 use crate::pool::{GRAIN_NUMEL, Grains, Pool, Shared};
-use crate::{AdamConstants, AdamSegment, Format, GradDtype};
+use crate::{AdamConstants, AdamSegment, Format, GradDtype, UndoRecord, convert};
 
 /// Elements per turn of the main loop: whole cache lines of every stream.
 const BLOCK: usize = 64;
@@ -55,17 +55,27 @@ impl Pass {
 trait Writes: 'static {
     /// Whether it writes the moments too.
     const MOMENTS: bool;
+    /// Whether what it overwrites is kept.
+    const KEEPS: bool;
 }
 
 struct Whole;
+struct Undoable;
 struct Params;
 
 impl Writes for Whole {
     const MOMENTS: bool = true;
+    const KEEPS: bool = false;
+}
+
+impl Writes for Undoable {
+    const MOMENTS: bool = true;
+    const KEEPS: bool = true;
 }
 
 impl Writes for Params {
     const MOMENTS: bool = false;
+    const KEEPS: bool = false;
 }
 
 /// A storage format: what a weight is read from and written to.
@@ -125,6 +135,17 @@ impl Store for Fp32 {
     }
 }
 
+/// What a step overwrites, of a part of a segment.
+struct Arrays<'a, S: Store> {
+    param: &'a mut [S::Param],
+    master: &'a mut [S::Master],
+    exp_avg: &'a mut [f32],
+    exp_avg_sq: &'a mut [f32],
+}
+
+/// Where it is kept, if it is.
+type Kept<'a, S> = Option<Arrays<'a, S>>;
+
 /// Steps every segment, and returns when all are written.
 ///
 /// # Safety
@@ -160,8 +181,8 @@ pub unsafe fn adam_segments_at(pool: &Pool, level: Level, pass: Pass, segments: 
         // SAFETY: the caller keeps the arrays alive and to us; grains do not overlap, and each is taken by one thread.
         unsafe {
             match pass.of(&segment.constants) {
-                Some(Pass::Whole) => step_grain::<Whole>(supported, segment, start, numel),
-                Some(Pass::Params) => step_grain::<Params>(supported, segment, start, numel),
+                Some(Pass::Whole) => step_grain::<Whole>(supported, segment, None, start, numel),
+                Some(Pass::Params) => step_grain::<Params>(supported, segment, None, start, numel),
                 Some(Pass::Moments) => moments_of_grain(supported, segment, start, numel),
                 None => {}
             }
@@ -169,15 +190,43 @@ pub unsafe fn adam_segments_at(pool: &Pool, level: Level, pass: Pass, segments: 
     });
 }
 
+/// A whole step that may have to be undone: what it overwrites goes to the records, past the caches, so that memory is read once for both.
+///
+/// # Safety
+/// As for [`adam_segments`], of the records' arrays too.
+pub unsafe fn adam_undoable(pool: &Pool, segments: &[(AdamSegment, UndoRecord)]) {
+    // SAFETY: promised by the caller.
+    unsafe { adam_undoable_at(pool, dispatch::level(), segments) }
+}
+
+/// [`adam_undoable`] at a given level, for tests and measurements.
+///
+/// # Panics
+/// If this machine lacks the level.
+///
+/// # Safety
+/// As for [`adam_undoable`].
+pub unsafe fn adam_undoable_at(pool: &Pool, level: Level, segments: &[(AdamSegment, UndoRecord)]) {
+    let supported = Supported::new(level);
+    let grains = Grains::new(segments.iter().map(|(segment, _)| segment.numel), GRAIN_NUMEL);
+    pool.for_each_grain(grains.count(), |grain| {
+        let (segment, start, numel) = grains.locate(grain);
+        let (segment, record) = &segments[segment];
+        // SAFETY: the caller keeps the arrays alive and to us; grains do not overlap, and each is taken by one thread.
+        unsafe { step_grain::<Undoable>(supported, segment, Some(record), start, numel) };
+        convert::fence();
+    });
+}
+
 /// # Safety
 /// The elements `start..start + numel` of every array are valid and untouched by anyone else.
-unsafe fn step_grain<W: Writes>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+unsafe fn step_grain<W: Writes>(supported: Supported, segment: &AdamSegment, record: Option<&UndoRecord>, start: usize, numel: usize) {
     // SAFETY: promised by the caller, who keeps the arrays alive.
     unsafe {
         match segment.format {
-            Format::SplitBf16 => step_grain_as::<W, SplitBf16>(supported, segment, start, numel),
-            Format::Fp16Master => step_grain_as::<W, Fp16Master>(supported, segment, start, numel),
-            Format::Fp32 => step_grain_as::<W, Fp32>(supported, segment, start, numel),
+            Format::SplitBf16 => step_grain_as::<W, SplitBf16>(supported, segment, record, start, numel),
+            Format::Fp16Master => step_grain_as::<W, Fp16Master>(supported, segment, record, start, numel),
+            Format::Fp32 => step_grain_as::<W, Fp32>(supported, segment, record, start, numel),
         }
     }
 }
@@ -185,7 +234,13 @@ unsafe fn step_grain<W: Writes>(supported: Supported, segment: &AdamSegment, sta
 /// # Safety
 /// As for [`step_grain`]; the segment's format is `S`.
 #[expect(clippy::cast_ptr_alignment, reason = "the caller promises natural alignment")]
-unsafe fn step_grain_as<W: Writes, S: Store>(supported: Supported, segment: &AdamSegment, start: usize, numel: usize) {
+unsafe fn step_grain_as<W: Writes, S: Store>(
+    supported: Supported,
+    segment: &AdamSegment,
+    record: Option<&UndoRecord>,
+    start: usize,
+    numel: usize,
+) {
     let c = &segment.constants;
     // SAFETY: promised by the caller, who keeps the arrays alive; format and dtype say what the addresses point to.
     unsafe {
@@ -193,18 +248,24 @@ unsafe fn step_grain_as<W: Writes, S: Store>(supported: Supported, segment: &Ada
         let master = Shared(segment.master.cast::<S::Master>()).slice_mut(start, numel);
         let exp_avg = Shared(segment.exp_avg).slice_mut(start, numel);
         let exp_avg_sq = Shared(segment.exp_avg_sq).slice_mut(start, numel);
+        let kept: Kept<S> = record.map(|record| Arrays {
+            param: Shared(record.param.cast()).slice_mut(start, numel),
+            master: Shared(record.master.cast()).slice_mut(start, numel),
+            exp_avg: Shared(record.exp_avg).slice_mut(start, numel),
+            exp_avg_sq: Shared(record.exp_avg_sq).slice_mut(start, numel),
+        });
         match segment.grad_dtype {
             GradDtype::Bf16 => {
                 let grad = Shared::from_const(segment.grad.cast::<bf16>()).slice(start, numel);
-                step::<W, S, bf16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, bf16>(supported, param, master, exp_avg, exp_avg_sq, grad, kept, c);
             }
             GradDtype::Fp16 => {
                 let grad = Shared::from_const(segment.grad.cast::<f16>()).slice(start, numel);
-                step::<W, S, f16>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, f16>(supported, param, master, exp_avg, exp_avg_sq, grad, kept, c);
             }
             GradDtype::Fp32 => {
                 let grad = Shared::from_const(segment.grad.cast::<f32>()).slice(start, numel);
-                step::<W, S, f32>(supported, param, master, exp_avg, exp_avg_sq, grad, c);
+                step::<W, S, f32>(supported, param, master, exp_avg, exp_avg_sq, grad, kept, c);
             }
         }
     }
@@ -261,14 +322,17 @@ at_every_level! {
 }
 
 at_every_level! {
+    #[expect(clippy::too_many_arguments, reason = "as arguments the compiler knows of every array that no other overlaps it")]
     fn step<W: Writes, S: Store, G: Element>(
         param: &mut [S::Param],
         master: &mut [S::Master],
         exp_avg: &mut [f32],
         exp_avg_sq: &mut [f32],
         grad: &[G],
+        kept: Kept<S>,
         c: &AdamConstants,
     ) {
+        let mut kept = kept;
         let numel = grad.len();
         let (param, master) = (&mut param[..numel], &mut master[..numel]);
         let (exp_avg, exp_avg_sq) = (&mut exp_avg[..numel], &mut exp_avg_sq[..numel]);
@@ -286,10 +350,22 @@ at_every_level! {
             let end = start + BLOCK;
             let (param, master) = (&mut param[start..end], &mut master[start..end]);
             let (exp_avg, exp_avg_sq, grad) = (&mut exp_avg[start..end], &mut exp_avg_sq[start..end], &grad[start..end]);
+            if W::KEEPS && let Some(kept) = &mut kept {
+                convert::block_past_caches(param, &mut kept.param[start..end]);
+                convert::block_past_caches(master, &mut kept.master[start..end]);
+                convert::block_past_caches(exp_avg, &mut kept.exp_avg[start..end]);
+                convert::block_past_caches(exp_avg_sq, &mut kept.exp_avg_sq[start..end]);
+            }
             for i in 0..BLOCK {
                 step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
             }
             start = end;
+        }
+        if W::KEEPS && let Some(kept) = &mut kept {
+            kept.param[start..numel].copy_from_slice(&param[start..]);
+            kept.master[start..numel].copy_from_slice(&master[start..]);
+            kept.exp_avg[start..numel].copy_from_slice(&exp_avg[start..]);
+            kept.exp_avg_sq[start..numel].copy_from_slice(&exp_avg_sq[start..]);
         }
         for i in start..numel {
             step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);

@@ -106,17 +106,46 @@ pub unsafe fn f32_to_fp16_at(pool: &Pool, level: Level, src: *const f32, dst: *m
 /// # Safety
 /// Until this returns, the caller keeps `src` valid and unwritten and `dst` valid and untouched by anyone else; they do not overlap.
 pub unsafe fn copy(pool: &Pool, src: *const u8, dst: *mut u8, bytes: usize) {
-    let (src, dst) = (Shared::from_const(src), Shared(dst));
-    for_each_range(pool, bytes, COPY_GRAIN_BYTES, |start, bytes| {
-        // SAFETY: the caller keeps both arrays alive; ranges do not overlap, and each is taken by one thread.
-        unsafe { copy_past_caches(src.slice(start, bytes), dst.slice_mut(start, bytes)) }
+    // SAFETY: promised by the caller.
+    unsafe { copy_all(pool, &[Copied { src, dst, bytes }]) }
+}
+
+/// Bytes on their way to another place.
+#[derive(Debug, Clone, Copy)]
+pub struct Copied {
+    /// First byte.
+    pub src: *const u8,
+    /// Where it goes.
+    pub dst: *mut u8,
+    /// How many.
+    pub bytes: usize,
+}
+
+// SAFETY: only addresses; whoever hands them over says how long they are valid and who else may use them.
+unsafe impl Send for Copied {}
+// SAFETY: as above.
+unsafe impl Sync for Copied {}
+
+/// [`copy`] of several ranges in one pass.
+///
+/// # Safety
+/// As for [`copy`], of every range; no two overlap.
+pub unsafe fn copy_all(pool: &Pool, ranges: &[Copied]) {
+    let grains = Grains::new(ranges.iter().map(|range| range.bytes), COPY_GRAIN_BYTES);
+    pool.for_each_grain(grains.count(), |grain| {
+        let (range, start, bytes) = grains.locate(grain);
+        let Copied { src, dst, .. } = ranges[range];
+        // SAFETY: the caller keeps all ranges alive; grains do not overlap, and each is taken by one thread.
+        unsafe { copy_past_caches(Shared::from_const(src).slice(start, bytes), Shared(dst).slice_mut(start, bytes)) };
+        fence();
     });
 }
 
-/// Slices of equal length.
+/// Slices of equal length. Other threads may see what is stored after this before it, up to the next [`fence`].
 #[cfg(target_arch = "x86_64")]
-fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+#[inline]
+pub(crate) fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     /// Of one store, which must be aligned; the processor joins four of them to a line.
     const WORD: usize = size_of::<__m128i>();
     assert_eq!(src.len(), dst.len());
@@ -130,13 +159,41 @@ fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
         unsafe { _mm_stream_si128(to.as_mut_ptr().cast(), _mm_loadu_si128(from.as_ptr().cast())) };
     }
     rest.copy_from_slice(last);
-    // SAFETY: every x86-64 has it. Without it another thread might see what is stored after this before these words.
-    unsafe { _mm_sfence() };
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
+pub(crate) fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
     dst.copy_from_slice(src);
+}
+
+/// The same of numbers that come from a cache, so few that what they are is known when this is compiled.
+#[inline]
+pub(crate) fn block_past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        const WORD: usize = size_of::<__m128i>();
+        let bytes = size_of_val(src);
+        assert!(src.len() == dst.len());
+        let (from, to) = (src.as_ptr().cast::<u8>(), dst.as_mut_ptr().cast::<u8>());
+        if to.addr().is_multiple_of(WORD) && bytes.is_multiple_of(WORD) {
+            for at in (0..bytes).step_by(WORD) {
+                // SAFETY: every x86-64 has SSE2; the word lies in both slices, and that of `dst` begins at a multiple of its size.
+                unsafe { _mm_stream_si128(to.add(at).cast(), _mm_loadu_si128(from.add(at).cast())) };
+            }
+            return;
+        }
+    }
+    dst.copy_from_slice(src);
+}
+
+/// What [`copy_past_caches`] stored is seen before what is stored after this.
+pub(crate) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    };
 }
 
 fn for_each_range(pool: &Pool, numel: usize, grain_numel: usize, f: impl Fn(usize, usize) + Sync) {

@@ -28,6 +28,25 @@ pub enum Format {
     Fp32,
 }
 
+impl Format {
+    /// Bytes of an element of the parameter.
+    pub fn param_bytes(self) -> usize {
+        match self {
+            Format::SplitBf16 | Format::Fp16Master => 2,
+            Format::Fp32 => 4,
+        }
+    }
+
+    /// Bytes of an element of the master beside the parameter.
+    pub fn master_bytes(self) -> usize {
+        match self {
+            Format::SplitBf16 => 2,
+            Format::Fp16Master => 4,
+            Format::Fp32 => 0,
+        }
+    }
+}
+
 /// Element type of a gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GradDtype {
@@ -170,6 +189,24 @@ pub struct AdamSegment {
     /// Constants.
     pub constants: AdamConstants,
 }
+
+/// Where a step that may have to be undone puts what it overwrites: arrays of as many elements and bytes as the segment's.
+#[derive(Debug, Clone, Copy)]
+pub struct UndoRecord {
+    /// Of the parameter.
+    pub param: *mut u8,
+    /// Of the master; not used for [`Format::Fp32`].
+    pub master: *mut u8,
+    /// Of the first moment.
+    pub exp_avg: *mut f32,
+    /// Of the second moment.
+    pub exp_avg_sq: *mut f32,
+}
+
+// SAFETY: a set of addresses, as below.
+unsafe impl Send for UndoRecord {}
+// SAFETY: as below.
+unsafe impl Sync for UndoRecord {}
 
 // SAFETY: a segment or span is a set of addresses; whoever runs a kernel on it promises that they are valid and unaliased meanwhile.
 unsafe impl Send for AdamSegment {}

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use crate::pool::{GRAIN_NUMEL, Pool, Shared};
-use crate::{AdamConstants, AdamHyper, AdamSegment, Addition, Format, GradDtype, GradSpan, accumulate, adam, convert, norm};
+use crate::{AdamConstants, AdamHyper, AdamSegment, Addition, Format, GradDtype, GradSpan, UndoRecord, accumulate, adam, convert, norm};
 
 /// Bytes per parameter: bf16 parameter, 16-bit low half, two fp32 moments, bf16 gradient.
 const BYTES_PER_PARAM: usize = 2 + 2 + 4 + 4 + 2;
@@ -21,6 +21,8 @@ pub enum HostKernel {
     ParamsFirst,
     /// The second: 18 bytes each.
     Moments,
+    /// A whole step that may be undone: 38 bytes each, 12 of them the record of what it overwrites.
+    Undoable,
     /// A bf16 gradient added into an fp32 accumulator: 10 bytes each.
     Accumulate,
     /// The sum of squares of bf16 gradients: 2 bytes each.
@@ -102,20 +104,17 @@ impl HostBench {
                     _ => adam::Pass::Whole,
                 };
                 self.step += 1;
-                let hyper = AdamHyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
-                let segment = AdamSegment {
-                    format: Format::SplitBf16,
-                    grad_dtype: GradDtype::Bf16,
-                    numel: n,
-                    exp_avg: at(0).cast(),
-                    exp_avg_sq: at(4 * n).cast(),
-                    param: at(8 * n),
-                    master: at(10 * n),
-                    grad: at(12 * n),
-                    constants: AdamConstants::new(&hyper, self.step, 1.0),
-                };
+                let segment = segment(at, n, self.step);
                 // SAFETY: five arrays side by side in memory that this borrows alone.
                 unsafe { adam::adam_pass(pool, pass, &[segment]) };
+                n
+            }
+            HostKernel::Undoable => {
+                // So many that their records have room beside them.
+                let n = n / 2;
+                self.step += 1;
+                // SAFETY: nine arrays side by side, of 26 bytes per parameter, in memory that this borrows alone.
+                unsafe { adam::adam_undoable(pool, &[undoable(at, n, self.step)]) };
                 n
             }
             HostKernel::Accumulate => {
@@ -142,6 +141,28 @@ impl HostBench {
             }
         }
     }
+}
+
+/// A step of `n` parameters whose arrays lie side by side from `at(0)` on, 14 bytes each.
+fn segment(at: impl Fn(usize) -> *mut u8, n: usize, step: u64) -> AdamSegment {
+    let hyper = AdamHyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+    AdamSegment {
+        format: Format::SplitBf16,
+        grad_dtype: GradDtype::Bf16,
+        numel: n,
+        exp_avg: at(0).cast(),
+        exp_avg_sq: at(4 * n).cast(),
+        param: at(8 * n),
+        master: at(10 * n),
+        grad: at(12 * n),
+        constants: AdamConstants::new(&hyper, step, 1.0),
+    }
+}
+
+/// The same with the record of what it overwrites behind it, 12 bytes each.
+fn undoable(at: impl Fn(usize) -> *mut u8, n: usize, step: u64) -> (AdamSegment, UndoRecord) {
+    let record = UndoRecord { exp_avg: at(14 * n).cast(), exp_avg_sq: at(18 * n).cast(), param: at(22 * n), master: at(24 * n) };
+    (segment(at, n, step), record)
 }
 
 impl Drop for HostBench {

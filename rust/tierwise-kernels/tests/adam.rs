@@ -5,10 +5,10 @@ mod common;
 use common::{GRAD_DTYPES, Grad, Random, any_f32, same};
 use half::f16;
 use proptest::prelude::*;
-use tierwise_kernels::adam::{Pass, adam_segments, adam_segments_at};
+use tierwise_kernels::adam::{Pass, adam_segments, adam_segments_at, adam_undoable_at};
 use tierwise_kernels::convert::{join_master, split_master};
 use tierwise_kernels::dispatch::Level;
-use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, Pool};
+use tierwise_kernels::{AdamConstants, AdamHyper, AdamSegment, Format, GradDtype, Pool, UndoRecord};
 
 const FORMATS: [Format; 3] = [Format::SplitBf16, Format::Fp16Master, Format::Fp32];
 
@@ -63,6 +63,43 @@ impl Param {
             grad: grad.ptr(),
             constants,
         }
+    }
+
+    /// Room for what a step of it overwrites, `shift` elements behind the start of each array.
+    fn room(&self, shift: usize) -> Self {
+        let room = |len: usize| if len == 0 { 0 } else { len + shift };
+        Self {
+            format: self.format,
+            param16: vec![0x7fc0; room(self.param16.len())],
+            param32: vec![7.5; room(self.param32.len())],
+            lo: vec![-1; room(self.lo.len())],
+            master: vec![7.5; room(self.master.len())],
+            exp_avg: vec![7.5; room(self.exp_avg.len())],
+            exp_avg_sq: vec![7.5; room(self.exp_avg_sq.len())],
+        }
+    }
+
+    fn record(&mut self, grad: &Grad, shift: usize) -> UndoRecord {
+        let segment = self.segment(grad, AdamConstants::new(&HYPER, 1, 1.0));
+        UndoRecord {
+            param: segment.param.wrapping_add(shift * self.format.param_bytes()),
+            master: segment.master.wrapping_add(shift * self.format.master_bytes()),
+            exp_avg: segment.exp_avg.wrapping_add(shift),
+            exp_avg_sq: segment.exp_avg_sq.wrapping_add(shift),
+        }
+    }
+
+    /// Every array, in bits.
+    fn bits(&self) -> [Vec<u32>; 6] {
+        let floats = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+        [
+            self.param16.iter().map(|&bits| u32::from(bits)).collect(),
+            floats(&self.param32),
+            self.lo.iter().map(|&bits| u32::from(bits.cast_unsigned())).collect(),
+            floats(&self.master),
+            floats(&self.exp_avg),
+            floats(&self.exp_avg_sq),
+        ]
     }
 
     fn weight(&self, i: usize) -> f32 {
@@ -139,6 +176,27 @@ fn step_in_two(pool: &Pool, level: Level, param: &mut Param, grad: &Grad, consta
     between
 }
 
+/// Steps parameters, and checks that the records hold, from element `shift` on, what was overwritten.
+fn step_undoable(pool: &Pool, level: Level, params: &mut [Param], grads: &[Grad], constants: AdamConstants, shift: usize) {
+    let before = params.to_vec();
+    let mut rooms: Vec<Param> = params.iter().map(|param| param.room(shift)).collect();
+    let blank: Vec<Param> = rooms.clone();
+    let segments: Vec<(AdamSegment, UndoRecord)> = params
+        .iter_mut()
+        .zip(grads)
+        .zip(&mut rooms)
+        .map(|((param, grad), room)| (param.segment(grad, constants), room.record(grad, shift)))
+        .collect();
+    // SAFETY: as in `step`, of the records too.
+    unsafe { adam_undoable_at(pool, level, &segments) };
+    for ((before, room), blank) in before.iter().zip(&rooms).zip(&blank) {
+        for ((before, room), blank) in before.bits().iter().zip(room.bits()).zip(blank.bits()) {
+            let shift = room.len() - before.len();
+            assert!(room[..shift] == blank[..shift] && room[shift..] == before[..], "{level:?}, shift {shift}");
+        }
+    }
+}
+
 fn hyper() -> impl Strategy<Value = AdamHyper> {
     (1e-6..1e-1, 0.0..0.999, 0.5..0.9999, 0.0..1e-6, prop::sample::select(vec![0.0, 0.01, 0.3]), any::<bool>())
         .prop_map(|(lr, beta1, beta2, eps, weight_decay, decoupled)| AdamHyper { lr, beta1, beta2, eps, weight_decay, decoupled })
@@ -169,6 +227,9 @@ proptest! {
                     let mut param = before.clone();
                     step(&pool, level, &[param.segment(&grad, constants)]);
                     param.assert_same(&expected, &format!("{level:?} {dtype:?}"));
+                    let mut param = [before.clone()];
+                    step_undoable(&pool, level, &mut param, std::slice::from_ref(&grad), constants, 0);
+                    param[0].assert_same(&expected, &format!("undoable, {level:?} {dtype:?}"));
                     let mut param = before.clone();
                     let between = step_in_two(&pool, level, &mut param, &grad, constants);
                     param.assert_same(&expected, &format!("two passes, {level:?} {dtype:?}"));
@@ -211,6 +272,13 @@ fn threads_and_levels_give_equal_bits() {
             step(&pool, level, &segments);
             for (param, expected) in stepped.iter().zip(&expected) {
                 param.assert_same(expected, &format!("{threads} threads, {level:?}"));
+            }
+            for shift in [0, 1, 8] {
+                let mut stepped = params.clone();
+                step_undoable(&pool, level, &mut stepped, &grads, constants, shift);
+                for (param, expected) in stepped.iter().zip(&expected) {
+                    param.assert_same(expected, &format!("undoable, {threads} threads, {level:?}"));
+                }
             }
         }
     }

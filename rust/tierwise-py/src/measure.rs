@@ -37,11 +37,12 @@ impl HostBench {
             "adam" => HostKernel::Adam,
             "params_first" => HostKernel::ParamsFirst,
             "moments" => HostKernel::Moments,
+            "undoable" => HostKernel::Undoable,
             "accumulate" => HostKernel::Accumulate,
             "norm" => HostKernel::Norm,
             "copy" => HostKernel::Copy,
             other => {
-                let known = "\"adam\", \"params_first\", \"moments\", \"accumulate\", \"norm\" or \"copy\"";
+                let known = "\"adam\", \"params_first\", \"moments\", \"undoable\", \"accumulate\", \"norm\" or \"copy\"";
                 return Err(PyValueError::new_err(format!("kernel must be {known}, not {other:?}")));
             }
         };

@@ -11,7 +11,8 @@ use tierwise_core::plan::{OptimizerClass, ParamHome};
 use tierwise_core::scheduler::{Action, Event};
 use tierwise_core::{ChunkId, Tier};
 use tierwise_kernels::adam::Pass;
-use tierwise_kernels::{AdamConstants, AdamSegment, adam, convert};
+use tierwise_kernels::convert::Copied;
+use tierwise_kernels::{AdamConstants, AdamSegment, UndoRecord, adam, convert};
 
 impl Shared {
     /// Carries out actions in order.
@@ -39,6 +40,7 @@ impl Shared {
                 Action::Speculate { chunk, grad_scale, undo_offset } => self.speculate(state, chunk, grad_scale, undo_offset)?,
                 Action::Undo { chunk } => self.undo(state, chunk)?,
                 Action::Accept { chunk } => {
+                    state.undo_records.remove(&chunk);
                     count_steps(state, chunk);
                     let tickets = state.gradients.clear(chunk);
                     state.gradients.finish(tickets);
@@ -141,58 +143,43 @@ impl Shared {
             Pass::Whole
         };
         self.adam_jobs.send(Job::new(reader, move |shared| {
-            run_adam(shared, pass, &segments, 0, &format!("step {name}"));
+            run_adam(shared, pass, &segments, &format!("step {name}"));
             shared.post(&Event::StepDone { chunk })
         }))
     }
 
     fn speculate(&self, state: &mut State, chunk: ChunkId, grad_scale: f32, undo_offset: u64) -> Result<()> {
-        let (segments, name) = self.host_segments(state, &state.speculation_hyper.clone(), chunk, grad_scale, 1)?;
+        let hyper = state.speculation_hyper.clone();
+        let (steps, name) = self.host_segments(state, &hyper, chunk, grad_scale, 1)?;
+        let layout = state.scheduler.layout();
+        let param = state.undo_base + undo_offset;
+        let states = param + layout.chunks[chunk.index()].state_numel * layout.precision.param_bytes();
+        let bases = StepBases::contiguous(param, states, layout, chunk);
+        let records = segments(state, &hyper, chunk, &bases, 0, grad_scale, 1)?;
+        let record = |s: &AdamSegment| UndoRecord { param: s.param, master: s.master, exp_avg: s.exp_avg, exp_avg_sq: s.exp_avg_sq };
+        let undoable: Vec<(AdamSegment, UndoRecord)> = steps.into_iter().zip(records.iter().map(record)).collect();
+        state.undo_records.insert(chunk, undoable.iter().flat_map(put_back).collect());
         let reader = state.written[chunk.index()].clone();
-        let record = state.undo_base + undo_offset;
-        state.undo_records.insert(chunk, record);
-        let saved = self.undo_pieces(state, chunk, record);
         self.adam_jobs.send(Job::new(reader, move |shared| {
-            // SAFETY: both are in the slab that `shared` keeps alive; the scheduler lends the record to this chunk alone.
-            unsafe { copy_pieces(shared, saved.iter().copied(), &format!("undo record {name}")) };
-            // Everything that the step overwrites was read and written once more.
-            run_adam(shared, Pass::Whole, &segments, copied_bytes(&saved), &format!("speculate {name}"));
+            run_undoable(shared, &undoable, &format!("speculate {name}"));
             shared.post(&Event::SpeculateDone { chunk })
         }))
     }
 
     fn undo(&self, state: &mut State, chunk: ChunkId) -> Result<()> {
         let record = state.undo_records.remove(&chunk).ok_or_else(|| Error::Internal(format!("chunk {} has no undo record", chunk.0)))?;
-        let saved = self.undo_pieces(state, chunk, record);
         let name = format!("undo {}", state.scheduler.layout().chunks[chunk.index()].name);
         self.adam_jobs.send(Job::new(None, move |shared| {
-            shared.host_work(|| copied_bytes(&saved));
-            let back = saved.iter().map(|&(home, record, bytes)| (record, home, bytes));
-            // SAFETY: as in `speculate`, in the other direction; the worker runs both in order.
-            unsafe { copy_pieces(shared, back, &name) };
+            let bytes = record.iter().map(|range| 2 * range.bytes as u64).sum();
+            shared.host_work(|| bytes);
+            let start = shared.device.now_ns();
+            // SAFETY: both ends are in the slab that `shared` keeps alive; the scheduler lent the record to this chunk, and the worker has
+            // stepped it before.
+            unsafe { convert::copy_all(&shared.pool, &record) };
+            let end = shared.device.now_ns();
+            shared.lock().recorder.span("host optimizer", name, bytes, start, end);
             shared.post(&Event::UndoDone { chunk })
         }))
-    }
-
-    /// (home, undo record, bytes) of everything that a host step overwrites.
-    fn undo_pieces(&self, state: &State, chunk: ChunkId, record: u64) -> Vec<(u64, u64, usize)> {
-        let layout = state.scheduler.layout();
-        let n = layout.chunks[chunk.index()].state_numel;
-        let places = &state.places[chunk.index()].0;
-        let mut record = record;
-        [
-            (places.param, n * layout.precision.param_bytes()),
-            (places.master, n * layout.precision.master_bytes()),
-            (places.exp_avg, n * 4),
-            (places.exp_avg_sq, n * 4),
-        ]
-        .into_iter()
-        .filter_map(|(offset, bytes)| {
-            let piece = (self.host + offset?, record, bytes as usize);
-            record += bytes;
-            Some(piece)
-        })
-        .collect()
     }
 
     fn host_segments(
@@ -274,29 +261,33 @@ fn pass_bytes(pass: Pass, precision: Precision) -> u64 {
     }
 }
 
-/// Bytes of host memory that copies of undo records read and write.
-fn copied_bytes(pieces: &[(u64, u64, usize)]) -> u64 {
-    pieces.iter().map(|&(_, _, bytes)| 2 * bytes as u64).sum()
+/// What a step that may have to be undone overwrites, on the way back from its record; a format without a master has none.
+fn put_back((step, record): &(AdamSegment, UndoRecord)) -> [Copied; 4] {
+    let from = |src: *const u8, dst: *mut u8, element: usize| Copied { src, dst, bytes: element * step.numel };
+    [
+        from(record.param, step.param, step.format.param_bytes()),
+        from(record.master, step.master, step.format.master_bytes()),
+        from(record.exp_avg.cast(), step.exp_avg.cast(), size_of::<f32>()),
+        from(record.exp_avg_sq.cast(), step.exp_avg_sq.cast(), size_of::<f32>()),
+    ]
 }
 
-/// Copies (from, to, bytes), and writes down how long all of it took.
-///
-/// # Safety
-/// All are in the slab that `shared` keeps alive, the destinations overlap nothing, and nobody else touches them.
-unsafe fn copy_pieces(shared: &Arc<Shared>, pieces: impl Iterator<Item = (u64, u64, usize)>, name: &str) {
-    let (start, mut moved) = (shared.device.now_ns(), 0);
-    for (from, to, bytes) in pieces {
-        // SAFETY: promised by the caller.
-        unsafe { convert::copy(&shared.pool, from as *const u8, to as *mut u8, bytes) };
-        moved += 2 * bytes as u64;
-    }
+/// Steps what may have to be undone: beside what a step moves, its record is written.
+fn run_undoable(shared: &Arc<Shared>, undoable: &[(AdamSegment, UndoRecord)], name: &str) {
+    let steps: Vec<AdamSegment> = undoable.iter().map(|(step, _)| *step).collect();
+    let kept: usize = undoable.iter().flat_map(put_back).map(|range| range.bytes).sum();
+    let bytes = step_bytes(shared, Pass::Whole, &steps) + kept as u64;
+    shared.host_work(|| bytes);
+    let start = shared.device.now_ns();
+    // SAFETY: steps and records are in the slab that `shared` keeps alive; the scheduler lends both to this chunk alone.
+    unsafe { adam::adam_undoable(&shared.pool, undoable) };
     let end = shared.device.now_ns();
-    shared.lock().recorder.span("host optimizer", name.to_owned(), moved, start, end);
+    shared.lock().recorder.span("host optimizer", name.to_owned(), bytes, start, end);
 }
 
-/// `more_bytes` of host memory were moved for it before.
-pub(crate) fn run_adam(shared: &Arc<Shared>, pass: Pass, segments: &[AdamSegment], more_bytes: u64, name: &str) {
-    shared.host_work(|| more_bytes + step_bytes(shared, pass, segments));
+/// A pass over a chunk.
+pub(crate) fn run_adam(shared: &Arc<Shared>, pass: Pass, segments: &[AdamSegment], name: &str) {
+    shared.host_work(|| step_bytes(shared, pass, segments));
     let start = shared.device.now_ns();
     // SAFETY: the segments are in the slab that `shared` keeps alive; the scheduler lets nobody else touch what is being written of a chunk.
     unsafe { adam::adam_pass(&shared.pool, pass, segments) };

@@ -72,7 +72,7 @@ impl Shared {
         let owed = state.late.owed.remove(&chunk);
         let (segments, name) = owed.ok_or_else(|| Error::Internal(format!("chunk {} owes no moments", chunk.0)))?;
         self.adam_jobs.send(Job::new(None, move |shared| {
-            run_adam(shared, Pass::Moments, &segments, 0, &format!("moments {name}"));
+            run_adam(shared, Pass::Moments, &segments, &format!("moments {name}"));
             shared.post(&Event::MomentsDone { chunk })?;
             loop {
                 let next = shared.lock().late.next(chunk);

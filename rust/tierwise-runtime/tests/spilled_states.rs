@@ -627,6 +627,34 @@ fn a_plan_without_buffers_for_spilled_gradients_is_refused() {
 }
 
 #[test]
+fn what_is_undone_has_the_bits_of_before_also_without_some_gradients() {
+    let deferred = plan(ChunkPlan::new(OptimizerClass::Host, ParamHome::Resident), 2);
+    let undo = layout().ids().map(|chunk| layout().undo_bytes(chunk)).sum();
+    let mut speculating = Plan { clip_mode: ClipMode::Speculate, undo_bytes: undo, ..deferred.clone() };
+    speculating.host.undo = host_region_bytes(undo);
+    let run = |plan: Plan| {
+        let mut rig = Rig::with(plan, &Script::default());
+        rig.infinite = Some(5);
+        for step in 0..12 {
+            rig.passes(step, 0).unwrap();
+            // Whatever may be stepped before the step is committed is, with the scale that backward was told.
+            let started = std::time::Instant::now();
+            while started.elapsed() < Duration::from_millis(10) {
+                std::thread::yield_now();
+            }
+            let scale = if step % 2 == 1 { 0.5 } else { 1.0 };
+            rig.engine.commit(scale, STREAM, &mut patience()).unwrap();
+        }
+        rig.engine.flush(&mut patience()).unwrap();
+        (rig.engine.stats().unwrap(), rig)
+    };
+    let ((counted, expected), (stats, rig)) = (run(deferred), run(speculating));
+    assert!(rig.state() == expected.state());
+    assert!(stats["speculated"].as_u64() > stats["undone"].as_u64() && stats["undone"].as_u64() > Some(0), "{stats}");
+    assert_eq!((&stats["clipped"], &stats["skipped"]), (&counted["clipped"], &counted["skipped"]));
+}
+
+#[test]
 fn an_engine_is_dropped_in_the_middle_of_everything() {
     for placement in PLACEMENTS.into_iter().chain(with_gradients()) {
         let mut rig = Rig::new(placement, 3, &Script { late_ns: 5_000_000, ..Script::default() });

@@ -31,7 +31,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
     let most = Pool::try_new(None)?;
     let mut bench = HostBench::new(&most, options.host_numel)?;
     let counts = thread_counts(most.threads());
-    let share = options.time.div_f64(6.0 * counts.len() as f64);
+    let share = options.time.div_f64(7.0 * counts.len() as f64);
     let mut host = Vec::new();
     for threads in counts {
         let pool = Pool::try_new(Some(threads))?;
@@ -40,6 +40,7 @@ pub fn calibrate(options: &Options, log: &mut dyn FnMut(&str)) -> Result<Hardwar
             adam_params_per_s: bench.rate(&pool, HostKernel::Adam, share),
             params_first_per_s: Some(bench.rate(&pool, HostKernel::ParamsFirst, share)),
             moments_per_s: Some(bench.rate(&pool, HostKernel::Moments, share)),
+            undoable_params_per_s: Some(bench.rate(&pool, HostKernel::Undoable, share)),
             accumulate_numel_per_s: bench.rate(&pool, HostKernel::Accumulate, share),
             norm_numel_per_s: bench.rate(&pool, HostKernel::Norm, share),
             copy_bytes_per_s: bench.rate(&pool, HostKernel::Copy, share),

@@ -172,6 +172,19 @@ impl Hardware {
         Ok(hardware)
     }
 
+    /// What a step that may be undone takes on the lane of the host's Adam beside a plain one of `step` bytes, in bytes of that one's traffic:
+    /// its record of `undo` bytes is written. A calibrated machine says how fast both are together, in the engine no faster than alone; one
+    /// that was calibrated when records were copied before, how fast that was.
+    pub fn undoable_work(&self, step: u64, undo: u64) -> f64 {
+        let Some(measured) = &self.measured else { return undo as f64 };
+        let alone = measured.host.last().and_then(|row| row.undoable_params_per_s);
+        let rates = [measured.host_undoable_params_per_s, alone];
+        match rates.into_iter().flatten().reduce(f64::min) {
+            Some(rate) => (step as f64 * (self.host_adam_bytes_per_s() / (rate * ADAM_BYTES_PER_PARAM) - 1.0)).max(0.0),
+            None => self.copy_work(undo),
+        }
+    }
+
     /// What copying an undo record takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
     /// calibrated machine says how fast that is, in the engine no faster than alone.
     pub fn copy_work(&self, bytes: u64) -> f64 {

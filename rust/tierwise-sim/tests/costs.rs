@@ -86,12 +86,14 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
         adam_params_per_s: 4e9,
         params_first_per_s: None,
         moments_per_s: None,
+        undoable_params_per_s: None,
         accumulate_numel_per_s: 1e10,
         norm_numel_per_s: 2e10,
         copy_bytes_per_s: 52e9,
     };
     let measured = Measured { host: vec![row], host_adam_params_per_s: Some(5e9), ..Measured::default() };
-    let machine = Hardware { host_stream_bytes_per_s: 4e10, host_adam_params_per_s: 6e9, measured: Some(measured.clone()), ..preset };
+    let machine =
+        Hardware { host_stream_bytes_per_s: 4e10, host_adam_params_per_s: 6e9, measured: Some(measured.clone()), ..preset.clone() };
     // In the time of a copy of 52 GB Adam moves 5e9 parameters of 26 bytes.
     assert!((machine.copy_work(52) - 130.0).abs() < 1e-9);
     // The engine's kernel is no faster than the same alone.
@@ -103,6 +105,20 @@ fn copies_and_additions_on_the_host_take_what_was_measured_of_them() {
     assert!((with_undo(60e9).copy_work(52) - 130.0).abs() < 1e-9, "no faster than alone");
     let later = Hardware { schema_version: 2, ..with_undo(26e9) }.with_host_adam(12e9).unwrap();
     assert!((later.copy_work(52) - 260.0).abs() < 1e-9, "all of the host is twice as fast");
+    // A step that may be undone writes its record too, as fast as both were seen together, or as records were copied before.
+    assert!((preset.undoable_work(26, 12) - 12.0).abs() < 1e-9);
+    assert!((with_undo(26e9).undoable_work(26, 52) - 260.0).abs() < 1e-9);
+    let undoable = |alone, engine| {
+        let row = HostRow { undoable_params_per_s: alone, ..row };
+        let measured = Measured { host: vec![row], host_undoable_params_per_s: engine, ..measured.clone() };
+        Hardware { measured: Some(measured), ..machine.clone() }
+    };
+    for (alone, engine) in [(Some(2.5e9), None), (None, Some(2.5e9)), (Some(2.5e9), Some(4e9)), (Some(4e9), Some(2.5e9))] {
+        assert!((undoable(alone, engine).undoable_work(260, 120) - 260.0).abs() < 1e-9, "half as fast as plain steps");
+    }
+    assert!(undoable(Some(7e9), None).undoable_work(260, 120).abs() < 1e-9, "no faster than plain steps");
+    let twice = Hardware { schema_version: 2, ..undoable(Some(2.5e9), Some(4e9)) }.with_host_adam(12e9).unwrap();
+    assert!((twice.undoable_work(260, 120) - 260.0).abs() < 1e-9, "all of the host is twice as fast");
     // Additions move 100 GB/s where norms read 40.
     assert!((machine.addition_work(100) - 40.0).abs() < 1e-9);
     assert!(machine.gap_work().abs() < 1e-9, "not measured");

@@ -20,6 +20,7 @@ use tierwise_core::scheduler::{Decision, Event, Progress, Scheduler};
 use tierwise_core::slab::Guards;
 use tierwise_io::{Direction, Key, Priority};
 use tierwise_kernels::Pool;
+use tierwise_kernels::convert::Copied;
 
 /// What several threads share.
 pub struct Shared {
@@ -51,8 +52,8 @@ pub struct State {
     pub(crate) places: Vec<(HostPlaces, DevicePlaces)>,
     pub(crate) regions: Regions,
     pub(crate) undo_base: u64,
-    /// Address of the undo record of every chunk that has one.
-    pub(crate) undo_records: std::collections::BTreeMap<ChunkId, u64>,
+    /// What undoes a chunk's step, of every chunk whose step may have to be undone.
+    pub(crate) undo_records: std::collections::BTreeMap<ChunkId, Vec<Copied>>,
     /// Moments that host steps left, and what waits for them.
     pub(crate) late: Late,
     pub(crate) slab_address: u64,

@@ -45,8 +45,9 @@ impl Run<'_> {
                 }
                 Action::Moments { chunk } => self.step_moments(chunk),
                 Action::Speculate { chunk, .. } => {
-                    let undo = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
-                    self.step_on_host(chunk, "speculate", self.step_bytes(chunk), undo, Event::SpeculateDone { chunk });
+                    let (step, undo) = (self.step_bytes(chunk), self.setup.layout.undo_bytes(chunk));
+                    let more = self.setup.hardware.undoable_work(step, undo) - undo as f64;
+                    self.step_on_host(chunk, "speculate", step + undo, more, Event::SpeculateDone { chunk });
                 }
                 Action::Undo { chunk } => {
                     let bytes = 2 * self.setup.layout.undo_bytes(chunk);

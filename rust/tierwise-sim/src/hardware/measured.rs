@@ -44,7 +44,10 @@ pub struct Measured {
     /// The same of the second.
     #[serde(default)]
     pub host_moments_per_s: Option<f64>,
-    /// Bytes per second at which it copies undo records.
+    /// Parameters per second of steps that may be undone, whose records are written in the same pass.
+    #[serde(default)]
+    pub host_undoable_params_per_s: Option<f64>,
+    /// Bytes per second at which undo records were copied by runtimes that did so before the step; none of later ones.
     #[serde(default)]
     pub host_undo_bytes_per_s: Option<f64>,
     /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
@@ -72,6 +75,9 @@ pub struct HostRow {
     /// The second pass of these.
     #[serde(default)]
     pub moments_per_s: Option<f64>,
+    /// Steps that may be undone, and their records.
+    #[serde(default)]
+    pub undoable_params_per_s: Option<f64>,
     /// bf16 gradients into fp32 accumulators.
     pub accumulate_numel_per_s: f64,
     /// Sums of squares of bf16 gradients.
@@ -224,6 +230,7 @@ impl Measured {
             row.adam_params_per_s *= factor;
             row.params_first_per_s = row.params_first_per_s.map(|rate| rate * factor);
             row.moments_per_s = row.moments_per_s.map(|rate| rate * factor);
+            row.undoable_params_per_s = row.undoable_params_per_s.map(|rate| rate * factor);
             row.accumulate_numel_per_s *= factor;
             row.norm_numel_per_s *= factor;
             row.copy_bytes_per_s *= factor;
@@ -236,6 +243,7 @@ impl Measured {
         faster.host_adam_params_per_s = self.host_adam_params_per_s.map(|rate| rate * factor);
         faster.host_params_first_per_s = self.host_params_first_per_s.map(|rate| rate * factor);
         faster.host_moments_per_s = self.host_moments_per_s.map(|rate| rate * factor);
+        faster.host_undoable_params_per_s = self.host_undoable_params_per_s.map(|rate| rate * factor);
         faster.host_undo_bytes_per_s = self.host_undo_bytes_per_s.map(|rate| rate * factor);
         faster
     }
@@ -257,6 +265,7 @@ impl Measured {
             ]);
             figures.extend(row.params_first_per_s.map(|rate| ("measured.host.params_first_per_s", rate)));
             figures.extend(row.moments_per_s.map(|rate| ("measured.host.moments_per_s", rate)));
+            figures.extend(row.undoable_params_per_s.map(|rate| ("measured.host.undoable_params_per_s", rate)));
         }
         for row in &self.sharing {
             let known = ["h2d", "d2h", "adam", "compute"];
@@ -296,6 +305,7 @@ impl Measured {
         figures.extend(self.launch.and_then(|launch| launch.probe_ns).map(|ns| ("measured.launch.probe_ns", ns as f64)));
         figures.extend(self.host_params_first_per_s.map(|rate| ("measured.host_params_first_per_s", rate)));
         figures.extend(self.host_moments_per_s.map(|rate| ("measured.host_moments_per_s", rate)));
+        figures.extend(self.host_undoable_params_per_s.map(|rate| ("measured.host_undoable_params_per_s", rate)));
         figures.extend(self.host_undo_bytes_per_s.map(|rate| ("measured.host_undo_bytes_per_s", rate)));
         figures.extend(self.host_gap_ns.map(|ns| ("measured.host_gap_ns", ns)));
         figures.extend(self.host_adam_params_per_s.map(|rate| ("measured.host_adam_params_per_s", rate)));
