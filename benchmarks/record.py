@@ -10,17 +10,18 @@ configuration, and what is in it is not recorded again: the same command continu
 memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
 With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps: a shared
-machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). Visits of a configuration
-must have executed the same plan. One that the planner chose depends on how fast it found the host, once per worker: a new worker may find
-another.
+machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). The fastest visit, by its
+median step, is what a configuration's times and probes are taken from: whoever shares a machine only makes it slower. Visits of a
+configuration must have executed the same plan. One that the planner chose depends on how fast it found the host, once per worker: a new
+worker may find another.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed, and nothing waits for the device between timed steps but for the probes, which part them in three (two visits or more are not
 parted). `recorded` has the median, the times themselves, the allocator's peak of device bytes since training began, the engine's peak of
 host bytes, and how long the compute stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the
 timeline of two more steps of the first visit by track and kind, and has how many seconds the training thread was in its calls in the timed
-steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step); `visits` in it has these of every visit, and
-its median step. A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more
+steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step); `visits` in it has these, times and probes of
+every visit. A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more
 of who shares the machine than of the configuration: it is kept under `disturbed`, and made again at the end, up to three of a
 configuration.
 
@@ -35,7 +36,6 @@ import dataclasses
 import json
 import multiprocessing
 import re
-import statistics
 import sys
 import time
 from collections import Counter
@@ -47,6 +47,8 @@ from record_list import LISTS, Configuration
 
 NOT_SIMULATED = ("device", "predicted_step_s")
 """Of an executed plan: what the planner says of it, which depends on what it measured."""
+PROBES = ("host_adam_params_per_s", "launch_probe_ns")
+"""Of a run: how fast the host and the training thread were meanwhile."""
 TRIES = 3
 """Visits of a configuration that may be disturbed before a command gives it up."""
 START_S = 120
@@ -146,22 +148,18 @@ def joined(run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"visited again another plan was executed: {', '.join(differs)}")
 
     def visit(of: dict[str, Any]) -> dict[str, Any]:
-        recorded = of["recorded"]
-        steps = len(recorded["step_times_s"])
-        return {"steps": steps, "step_s": recorded["step_s"], "wait_s": recorded["wait_s"], "thread_s": of["observed"]["thread_s"]}
+        times = {name: of["recorded"][name] for name in ("step_s", "step_times_s", "wait_s")}
+        return {**times, "thread_s": of["observed"]["thread_s"], **{name: of[name] for name in PROBES}}
 
     all_visits = [*run["observed"].get("visits", [visit(run)]), visit(again)]
-    steps = [one["steps"] for one in all_visits]
-    times = run["recorded"]["step_times_s"] + again["recorded"]["step_times_s"]
+    fastest = min(all_visits, key=lambda one: float(one["step_s"]))
     recorded = {
         **run["recorded"],
-        "step_s": statistics.median(times),
-        "step_times_s": times,
-        "wait_s": sum(one["wait_s"] * one["steps"] for one in all_visits) / sum(steps),
+        **{name: fastest[name] for name in ("step_s", "step_times_s", "wait_s")},
         **{peak: max(run["recorded"][peak], again["recorded"][peak]) for peak in ("device_peak_bytes", "host_peak_bytes")},
     }
-    probes = {name: run[name] + again[name] for name in ("host_adam_params_per_s", "launch_probe_ns")}
-    return {**run, "recorded": recorded, "observed": {**run["observed"], "visits": all_visits}, **probes}
+    observed = {**run["observed"], "thread_s": fastest["thread_s"], "visits": all_visits}
+    return {**run, "recorded": recorded, "observed": observed, **{name: fastest[name] for name in PROBES}}
 
 
 def is_disturbed(run: dict[str, Any], longest_probe_ns: float) -> bool:
@@ -172,7 +170,8 @@ def is_disturbed(run: dict[str, Any], longest_probe_ns: float) -> bool:
 def left_out(run: dict[str, Any]) -> dict[str, Any]:
     """What a file keeps of a visit that was disturbed."""
     return {
-        **{name: run[name] for name in ("name", "host_adam_params_per_s", "launch_probe_ns")},
+        "name": run["name"],
+        **{name: run[name] for name in PROBES},
         **{name: run["recorded"][name] for name in ("step_s", "step_times_s")},
         "thread_s": run["observed"]["thread_s"],
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -122,14 +121,18 @@ def test_visits_of_a_configuration_become_one_run(hardware: Path, tmp_path: Path
     twice = json.loads(out.read_text())["runs"]
     assert [run["name"] for run in twice] == [run["name"] for run in once]
     for before, after in zip(once[:2], twice[:2], strict=True):
-        times = after["recorded"]["step_times_s"]
-        assert times[: len(before["recorded"]["step_times_s"])] == before["recorded"]["step_times_s"]
-        assert len(times) == len(before["recorded"]["step_times_s"]) + 1
-        assert after["recorded"]["step_s"] == pytest.approx(statistics.median(times), rel=1e-3)
-        assert len(after["observed"]["visits"]) == 2
-        assert after["observed"]["visits"][0]["step_s"] == before["recorded"]["step_s"]
-        assert after["host_adam_params_per_s"][:3] == before["host_adam_params_per_s"]
-        assert len(after["host_adam_params_per_s"]) == 5
+        first, second = after["observed"]["visits"]
+        assert first["step_times_s"] == before["recorded"]["step_times_s"]
+        assert first["host_adam_params_per_s"] == before["host_adam_params_per_s"]
+        assert (len(second["step_times_s"]), len(second["launch_probe_ns"])) == (1, 2)
+        # Who shares the machine only makes it slower.
+        fastest = min(first, second, key=lambda visit: visit["step_s"])
+        for name in ("step_s", "step_times_s", "wait_s"):
+            assert after["recorded"][name] == fastest[name]
+        for name in ("host_adam_params_per_s", "launch_probe_ns"):
+            assert after[name] == fastest[name]
+        assert after["observed"]["thread_s"] == fastest["thread_s"]
+        assert after["recorded"]["device_peak_bytes"] >= before["recorded"]["device_peak_bytes"]
         assert after["observed"]["spans"] == before["observed"]["spans"]
         assert after["executed"] == before["executed"]
     assert twice[2] == once[2]
