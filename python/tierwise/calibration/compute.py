@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -90,37 +90,13 @@ def attention(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[di
 
 def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Whole decoder layers of transformers with our fused kernels. Raises ImportError without transformers."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
     rows: list[dict[str, Any]] = []
     largest = max(sizes.whole, key=lambda whole: whole[0] * whole[1])
-    made = []
-    for hidden, inner, heads in sizes.layers:
-        config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=heads)
-        config._attn_implementation = "sdpa"
-        with timer.device:
-            layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
-        fuse_normalization(layer)
-        fuse_activations(layer)
-        made.append((layer, LlamaRotaryEmbedding(config).to(timer.device)))
-
-    def step(which: int, sequences: int, seq: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """A layer's forward, and what backward gives gradients of."""
-        layer, rotary = made[which]
-        x = _normal(timer, sequences, seq, sizes.layers[which][0]).requires_grad_()
-        places = torch.arange(seq, device=timer.device)[None]
-        angles = rotary(x, places)
-
-        def forward() -> Tensor:
-            out = layer(x, position_ids=places, position_embeddings=angles)
-            return out if isinstance(out, Tensor) else out[0]
-
-        return forward, [x, *layer.parameters()]
+    made = [_Layer(timer, size) for size in sizes.layers]
 
     def measure(which: int, sequences: int, seq: int) -> None:
         hidden, inner, heads = sizes.layers[which]
-        times = _both(timer, *step(which, sequences, seq), 25)
+        times = _both(timer, *made[which].step(sequences, seq), 25)
         row = {"sequences": sequences, "seq": seq, "hidden": hidden, "inner": inner, "heads": heads, **times, "sustained_s": None}
         rows.append(row)
         tokens = sequences * seq
@@ -129,7 +105,7 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
 
     def sustain(which: int, sequences: int, seq: int) -> bool:
         """Whether Python keeps the device busy with that."""
-        long = timer.sustained(functools.partial(_step, *step(which, sequences, seq)), _SUSTAINED_S)
+        long = timer.sustained(functools.partial(_step, *made[which].step(sequences, seq)), _SUSTAINED_S)
         shape = {"sequences": sequences, "seq": seq, "hidden": sizes.layers[which][0]}
         if long is not None:
             next(row for row in rows if shape.items() <= row.items())["sustained_s"] = long
@@ -148,6 +124,46 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
                 measure(which, 2 * sequences, seq)
                 sustain(which, 2 * sequences, seq)
     return rows
+
+
+def compile_layers(sizes: Sizes, timer: Timer, which: Iterable[int]) -> None:
+    """Runs some of the layers once with every shape that `layers` may measure: their kernels are compiled then. Raises ImportError without
+    transformers."""
+    with attention_backends():
+        for size in (sizes.layers[index] for index in which):
+            layer = _Layer(timer, size)
+            for sequences, seq in (*sizes.whole, (2 * sizes.whole[-1][0], sizes.whole[-1][1])):
+                _step(*layer.step(sequences, seq))
+
+
+class _Layer:
+    """A decoder layer of transformers with our fused kernels. Raises ImportError without transformers."""
+
+    def __init__(self, timer: Timer, size: tuple[int, int, int]) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        hidden, inner, heads = size
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=heads)
+        config._attn_implementation = "sdpa"
+        self.timer, self.hidden = timer, hidden
+        with timer.device:
+            self.layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
+        fuse_normalization(self.layer)
+        fuse_activations(self.layer)
+        self.rotary = LlamaRotaryEmbedding(config).to(timer.device)
+
+    def step(self, sequences: int, seq: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """Its forward, and what backward gives gradients of."""
+        x = _normal(self.timer, sequences, seq, self.hidden).requires_grad_()
+        places = torch.arange(seq, device=self.timer.device)[None]
+        angles = self.rotary(x, places)
+
+        def forward() -> Tensor:
+            out = self.layer(x, position_ids=places, position_embeddings=angles)
+            return out if isinstance(out, Tensor) else out[0]
+
+        return forward, [x, *self.layer.parameters()]
 
 
 def losses(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:

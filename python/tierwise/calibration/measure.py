@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from tierwise import _core
 from tierwise._core import HostBench
-from tierwise.calibration import host
+from tierwise.calibration import ahead, host
 from tierwise.calibration.summary import hardware
 from tierwise.config import available_memory_bytes
 
+_COMPILING_S = 15.0
+"""After which kernels that are still being compiled by other processes are compiled by this one."""
 _NUMEL = 400_000_000
 """Parameters to measure on where memory allows it."""
 
@@ -72,8 +74,11 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     host_bytes = available_memory_bytes()
     free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
     sections = _Sections(cuda)
-    measured: dict[str, Any] = {}
     scale = options.seconds / 45.0
+    missing: list[str] = []
+    # Whoever compiles meanwhile is not on the device for long, and has ended before the host is measured.
+    with ahead.Ahead(wanted=cuda) as compiling:
+        measured = _kernels(device, scale, log, sections, missing, compiling)
     with sections("host"):
         bench = HostBench(options.numel())
         measured["host"] = host.by_threads(bench, 2.0 * scale, log)
@@ -82,8 +87,6 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
 
     with sections("links"):
         measured["sharing"] = beside(device, host.fewer(bench), 0.2 * scale, log)
-    missing: list[str] = []
-    measured |= _kernels(device, scale, log, sections, missing)
     with sections("launches"):
         from tierwise.calibration import engine
 
@@ -154,7 +157,14 @@ class _Sections:
         return f"measured in {sum(self.took.values()):.0f} s: " + ", ".join(f"{name} {took:.1f}" for name, took in self.took.items())
 
 
-def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _Sections, missing: list[str]) -> dict[str, Any]:
+def _kernels(
+    device: Any,
+    scale: float,
+    log: Callable[[str], None],
+    sections: _Sections,
+    missing: list[str],
+    compiling: ahead.Ahead,
+) -> dict[str, Any]:
     from tierwise.calibration import compute
     from tierwise.calibration.timing import Timer
 
@@ -165,10 +175,13 @@ def _kernels(device: Any, scale: float, log: Callable[[str], None], sections: _S
         found["products"] = compute.products(sizes, timer, log)
     with sections("attention"):
         found["attention"] = compute.attention(sizes, timer, log)
-    with sections("layers"):
-        found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log, missing) or []
     with sections("losses"):
         found["losses"] = compute.losses(sizes, timer, log)
+    with sections("compiling"):
+        codes = compiling.wait(_COMPILING_S)
+        log(f"kernels of layers compiled beside these by {len(codes)} processes, which ended with {codes}")
+    with sections("layers"):
+        found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log, missing) or []
     return found
 
 
