@@ -178,9 +178,10 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
     return _as_when(host, bench, lambda: rates(_stepped(device, speculates=False, steps=_STEPS_OF_ADAM), log))
 
 
-def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> Adam:
-    """The same of an engine that does not wait for the norm: steps in backward that may be undone."""
-    return _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True, steps=_STEPS_OF_ADAM)))
+def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> float | None:
+    """`Adam.host_undoable_params_per_s` in the same way, of an engine that does not wait for the norm."""
+    found = _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True, steps=_STEPS_OF_ADAM)))
+    return found.host_undoable_params_per_s
 
 
 def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:

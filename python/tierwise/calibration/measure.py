@@ -94,13 +94,13 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     with sections("Adam"):
         whole = measured["host"][-1]
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
-        adam = adam or engine.Adam()
         undoable = _if_possible("steps that may be undone", lambda: engine.speculation(device, whole, bench), log, missing)
+        adam = dataclasses.replace(adam or engine.Adam(), host_undoable_params_per_s=undoable)
     measured["device_adam_params_per_s"] = adam.device_params_per_s
     measured["host_adam_params_per_s"] = adam.host_params_per_s
     measured["host_params_first_per_s"] = adam.host_params_first_per_s
     measured["host_moments_per_s"] = adam.host_moments_per_s
-    measured["host_undoable_params_per_s"] = undoable and undoable.host_undoable_params_per_s
+    measured["host_undoable_params_per_s"] = adam.host_undoable_params_per_s
     measured["host_gap_ns"] = adam.host_gap_ns
     log(f"Adam: {adam}; launches: {measured['launch']}")
     if not cuda:

@@ -9,6 +9,9 @@ use crate::pool::{GRAIN_NUMEL, Grains, Pool, Shared};
 /// Bytes of one grain of a copy.
 const COPY_GRAIN_BYTES: usize = 1 << 20;
 
+/// Bytes of a store past the caches; the processor joins four of them to a line.
+const WORD: usize = 16;
+
 /// An fp32 master as a bf16 parameter (nearest, halves away from zero) and a signed low half.
 ///
 /// Exact for every value but NaN, of which only that it is one is kept. A finite master within half a unit of overflow has an infinite
@@ -136,58 +139,43 @@ pub unsafe fn copy_all(pool: &Pool, ranges: &[Copied]) {
         let (range, start, bytes) = grains.locate(grain);
         let Copied { src, dst, .. } = ranges[range];
         // SAFETY: the caller keeps all ranges alive; grains do not overlap, and each is taken by one thread.
-        unsafe { copy_past_caches(Shared::from_const(src).slice(start, bytes), Shared(dst).slice_mut(start, bytes)) };
+        let (src, dst) = unsafe { (Shared::from_const(src).slice(start, bytes), Shared(dst).slice_mut(start, bytes)) };
+        let head = dst.as_ptr().align_offset(WORD).min(bytes);
+        let (first, rest) = dst.split_at_mut(head);
+        first.copy_from_slice(&src[..head]);
+        past_caches(&src[head..], rest);
         fence();
     });
 }
 
-/// Slices of equal length. Other threads may see what is stored after this before it, up to the next [`fence`].
-#[cfg(target_arch = "x86_64")]
+/// Copies past the caches if `dst` begins at a multiple of a word, else through them. Other threads may see what is stored after this before
+/// it, up to the next [`fence`]. Of slices whose length is known when this is compiled, the loop is too.
+///
+/// # Panics
+/// If the slices are not equally long.
 #[inline]
-pub(crate) fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    /// Of one store, which must be aligned; the processor joins four of them to a line.
-    const WORD: usize = size_of::<__m128i>();
-    assert_eq!(src.len(), dst.len());
-    let head = dst.as_ptr().align_offset(WORD).min(dst.len());
-    let (first, dst) = dst.split_at_mut(head);
-    first.copy_from_slice(&src[..head]);
-    let (words, rest) = dst.as_chunks_mut::<WORD>();
-    let (from, last) = src[head..].as_chunks::<WORD>();
-    for (to, from) in words.iter_mut().zip(from) {
-        // SAFETY: every x86-64 has SSE2; both arrays have the bytes of a word, and words of `dst` begin at a multiple of their size.
-        unsafe { _mm_stream_si128(to.as_mut_ptr().cast(), _mm_loadu_si128(from.as_ptr().cast())) };
-    }
-    rest.copy_from_slice(last);
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn copy_past_caches(src: &[u8], dst: &mut [u8]) {
-    dst.copy_from_slice(src);
-}
-
-/// The same of numbers that come from a cache, so few that what they are is known when this is compiled.
-#[inline]
-pub(crate) fn block_past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
+pub(crate) fn past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
+    assert!(src.len() == dst.len());
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-        const WORD: usize = size_of::<__m128i>();
-        let bytes = size_of_val(src);
-        assert!(src.len() == dst.len());
+        use std::arch::x86_64::{_mm_loadu_si128, _mm_stream_si128};
         let (from, to) = (src.as_ptr().cast::<u8>(), dst.as_mut_ptr().cast::<u8>());
-        if to.addr().is_multiple_of(WORD) && bytes.is_multiple_of(WORD) {
-            for at in (0..bytes).step_by(WORD) {
+        if to.addr().is_multiple_of(WORD) {
+            let bytes = size_of_val(src);
+            let words = bytes / WORD * WORD;
+            for at in (0..words).step_by(WORD) {
                 // SAFETY: every x86-64 has SSE2; the word lies in both slices, and that of `dst` begins at a multiple of its size.
                 unsafe { _mm_stream_si128(to.add(at).cast(), _mm_loadu_si128(from.add(at).cast())) };
             }
+            // SAFETY: what is left of both slices, which do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(from.add(words), to.add(words), bytes - words) };
             return;
         }
     }
     dst.copy_from_slice(src);
 }
 
-/// What [`copy_past_caches`] stored is seen before what is stored after this.
+/// What was stored past the caches is seen before what is stored after this.
 pub(crate) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 has it.

@@ -203,9 +203,9 @@ pub struct UndoRecord {
     pub exp_avg_sq: *mut f32,
 }
 
-// SAFETY: a set of addresses, as below.
+// SAFETY: only addresses; whoever hands them over says how long they are valid and who else may use them.
 unsafe impl Send for UndoRecord {}
-// SAFETY: as below.
+// SAFETY: as above.
 unsafe impl Sync for UndoRecord {}
 
 // SAFETY: a segment or span is a set of addresses; whoever runs a kernel on it promises that they are valid and unaliased meanwhile.

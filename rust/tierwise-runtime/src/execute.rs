@@ -149,15 +149,13 @@ impl Shared {
     }
 
     fn speculate(&self, state: &mut State, chunk: ChunkId, grad_scale: f32, undo_offset: u64) -> Result<()> {
-        let hyper = state.speculation_hyper.clone();
-        let (steps, name) = self.host_segments(state, &hyper, chunk, grad_scale, 1)?;
+        let (steps, name) = self.host_segments(state, &state.speculation_hyper.clone(), chunk, grad_scale, 1)?;
         let layout = state.scheduler.layout();
         let param = state.undo_base + undo_offset;
         let states = param + layout.chunks[chunk.index()].state_numel * layout.precision.param_bytes();
         let bases = StepBases::contiguous(param, states, layout, chunk);
-        let records = segments(state, &hyper, chunk, &bases, 0, grad_scale, 1)?;
-        let record = |s: &AdamSegment| UndoRecord { param: s.param, master: s.master, exp_avg: s.exp_avg, exp_avg_sq: s.exp_avg_sq };
-        let undoable: Vec<(AdamSegment, UndoRecord)> = steps.into_iter().zip(records.iter().map(record)).collect();
+        let records = state.gradients.touched(layout, chunk).map(|(param, _)| bases.record(layout.precision, param));
+        let undoable: Vec<(AdamSegment, UndoRecord)> = steps.into_iter().zip(records).collect();
         state.undo_records.insert(chunk, undoable.iter().flat_map(put_back).collect());
         let reader = state.written[chunk.index()].clone();
         self.adam_jobs.send(Job::new(reader, move |shared| {
@@ -261,7 +259,7 @@ fn pass_bytes(pass: Pass, precision: Precision) -> u64 {
     }
 }
 
-/// What a step that may have to be undone overwrites, on the way back from its record; a format without a master has none.
+/// What a step that may have to be undone overwrites, on the way back from its record; of a master that there is not, 0 bytes.
 fn put_back((step, record): &(AdamSegment, UndoRecord)) -> [Copied; 4] {
     let from = |src: *const u8, dst: *mut u8, element: usize| Copied { src, dst, bytes: element * step.numel };
     [

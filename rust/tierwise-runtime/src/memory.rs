@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use tierwise_core::ChunkId;
 use tierwise_core::layout::{Layout, ParamLayout, Precision, Sums};
 use tierwise_core::plan::{ChunkPlan, Plan, host_region_bytes};
-use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan};
+use tierwise_kernels::{AdamConstants, AdamSegment, Format, GradDtype, GradSpan, UndoRecord};
 
 /// Host payloads of one chunk: offsets in the host slab.
 #[derive(Debug, Clone, Copy, Default)]
@@ -153,6 +153,17 @@ impl StepBases {
     /// The step of one parameter.
     pub fn segment(&self, precision: Precision, param: &ParamLayout, grad: u64, dtype: GradDtype, constants: AdamConstants) -> AdamSegment {
         self.part(precision, param.offset, param.numel, grad, dtype, constants)
+    }
+
+    /// Where the step of one parameter puts what it overwrites, if it may have to be undone.
+    pub fn record(&self, precision: Precision, param: &ParamLayout) -> UndoRecord {
+        let at = |base: u64, bytes: u64| base + param.offset * bytes;
+        UndoRecord {
+            param: at(self.param, precision.param_bytes()) as *mut u8,
+            master: at(self.master, precision.master_bytes()) as *mut u8,
+            exp_avg: at(self.exp_avg, 4) as *mut f32,
+            exp_avg_sq: at(self.exp_avg_sq, 4) as *mut f32,
+        }
     }
 
     /// The step of `numel` elements from `first` of the chunk, whose gradients start at `grad`.

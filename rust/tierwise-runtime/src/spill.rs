@@ -309,7 +309,8 @@ impl Shared {
     }
 
     /// Waits for what the disk was asked for. A read may find that the write of what it wants has failed before whoever waits for that write
-    /// was told: that one says why, and the read says what it found only if nobody does.
+    /// was told: that one says why, and the read says what it found only if nobody does. Not for reads by the worker that waits for writes,
+    /// which would wait for itself.
     fn await_disk(&self, asked: &DiskResult<Ticket>, failed: impl FnOnce(DiskError) -> Error) -> Result<()> {
         let error = match asked.as_ref().map_err(DiskError::clone).and_then(Ticket::wait) {
             Ok(()) => return Ok(()),

@@ -185,8 +185,8 @@ impl Hardware {
         }
     }
 
-    /// What copying an undo record takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
-    /// calibrated machine says how fast that is, in the engine no faster than alone.
+    /// What putting an undo record back takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a
+    /// calibrated machine says how fast copies are, in the engine no faster than alone.
     pub fn copy_work(&self, bytes: u64) -> f64 {
         let measured = self.measured.as_ref();
         let own = measured.and_then(|m| m.host_undo_bytes_per_s);

@@ -7,8 +7,8 @@ use super::{HOST_ADAM_BYTES, PlanRequest, late, spill, visiting};
 use crate::plan::{ClipMode, HostBytes};
 
 /// Seconds of backward that hide a second of host steps where these are speculated. An undo record makes them half as long again, and nothing
-/// is hidden before the first gradient has landed or after the step is committed. With these the plans that the executor finds fastest are
-/// among the first: of 1.5 to 10 tried for 7 and 13 billion parameters on three machines it is the best, and with 1.5 steps are up to 29 % slower.
+/// is hidden before the first gradient has landed or after the step is committed. With this figure the plans that the executor finds fastest
+/// are among the first (docs/performance.md, "Undo records past the caches").
 const SPECULATION_COST: f64 = 3.3;
 
 /// Bytes of device memory traffic of one optimizer step per parameter.
