@@ -12,8 +12,7 @@ memory is a record too: it did not fit. One that fails otherwise is named at the
 With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps: a shared
 machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). The fastest visit, by its
 median step, is what a configuration's times and probes are taken from: whoever shares a machine only makes it slower. Visits of a
-configuration must have executed the same plan. One that the planner chose depends on how fast it found the host, once per worker: a new
-worker may find another.
+configuration must have executed the same plan: the planner is told how fast the host was calibrated.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
 not timed, and nothing waits for the device between timed steps but for the probes, which part them in three (two visits or more are not

@@ -61,7 +61,7 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
     from tierwise.calibration.thread import LaunchProbe
 
     pipe.send(machine(a))
-    bench = HostBench(json.loads(Path(a.hardware).read_text(encoding="utf-8"))["measured"]["host_numel"])
+    bench = HostBench(calibrated(a)["measured"]["host_numel"])
     probes: Probes | None = None
     resident = None
     while (asked := pipe.recv()) is not None:
@@ -74,6 +74,12 @@ def serve(pipe: Connection, a: argparse.Namespace) -> None:
         except Exception as error:
             answer = Answer(run=None, problem=f"{type(error).__name__}: {error}")
         pipe.send(dataclasses.replace(answer, dirty=left_behind(answer, resident or 0)))
+
+
+def calibrated(a: argparse.Namespace) -> dict[str, Any]:
+    """What this machine was found to be."""
+    hardware: dict[str, Any] = json.loads(Path(a.hardware).read_text(encoding="utf-8"))
+    return hardware
 
 
 def wait_for_memory(a: argparse.Namespace) -> None:
@@ -186,6 +192,7 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes, first: bool
         micro_batch_size=run.micro_batch,
         seq_len=run.seq,
         enable_all_optimization=True,
+        host_adam_params_per_second=calibrated(a)["host_adam_params_per_s"],
         device=a.device,
         **run.plugin_options(),
     )

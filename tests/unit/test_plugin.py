@@ -108,6 +108,7 @@ def test_unknown_options_are_refused_with_a_suggestion(plugin: Any) -> None:
         ({"link_latency_ns": 1.5}, "link_latency_ns"),
         ({"h2d_bytes_per_second": "25GB"}, "h2d_bytes_per_second"),
         ({"d2h_bytes_per_second": 0}, "d2h_bytes_per_second"),
+        ({"host_adam_params_per_second": -1.0}, "host_adam_params_per_second must be a positive finite number"),
         ({"offload_optim_frac": 0.5}, "belongs to placement_policy='static'"),
         ({"placement_policy": "static", "offload_optim_frac": 1.5}, "between 0 and 1"),
         ({"placement_policy": "static", "shard_param_frac": 0.2, "offload_param_frac": 0.5, "offload_optim_frac": 1.0}, "not kept whole"),

@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tierwise._core import Device  # noqa: E402
+from tierwise.booster.plugin import GeminiPlugin  # noqa: E402
+from tierwise.gemini import target  # noqa: E402
 from tierwise.gemini.target import Target, expand_segments  # noqa: E402
 
 
@@ -92,3 +94,16 @@ def test_what_a_program_has_set_stays_and_is_set_once(monkeypatch: pytest.Monkey
     assert settings[1:] == ["garbage_collection_threshold:0.8,expandable_segments:True"]
     settings.append("expandable_segments:False")
     assert not expand_segments()
+
+
+def test_a_host_whose_speed_was_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    measured = {"host_adam_params": 3e9, "host_params_first": 4e9}
+    monkeypatch.setattr(target, "_host_adam_params", lambda threads: measured)
+    options: dict[str, Any] = {"host_budget": "100GB", "micro_batch_size": 1, "seq_len": 16}
+    assert cuda().speeds(GeminiPlugin(**options), 4096).host_adam_params == 3e9
+    for where in (cuda(), Target(torch.device("cpu"), Device.emulated(), emulated=True)):
+        speeds = where.speeds(GeminiPlugin(**options, host_adam_params_per_second=5e9), 4096)
+        # Beside copies, and the first of two passes, which moves less.
+        assert speeds.host_adam_params == pytest.approx(4e9)
+        assert speeds.host_params_first == pytest.approx(5.2e9)

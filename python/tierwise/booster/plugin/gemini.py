@@ -143,6 +143,9 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
     """Link speed: of the emulated device, and for the planner. None: as fast as memory; for CUDA a table by device name."""
     d2h_bytes_per_second: float | None = None
     """Like `h2d_bytes_per_second`, in the other direction."""
+    host_adam_params_per_second: float | None = None
+    """Parameters that the CPU's optimizer steps alone, for the planner: with the same figure, as `host_adam_params_per_s` of `tierwise
+    calibrate`, every process plans alike. None: measured once per process beside CUDA, and a table for the emulated device."""
     link_latency_ns: int = 0
     """Emulated device: nanoseconds that every copy takes in addition."""
 
@@ -184,7 +187,7 @@ class GeminiPlugin(Plugin, metaclass=_RefuseUnknown):
             "enable_all_optimization",
             "compile_layers",
         )
-        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second", *_DISK_SPEEDS)
+        self._positive("max_norm", "h2d_bytes_per_second", "d2h_bytes_per_second", "host_adam_params_per_second", *_DISK_SPEEDS)
         self._numbers(*_FRACTIONS, "growth_factor", "backoff_factor")
         self._numbers("initial_scale", "min_scale", "max_scale")
         latency = self.link_latency_ns
