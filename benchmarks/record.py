@@ -9,9 +9,10 @@ worker that failed, hangs or keeps memory is replaced, and the next configuratio
 configuration, and what is in it is not recorded again: the same command continues after an interruption. A configuration that runs out of
 memory is a record too: it did not fit. One that fails otherwise is named at the end and tried again by the next command.
 
-With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps: a shared
-machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). The fastest visit, by its
-median step, is what a configuration's times and probes are taken from: whoever shares a machine only makes it slower. Visits of a
+With `--visits` the whole list is gone through so many times, and each visit of a configuration times its share of the steps, but at least
+three: a shared machine is faster in one minute than in the next, and not all of its memory is equally fast (`mix_memory.py`). Of a
+configuration's visits the fastest counts, by its median step, because whoever shares a machine makes it slower. The lesser of two medians
+is also less than their mean by half of what such medians differ by, so these times are not compared with those of one visit. Visits of a
 configuration must have executed the same plan: the planner is told how fast the host was calibrated.
 
 A step is from the end of one backward pass to the end of the next on the compute stream, as the simulator counts it; the first steps are
@@ -19,10 +20,11 @@ not timed, and nothing waits for the device between timed steps but for the prob
 parted). `recorded` has the median, the times themselves, the allocator's peak of device bytes since training began, the engine's peak of
 host bytes, and how long the compute stream waited per step. `executed` is the plan that ran, after its correction. `observed` sums the
 timeline of two more steps of the first visit by track and kind, and has how many seconds the training thread was in its calls in the timed
-steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step); `visits` in it has these, times and probes of
-every visit. A visit beside which the training thread's probe takes more than twice what it took `calibrate` (`--disturbed`) says more
-of who shares the machine than of the configuration: it is kept under `disturbed`, and made again at the end, up to three of a
-configuration.
+steps (`thread_s`, medians: forward and backward of a micro-batch, step of an optimizer step) and in `per_step` the engine's counters.
+`visits` in it has what belongs to every visit; `recorded`, probes, `thread_s` and `per_step` are those of the one that counts, but for the
+peaks, which are the most of all. A visit beside which the training thread's probe takes more than twice what it took `calibrate`
+(`--disturbed`) says more of who shares the machine than of the configuration: it is kept under `disturbed`, and made again at the end, up
+to three of a configuration.
 
 `host_adam_params_per_s` and `launch_probe_ns` are how fast the host's Adam was on memory of its own and how long a fixed piece of work took
 a training thread, before, between and after these parts, measured as `calibrate` does.
@@ -146,18 +148,22 @@ def joined(run: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
         differs = [name for name, value in plan(run).items() if value != plan(again).get(name)]
         raise ValueError(f"visited again another plan was executed: {', '.join(differs)}")
 
+    timed, seen = ("step_s", "step_times_s", "wait_s"), ("thread_s", "per_step")
+
     def visit(of: dict[str, Any]) -> dict[str, Any]:
-        times = {name: of["recorded"][name] for name in ("step_s", "step_times_s", "wait_s")}
-        return {**times, "thread_s": of["observed"]["thread_s"], **{name: of[name] for name in PROBES}}
+        parts = ((of["recorded"], timed), (of["observed"], seen), (of, PROBES))
+        return {name: part[name] for part, names in parts for name in names}
 
     all_visits = [*run["observed"].get("visits", [visit(run)]), visit(again)]
+    if any(one.keys() != all_visits[-1].keys() for one in all_visits):
+        raise ValueError("its visits are those of an earlier version of this file: name another --out")
     fastest = min(all_visits, key=lambda one: float(one["step_s"]))
     recorded = {
         **run["recorded"],
-        **{name: fastest[name] for name in ("step_s", "step_times_s", "wait_s")},
+        **{name: fastest[name] for name in timed},
         **{peak: max(run["recorded"][peak], again["recorded"][peak]) for peak in ("device_peak_bytes", "host_peak_bytes")},
     }
-    observed = {**run["observed"], "thread_s": fastest["thread_s"], "visits": all_visits}
+    observed = {**run["observed"], **{name: fastest[name] for name in seen}, "visits": all_visits}
     return {**run, "recorded": recorded, "observed": observed, **{name: fastest[name] for name in PROBES}}
 
 

@@ -24,7 +24,7 @@ from tierwise._core import HostBench
 if TYPE_CHECKING:
     from tierwise.calibration.thread import LaunchProbe
 
-UNTIMED, PROFILED = 2, 2
+UNTIMED, PROFILED, LEAST_TIMED = 2, 2, 3
 LEFT_BYTES = 200_000_000
 """Of torch's own workspaces."""
 OUTSIDE_BYTES = 2_500_000_000
@@ -234,7 +234,8 @@ def train(run: Configuration, a: argparse.Namespace, probes: Probes, first: bool
     times: list[float] = []
     probes.forget()
     steps = 0
-    timed = -(-run.timed_steps // a.visits)
+    # The median of fewer would be as noisy as they are.
+    timed = max(-(-run.timed_steps // a.visits), min(run.timed_steps, LEAST_TIMED))
     parts = min(PARTS, timed) if a.visits == 1 else 1
     for _ in range(parts):
         # Between two marks is a whole step, all of whose work was asked for in this part.

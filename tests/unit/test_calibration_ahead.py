@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,32 +17,71 @@ import torch
 from tierwise.calibration import ahead, compute, precompile
 
 
-@pytest.mark.parametrize(("cpus", "count"), [(None, 0), (3, 0), (4, 1), (11, 2), (64, 3)])
-def test_there_are_as_many_as_the_processors_allow(monkeypatch: pytest.MonkeyPatch, cpus: int | None, count: int) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    assert ahead.Ahead(wanted=True).count == count
-    assert ahead.Ahead(wanted=False).count == 0
+@pytest.mark.parametrize(("cpus", "count"), [(1, 0), (3, 0), (4, 1), (11, 2), (64, 3)])
+def test_there_are_as_many_as_the_processors_allow(monkeypatch: pytest.MonkeyPatch, cpus: int, count: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    assert ahead.Ahead(0, print).count == count
+    assert ahead.Ahead(None, print).count == 0
 
 
 def test_they_are_waited_for_and_none_outlives_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    programs = ["raise SystemExit(3)", "import time; time.sleep(600)", ""]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])"
+    programs = ["import sys; sys.exit('first\\nno such kernel')", child, ""]
     monkeypatch.setattr(ahead.Ahead, "command", lambda self, which: [sys.executable, "-S", "-c", programs[which]])
+    said: list[str] = []
     begun = time.monotonic()
-    with ahead.Ahead(wanted=True) as compiling:
+    with ahead.Ahead(0, said.append) as compiling:
         # The others have the time of the one that never ends.
-        assert compiling.wait(5.0) == [3, None, 0]
-    with pytest.raises(KeyboardInterrupt), ahead.Ahead(wanted=True) as compiling:
-        raise KeyboardInterrupt
-    assert [process.poll() for process in compiling._processes][1] == -9
+        assert compiling.wait(5.0) == [1, None, 0]
+        groups = [process.pid for process, _ in compiling._started]
+    assert said == [
+        "a process that compiles ended with 1: no such kernel",
+        "a process that compiles took too long: it said nothing",
+    ]
+
+    def interrupted() -> None:
+        with ahead.Ahead(0, said.append) as compiling:
+            groups.extend(process.pid for process, _ in compiling._started)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert time.monotonic() - begun < 300
-    with ahead.Ahead(wanted=False) as compiling:
+    for group in groups:
+        # What was started by them is gone too.
+        while _lives(group) and time.monotonic() - begun < 300:
+            time.sleep(0.01)
+        assert not _lives(group)
+
+
+def _lives(group: int) -> bool:
+    """Whether some process of a group is no zombie."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                return True
+    return False
+
+
+def test_no_process_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(ahead.Ahead, "command", lambda self, which: ["/no/such/program"])
+    said: list[str] = []
+    with ahead.Ahead(0, said.append) as compiling:
         assert compiling.wait(5.0) == []
+    assert len(said) == 1
+    assert said[0].startswith("no process that compiles: ")
+    with ahead.Ahead(None, said.append) as compiling:
+        assert compiling.wait(5.0) == []
+    assert len(said) == 1
 
 
-def test_together_they_run_every_layer_with_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_they_run_every_layer_with_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = ((32, 64, 2), (64, 160, 4), (96, 128, 4))
-    monkeypatch.setattr(compute, "CPU_SIZES", dataclasses.replace(compute.CPU_SIZES, layers=layers, whole=((1, 8), (4, 16))))
+    monkeypatch.setattr(compute, "CPU_SIZES", dataclasses.replace(compute.CPU_SIZES, layers=layers, whole=((4, 16), (1, 8))))
+    monkeypatch.setattr(compute, "_COMPILED_TOKENS", 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran: list[tuple[int, ...]] = []
     step = compute._step
@@ -49,11 +91,18 @@ def test_together_they_run_every_layer_with_every_shape(monkeypatch: pytest.Monk
         step(forward, leaves)
 
     monkeypatch.setattr(compute, "_step", seen)
-    wanted = [(sequences, seq, hidden) for hidden, _, _ in layers for sequences, seq in ((1, 8), (4, 16), (8, 16))]
+    # Twice the largest too, where Python cannot keep the device busy with that.
+    wanted = [(sequences, 8, hidden) for hidden, _, _ in layers for sequences in (1, 4, 8)]
     for count in (1, 2, 3):
         ran.clear()
         for which in range(count):
-            precompile.main(which, count)
-        assert sorted(ran) == sorted(wanted), "also twice the largest, where Python cannot keep the device busy with that"
-    command = ahead.Ahead(wanted=True).command(1)
-    assert command[:3] == [sys.executable, "-m", precompile.__name__]
+            precompile.main(which, count, 0)
+        assert sorted(ran) == sorted(wanted)
+
+
+@pytest.mark.timeout(120)
+def test_the_command_runs() -> None:
+    compiling = ahead.Ahead(0, print)
+    compiling.count = 1
+    ran = subprocess.run(compiling.command(0), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

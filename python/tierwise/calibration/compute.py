@@ -18,6 +18,10 @@ _SUSTAINED_S = 1.2
 """Of forward and backward in turn, of which the last two thirds count: the power limit is felt after less than a tenth of a second, but a
 device that is still cool draws less, and its regulation swings with a period of about a second."""
 
+_COMPILED_TOKENS = 512
+"""Of a sequence. Per multiprocessor of an H100 norms get 4 to 32 rows of it, where they get 32 to 249 in `layers`: divisible by 16, or not,
+and never 1, which is compiled for itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -34,6 +38,10 @@ class Sizes:
     whole: tuple[tuple[int, int], ...]
     """(sequences, tokens per sequence) of whole layers."""
     vocab: int
+
+    def largest(self) -> tuple[int, int]:
+        """The whole layer of the most tokens."""
+        return max(self.whole, key=lambda whole: whole[0] * whole[1])
 
 
 DEVICE_SIZES = Sizes(
@@ -91,7 +99,6 @@ def attention(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[di
 def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Whole decoder layers of transformers with our fused kernels. Raises ImportError without transformers."""
     rows: list[dict[str, Any]] = []
-    largest = max(sizes.whole, key=lambda whole: whole[0] * whole[1])
     made = [_Layer(timer, size) for size in sizes.layers]
 
     def measure(which: int, sequences: int, seq: int) -> None:
@@ -119,7 +126,7 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
             return rows
         # The widest first: as hot as training makes the device, it stays for the others.
         for which in reversed(range(len(made))):
-            sequences, seq = largest
+            sequences, seq = sizes.largest()
             if not sustain(which, sequences, seq):
                 measure(which, 2 * sequences, seq)
                 sustain(which, 2 * sequences, seq)
@@ -127,13 +134,15 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
 
 
 def compile_layers(sizes: Sizes, timer: Timer, which: Iterable[int]) -> None:
-    """Runs some of the layers once with every shape that `layers` may measure: their kernels are compiled then. Raises ImportError without
-    transformers."""
+    """Runs some of the layers once with as many sequences as `layers` may measure, so that their kernels are compiled. Triton compiles anew
+    for another batch, and where a number is no longer divisible by 16, not for longer sequences: short ones are off the device before they
+    disturb what is measured meanwhile. Raises ImportError without transformers."""
+    batches = {sequences for sequences, _ in sizes.whole} | {2 * sizes.largest()[0]}
     with attention_backends():
         for size in (sizes.layers[index] for index in which):
             layer = _Layer(timer, size)
-            for sequences, seq in (*sizes.whole, (2 * sizes.whole[-1][0], sizes.whole[-1][1])):
-                _step(*layer.step(sequences, seq))
+            for sequences in sorted(batches):
+                _step(*layer.step(sequences, _COMPILED_TOKENS))
 
 
 class _Layer:

@@ -76,8 +76,8 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     sections = _Sections(cuda)
     scale = options.seconds / 45.0
     missing: list[str] = []
-    # Whoever compiles meanwhile is not on the device for long, and has ended before the host is measured.
-    with ahead.Ahead(wanted=cuda) as compiling:
+    # Whoever compiles meanwhile has ended before layers and the host are measured.
+    with ahead.Ahead(device.index if cuda else None, log) as compiling:
         measured = _kernels(device, scale, log, sections, missing, compiling)
     with sections("host"):
         bench = HostBench(options.numel())
@@ -177,9 +177,10 @@ def _kernels(
         found["attention"] = compute.attention(sizes, timer, log)
     with sections("losses"):
         found["losses"] = compute.losses(sizes, timer, log)
-    with sections("compiling"):
-        codes = compiling.wait(_COMPILING_S)
-        log(f"kernels of layers compiled beside these by {len(codes)} processes, which ended with {codes}")
+    if compiling.count:
+        with sections("compiling"):
+            codes = compiling.wait(_COMPILING_S)
+            log(f"layers compiled beside these: {codes.count(0)} of {len(codes)} processes were ready")
     with sections("layers"):
         found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log, missing) or []
     return found

@@ -1,6 +1,6 @@
 """What each process of `ahead.Ahead` runs: the kernels of its share of the layers are compiled.
 
-python -m tierwise.calibration.precompile WHICH COUNT
+python -m tierwise.calibration.precompile WHICH COUNT DEVICE
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import torch
 from tierwise.calibration import compute
 from tierwise.calibration.timing import Timer
 
+_SHARE = 0.1
+"""Of the device's memory, that the process which measures can do without."""
 
-def main(which: int, count: int) -> None:
-    """Compiles every `count`-th layer's kernels, from the `which`-th on."""
-    cuda = torch.cuda.is_available()
-    sizes = compute.DEVICE_SIZES if cuda else compute.CPU_SIZES
-    compute.compile_layers(sizes, Timer(torch.device("cuda" if cuda else "cpu"), 0.0), range(which, len(sizes.layers), count))
+
+def main(which: int, count: int, device_index: int) -> None:
+    """Compiles every `count`-th layer's kernels, from the `which`-th on. Raises torch.OutOfMemoryError where a tenth of the device is too
+    little."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", device_index)
+        torch.cuda.set_device(device)
+        torch.cuda.set_per_process_memory_fraction(_SHARE, device)
+    sizes = compute.DEVICE_SIZES if device.type == "cuda" else compute.CPU_SIZES
+    compute.compile_layers(sizes, Timer(device, 0.0), range(which, len(sizes.layers), count))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))
