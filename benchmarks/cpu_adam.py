@@ -1,12 +1,13 @@
-"""CPU Adam beside a plain three-stream add and torch's fused CPU AdamW, our copy beside torch's, and steps that may be undone beside a copy
-of what they overwrite and a plain step, at several thread counts, in one run.
+"""CPU Adam beside a plain three-stream add and torch's fused CPU AdamW, our copy beside torch's, and steps that may be undone beside plain
+ones, at several thread counts, in one run.
 
     python benchmarks/cpu_adam.py --numel 1000000000 --threads 1,2,4,8,16
 
 Ours steps split bf16 masters: 26 bytes of memory traffic per parameter (gradient 2, parameter 2+2, low half 2+2, two moments 8+8). The add
 is `c = a + b` over fp32: 12 bytes per element, the plain bandwidth of the machine. torch steps fp32 parameters with fp32 gradients: 28
 bytes per parameter. Copies are of 4 bytes per parameter, `copy_` of fp32 beside ours, in turn. A step that may be undone writes a record of
-12 bytes per parameter in its own pass, 38 bytes of traffic; copied before, they would be 50. All memory is touched before it is timed; a
+12 bytes per parameter in its own pass, 38 bytes of traffic, and is measured on half of the parameters, with room for the records; "copy +
+step" is computed from plain steps and our copy of 12 bytes for each, 50 bytes. All memory is touched before it is timed; a
 figure is the median of the repeats, [lowest, highest].
 """
 
@@ -59,7 +60,8 @@ def copies(numel: int, threads: int, repeats: int) -> tuple[float, float]:
 
 
 def undoable(numel: int, threads: int, repeats: int) -> tuple[float, float, float]:
-    """1e9 parameters/s: plain steps, steps that may be undone, and steps after a copy of what they overwrite. They take turns too."""
+    """1e9 parameters/s: plain steps, steps that may be undone, in turn with our copy; and, from plain steps and that copy, a step after one
+    of what it overwrites."""
     bench = _core.HostBench(numel)
     found = [[bench.rate(kernel, 0.0, threads) / 1e9 for kernel in ("adam", "undoable", "copy")] for _ in range(repeats)]
     plain, recorded, copied = (statistics.median(of) for of in zip(*found, strict=True))
@@ -79,7 +81,7 @@ def main() -> int:
         torch.set_num_threads(threads)
         copied, torch_copied = copies(n, threads, a.repeats)
         print(f"{threads:7d} {copied:13.1f} {torch_copied:10.1f} {copied / torch_copied:10.2f}", flush=True)
-    print(f"{'threads':>7} {'plain 1e9 param/s':>17} {'undoable':>9} {'copy, step':>11} {'undoable/these':>15} {'undoable/plain':>15}")
+    print(f"{'threads':>7} {'plain 1e9 param/s':>17} {'undoable':>9} {'copy + step':>11} {'undoable/those':>15} {'undoable/plain':>15}")
     for threads in counts:
         plain, recorded, apart = undoable(n, threads, a.repeats)
         print(f"{threads:7d} {plain:17.2f} {recorded:9.2f} {apart:11.2f} {recorded / apart:15.2f} {recorded / plain:15.2f}", flush=True)

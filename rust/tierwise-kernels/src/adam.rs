@@ -63,11 +63,15 @@ trait Writes: 'static {
     type Kept<'a, S: Store>;
 
     /// # Safety
-    /// The elements `start..start + numel` of a record's arrays are valid and untouched by anyone else.
+    /// The elements `start..start + numel` of a record's arrays are valid, naturally aligned, and untouched by anyone else while what this
+    /// gives lives.
     unsafe fn kept<'a, S: Store>(record: Self::Record, start: usize, numel: usize) -> Self::Kept<'a, S>;
 
     /// Keeps `elements` of what is kept.
-    fn keep<S: Store>(kept: &mut Self::Kept<'_, S>, elements: Range<usize>, overwritten: &Overwritten<'_, S>);
+    ///
+    /// # Safety
+    /// Nobody accesses them before this thread has called [`convert::fence`].
+    unsafe fn keep<S: Store>(kept: &mut Self::Kept<'_, S>, elements: Range<usize>, overwritten: &Overwritten<'_, S>);
 }
 
 /// Keeps nothing.
@@ -101,7 +105,7 @@ impl<const MOMENTS: bool> Writes for Plain<MOMENTS> {
 
     unsafe fn kept<'a, S: Store>((): (), _: usize, _: usize) -> Self::Kept<'a, S> {}
 
-    fn keep<S: Store>((): &mut (), _: Range<usize>, _: &Overwritten<'_, S>) {}
+    unsafe fn keep<S: Store>((): &mut (), _: Range<usize>, _: &Overwritten<'_, S>) {}
 }
 
 impl Writes for Undoable {
@@ -123,11 +127,14 @@ impl Writes for Undoable {
 
     #[inline(always)]
     #[expect(clippy::inline_always, reason = "how many elements there are has to be known")]
-    fn keep<S: Store>(kept: &mut Kept<'_, S>, elements: Range<usize>, overwritten: &Overwritten<'_, S>) {
-        convert::past_caches(overwritten.param, &mut kept.param[elements.clone()]);
-        convert::past_caches(overwritten.master, &mut kept.master[elements.clone()]);
-        convert::past_caches(overwritten.exp_avg, &mut kept.exp_avg[elements.clone()]);
-        convert::past_caches(overwritten.exp_avg_sq, &mut kept.exp_avg_sq[elements]);
+    unsafe fn keep<S: Store>(kept: &mut Kept<'_, S>, elements: Range<usize>, overwritten: &Overwritten<'_, S>) {
+        // SAFETY: parameters, masters and moments are numbers, or nothing; the caller promises the rest.
+        unsafe {
+            convert::past_caches(overwritten.param, &mut kept.param[elements.clone()]);
+            convert::past_caches(overwritten.master, &mut kept.master[elements.clone()]);
+            convert::past_caches(overwritten.exp_avg, &mut kept.exp_avg[elements.clone()]);
+            convert::past_caches(overwritten.exp_avg_sq, &mut kept.exp_avg_sq[elements]);
+        }
     }
 }
 
@@ -381,7 +388,8 @@ at_every_level! {
             let end = start + BLOCK;
             let (param, master) = (&mut param[start..end], &mut master[start..end]);
             let (exp_avg, exp_avg_sq, grad) = (&mut exp_avg[start..end], &mut exp_avg_sq[start..end], &grad[start..end]);
-            W::keep::<S>(&mut kept, start..end, &Overwritten { param, master, exp_avg, exp_avg_sq });
+            // SAFETY: `adam_undoable_at` fences when it is through a grain.
+            unsafe { W::keep::<S>(&mut kept, start..end, &Overwritten { param, master, exp_avg, exp_avg_sq }) };
             for i in 0..BLOCK {
                 step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
             }
@@ -389,7 +397,8 @@ at_every_level! {
         }
         let (param_left, master_left) = (&param[start..], &master[start..]);
         let left = Overwritten { param: param_left, master: master_left, exp_avg: &exp_avg[start..], exp_avg_sq: &exp_avg_sq[start..] };
-        W::keep::<S>(&mut kept, start..numel, &left);
+        // SAFETY: as above.
+        unsafe { W::keep::<S>(&mut kept, start..numel, &left) };
         for i in start..numel {
             step_element::<W, S, G>(&mut param[i], &mut master[i], &mut exp_avg[i], &mut exp_avg_sq[i], grad[i], c);
         }

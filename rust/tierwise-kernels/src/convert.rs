@@ -143,18 +143,22 @@ pub unsafe fn copy_all(pool: &Pool, ranges: &[Copied]) {
         let head = dst.as_ptr().align_offset(WORD).min(bytes);
         let (first, rest) = dst.split_at_mut(head);
         first.copy_from_slice(&src[..head]);
-        past_caches(&src[head..], rest);
+        // SAFETY: bytes, and the fence follows.
+        unsafe { past_caches(&src[head..], rest) };
         fence();
     });
 }
 
-/// Copies past the caches if `dst` begins at a multiple of a word, else through them. Other threads may see what is stored after this before
-/// it, up to the next [`fence`]. Of slices whose length is known when this is compiled, the loop is too.
+/// Copies numbers past the caches if `dst` begins at a multiple of a word, else through them. Where the length of the slices is known when
+/// this is compiled, its loop is unrolled.
 ///
 /// # Panics
 /// If the slices are not equally long.
+///
+/// # Safety
+/// Nobody accesses `dst` before this thread has called [`fence`]. `T` has no padding.
 #[inline]
-pub(crate) fn past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
+pub(crate) unsafe fn past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
     assert!(src.len() == dst.len());
     #[cfg(target_arch = "x86_64")]
     {
@@ -175,7 +179,7 @@ pub(crate) fn past_caches<T: Copy>(src: &[T], dst: &mut [T]) {
     dst.copy_from_slice(src);
 }
 
-/// What was stored past the caches is seen before what is stored after this.
+/// What this thread stored past the caches is there for everybody, itself included.
 pub(crate) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 has it.

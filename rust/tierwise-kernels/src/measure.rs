@@ -110,7 +110,7 @@ impl HostBench {
                 n
             }
             HostKernel::Undoable => {
-                // The second half of every array takes what is overwritten of the first: everything stays what it is.
+                // The second half of every array takes what is overwritten of the first: all of it stays normal numbers.
                 self.step += 1;
                 let (exp_avg, exp_avg_sq) = (at(2 * n).cast(), at(6 * n).cast());
                 let record = UndoRecord { param: at(9 * n), master: at(11 * n), exp_avg, exp_avg_sq };
