@@ -5,10 +5,10 @@ ones, at several thread counts, in one run.
 
 Ours steps split bf16 masters: 26 bytes of memory traffic per parameter (gradient 2, parameter 2+2, low half 2+2, two moments 8+8). The add
 is `c = a + b` over fp32: 12 bytes per element, the plain bandwidth of the machine. torch steps fp32 parameters with fp32 gradients: 28
-bytes per parameter. Copies are of 4 bytes per parameter, `copy_` of fp32 beside ours, in turn. A step that may be undone writes a record of
-12 bytes per parameter in its own pass, 38 bytes of traffic, and is measured on half of the parameters, with room for the records; "copy +
-step" is computed from plain steps and our copy of 12 bytes for each, 50 bytes. All memory is touched before it is timed; a
-figure is the median of the repeats, [lowest, highest].
+bytes per parameter. Copies are of 4 bytes per parameter, `copy_` of fp32 beside ours. A step that may be undone writes a record of 12
+bytes per parameter in its own pass, 38 bytes of traffic, and is measured on half of the parameters, with room for the records; "copy +
+step" is computed from plain steps and our copy of 12 bytes for each, 50 bytes. All memory is touched before it is timed. What is compared
+takes turns; a figure is the median of the repeats, [lowest, highest].
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ import torch
 from tierwise import _core
 
 
-def median_of(run: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Seconds: median, lowest, highest; the first call is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), min(times), max(times)
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat, sorted. They take turns, because a shared machine is faster in one moment than in the next; the first call
+    of each is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(1 + repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(of) for name, of in times.items()}
 
 
 def allocate(numel: int, dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
@@ -48,14 +50,13 @@ def allocate(numel: int, dtype: torch.dtype, zero: bool = False) -> torch.Tensor
 
 
 def copies(numel: int, threads: int, repeats: int) -> tuple[float, float]:
-    """GB/s of bytes copied: ours, which go past the caches, and torch's. They take turns: the memory of a shared machine is faster in one
-    moment than in the next."""
+    """GB/s of bytes copied: ours, which go past the caches, and torch's, in turn."""
     bench = _core.HostBench(numel)
     source, target = allocate(numel, torch.float32), allocate(numel, torch.float32)
     ours, theirs = [], []
     for _ in range(repeats):
         ours.append(bench.rate("copy", 0.0, threads) / 1e9)
-        theirs.append(4 * numel / median_of(lambda: target.copy_(source), 1)[0] / 1e9)
+        theirs.append(4 * numel / in_turn({"copy": lambda: target.copy_(source)}, 1)["copy"][0] / 1e9)
     return statistics.median(ours), statistics.median(theirs)
 
 
@@ -70,7 +71,7 @@ def undoable(numel: int, threads: int, repeats: int) -> tuple[float, float, floa
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--numel", type=int, default=100_000_000, help="parameters; the torch row needs 16 bytes for each beside our 14")
+    p.add_argument("--numel", type=int, default=100_000_000, help="parameters, 42 bytes each: 14 of ours, 12 of the add, 16 of torch's")
     p.add_argument("--threads", default="1,2", help="thread counts, comma separated")
     p.add_argument("--repeats", type=int, default=7)
     a = p.parse_args()
@@ -87,6 +88,10 @@ def main() -> int:
         print(f"{threads:7d} {plain:17.2f} {recorded:9.2f} {apart:11.2f} {recorded / apart:15.2f} {recorded / plain:15.2f}", flush=True)
     hi, lo, grad = (allocate(n, d) for d in (torch.bfloat16, torch.int16, torch.bfloat16))
     exp_avg, exp_avg_sq = allocate(n, torch.float32, True), allocate(n, torch.float32, True)
+    x, y, z = (allocate(n, torch.float32) for _ in range(3))
+    param = torch.nn.Parameter(allocate(n, torch.float32))
+    param.grad = allocate(n, torch.float32)
+    optimizer = torch.optim.AdamW([param], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     step = 0
     print(
         f"{'threads':>7} {'ours 1e9 param/s':>26} {'ours GB/s':>10} {'add GB/s':>9} {'ours/add':>9} "
@@ -102,21 +107,12 @@ def main() -> int:
             pointers = (t.data_ptr() for t in (hi, lo, exp_avg, exp_avg_sq, grad))
             _core.adam_step("bf16", *pointers, n, (1e-4, 0.9, 0.95, 1e-8, 0.1, True), step, 1.0, threads)
 
-        mine, low, high = median_of(ours, a.repeats)
-        third = n
-        x, y, z = (allocate(third, torch.float32) for _ in range(3))
-        add, *_ = median_of(lambda x=x, y=y, z=z: torch.add(x, y, out=z), a.repeats)  # type: ignore[misc]
-        del x, y, z
-        size = n
-        param = torch.nn.Parameter(allocate(size, torch.float32))
-        param.grad = allocate(size, torch.float32)
-        optimizer = torch.optim.AdamW([param], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        theirs, *_ = median_of(lambda optimizer=optimizer: optimizer.step(), a.repeats)  # type: ignore[misc]
-        del param, optimizer
-        gbs, add_gbs = 26 * n / mine / 1e9, 12 * third / add / 1e9
-        rate, torch_rate = n / mine / 1e9, size / theirs / 1e9
+        times = in_turn({"ours": ours, "add": lambda: torch.add(x, y, out=z), "torch": optimizer.step}, a.repeats)
+        mine, add, theirs = (statistics.median(times[name]) for name in ("ours", "add", "torch"))
+        gbs, add_gbs = 26 * n / mine / 1e9, 12 * n / add / 1e9
+        rate, torch_rate = n / mine / 1e9, n / theirs / 1e9
         worst_add, worst_torch = min(worst_add, gbs / add_gbs), min(worst_torch, rate / torch_rate)
-        spread = f"{rate:.2f} [{n / high / 1e9:.2f}, {n / low / 1e9:.2f}]"
+        spread = f"{rate:.2f} [{n / times['ours'][-1] / 1e9:.2f}, {n / times['ours'][0] / 1e9:.2f}]"
         print(
             f"{threads:7d} {spread:>26} {gbs:10.1f} {add_gbs:9.1f} {gbs / add_gbs:9.2f} {torch_rate:18.2f} {rate / torch_rate:10.2f}",
             flush=True,
