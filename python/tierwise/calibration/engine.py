@@ -175,12 +175,12 @@ def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Call
     """From the timeline of an engine that steps when the norm is known: parameters per second on the device are the median of its chunks;
     on the host the median of one chunk of every step, while no copies share the memory. They are as much faster or slower as the kernel
     alone was when `host` was measured, a row of `host.by_threads`: it is measured around them too."""
-    return _as_when(host, bench, lambda: rates(_stepped(device, speculates=False, steps=_STEPS_OF_ADAM), log))
+    return _as_when(host, bench, lambda: rates(_stepped(device, speculates=False), log))
 
 
 def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> float | None:
     """`Adam.host_undoable_params_per_s` in the same way, of an engine that does not wait for the norm."""
-    found = _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True, steps=_STEPS_OF_ADAM)))
+    found = _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True)))
     return found.host_undoable_params_per_s
 
 
@@ -195,14 +195,14 @@ def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]
     return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
 
 
-def _stepped(device: torch.device, speculates: bool, steps: int) -> str:
-    """The timeline of so many steps that were flushed one by one."""
+def _stepped(device: torch.device, speculates: bool) -> str:
+    """The timeline of steps that were flushed one by one."""
     size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
     # What is speculated is the last layer, whose gradients come first: no others leave while it is stepped.
     fraction = 0.25 if speculates else 0.5
     booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=fraction, speculates=speculates)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    for step in range(1 + steps):
+    for step in range(1 + _STEPS_OF_ADAM):
         if step == 1:
             booster.record_timeline()
         loss = model(input_ids=ids, labels=ids).loss
