@@ -204,6 +204,8 @@ LARGE = [
     _of("7b", "auto:78GB", 4, 16, "auto", timed=3),
     _of("1b", "device", 16, 64, beyond=True, timed=2),
     _of("7b", "device", 1, 4, "full", beyond=True, timed=2),
+    _of("1b", "device", 24, 96, beyond=True, timed=2),
+    _of("7b", "device", 4, 16, beyond=True, timed=2),
 ]
 """Models of which a step takes longer than Python does to launch it; every size comes before the next placement does."""
 
