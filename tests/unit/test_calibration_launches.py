@@ -65,39 +65,71 @@ def test_a_turn_that_was_disturbed_does_not_count() -> None:
     assert engine.median_turn([[3.0, 2.0, 9.0], [20.0, 21.0, 22.0], [2.0, 2.5, 2.0]]) == 3.0
 
 
-def _timeline(passes: bool) -> str:
-    """Three steps of two layers on the host, the first of each undisturbed; and one on the device."""
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "tid": tid, "args": {"name": name}} for tid, name in enumerate(("host optimizer", "device optimizer"))
-    ]
-    for step, slowness in enumerate((1.0, 5.0, 1.25)):
-        for layer in range(2):
-            begin, us = 1e6 * step + 1e5 * layer, 1000.0 * slowness * (1 + layer)
-            moved = 1_000_000 * (18 if passes else 26)
-            span = {"ph": "X", "tid": 0, "name": f"step layers.{layer}", "ts": begin, "dur": us, "args": {"bytes": moved}}
-            events.append(span)
-            if passes:
-                # The first of a step is disturbed.
-                events.append({**span, "name": f"moments layers.{1 - layer}", "ts": begin + 5e5, "dur": us * (10.0, 0.25)[layer]})
-        events.append({"ph": "X", "tid": 0, "name": "step lm_head", "ts": 1e6 * step - 10, "dur": 1.0, "args": {"bytes": 26}})
-        events.append({"ph": "X", "tid": 1, "name": "step layers.2", "ts": 1e6 * step, "dur": 10.0, "args": {"bytes": 26_000_000}})
-        events.append({"ph": "X", "tid": 1, "name": "norm layers.2", "ts": 1e6 * step, "dur": 1.0, "args": {"bytes": 26_000_000}})
-    return json.dumps({"traceEvents": events})
+class _Events:
+    """A timeline that is written down span by span."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.tracks: list[str] = []
+
+    def span(self, track: str, name: str, begin_ms: float, ms: float, moved: int = 0) -> None:
+        if track not in self.tracks:
+            self.tracks.append(track)
+            self.events.append({"ph": "M", "tid": self.tracks.index(track), "args": {"name": track}})
+        tid = self.tracks.index(track)
+        self.events.append({"ph": "X", "tid": tid, "name": name, "ts": 1e3 * begin_ms, "dur": 1e3 * ms, "args": {"bytes": moved}})
+
+    def text(self) -> str:
+        return json.dumps({"traceEvents": self.events})
+
+
+_HALF = engine.Beside(whole=0.5, first=0.5, moments=0.8)
 
 
 @pytest.mark.parametrize("passes", [False, True])
-def test_the_engines_adam_is_that_of_undisturbed_chunks(passes: bool) -> None:
+def test_the_engines_steps_are_as_fast_as_if_nothing_were_copied(passes: bool) -> None:
+    events, moved = _Events(), 1_000_000 * (18 if passes else 26)
+    for step, slowness in enumerate((1.0, 5.0, 1.25)):
+        begin = 1000.0 * step
+        events.span("host optimizer", "step layers.0", begin, 2.0 * slowness, moved)
+        events.span("host optimizer", "step lm_head", begin + 40, 1.0, 26)
+        # Beside a copy all the time, and for half of it.
+        events.span("host optimizer", "step layers.1", begin + 50, 4.0 * slowness, moved)
+        events.span("h2d", "refresh layers.0", begin + 50, 4.0 * slowness)
+        events.span("host optimizer", "step layers.2", begin + 100, (8 / 3) * slowness, moved)
+        events.span("h2d", "refresh layers.1", begin + 100 + (4 / 3) * slowness, (4 / 3) * slowness)
+        # What gradients, or their norms, are in the way of counts for nothing.
+        events.span("host optimizer", "step layers.3", begin + 150, 90.0, moved)
+        events.span("d2h", "gradients layers.4", begin + 200, 5.0)
+        if passes:
+            events.span("host optimizer", "moments layers.0", begin + 300, 1.0 * slowness, moved)
+            events.span("host optimizer", "moments layers.1", begin + 310, 1.25 * slowness, moved)
+            events.span("d2h", "gradients layers.1", begin + 310, 1.25 * slowness)
+            events.span("host optimizer", "moments layers.2", begin + 320, 70.0, moved)
+            events.span("host norm", "norm layers.1", begin + 325, 1.0)
     said: list[str] = []
-    found = engine.rates(_timeline(passes), said.append)
-    assert found.device_params_per_s == pytest.approx(1e11)
-    # The middle one of 1e9, 2e8 and 8e8.
-    whole, first = (None, pytest.approx(8e8)) if passes else (pytest.approx(8e8), None)
+    found = engine.rates(events.text(), _HALF, said.append)
+    # The middle one of 5e8, 1e8 and 4e8, and of 1e9, 2e8 and 8e8.
+    whole, first = (None, pytest.approx(4e8)) if passes else (pytest.approx(4e8), None)
     assert (found.host_params_per_s, found.host_params_first_per_s) == (whole, first)
-    # Passes of 2e-3, 10e-3 and 2.5e-3 s times a quarter.
-    assert found.host_moments_per_s == (pytest.approx(1.6e9) if passes else None)
-    assert found.host_gap_ns is None, "layers are a tenth of a second apart"
-    assert said == [f"Adam in the engine: {'two passes' if passes else 'whole steps'} of 3 steps"]
-    assert engine.rates(json.dumps({"traceEvents": []}), said.append) == engine.Adam()
+    assert found.host_moments_per_s == (pytest.approx(8e8) if passes else None)
+    assert found.host_gap_ns is None, "no step follows another at once"
+    assert said == [f"Adam in the engine: 9 {'first passes' if passes else 'whole steps'}, {6 if passes else 0} second passes"]
+    assert engine.rates(_Events().text(), _HALF, said.append) == engine.Adam()
+
+
+def test_what_copies_leave_of_a_pass_is_read_from_what_was_measured_together() -> None:
+    def row(*actors: str, **figures: float) -> dict[str, Any]:
+        return {"actors": list(actors), **figures}
+
+    sharing = [
+        row("h2d"),
+        row("adam", adam_params_per_s=4.0, params_first_per_s=8.0, moments_per_s=10.0),
+        row("h2d", "adam", adam_params_per_s=3.0, params_first_per_s=9.0),
+        row("d2h", "adam", adam_params_per_s=2.0, moments_per_s=6.0),
+        row("d2h", "adam", "compute", adam_params_per_s=1.0, moments_per_s=1.0),
+    ]
+    assert engine.Beside.of(sharing) == engine.Beside(whole=0.75, first=1.0, moments=0.6)
 
 
 def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
@@ -105,26 +137,30 @@ def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:
     events: list[dict[str, Any]] = [{"ph": "M", "tid": 0, "args": {"name": "host optimizer"}}]
     for layer, (begin, us) in enumerate(spans):
         events.append({"ph": "X", "tid": 0, "name": f"step layers.{layer}", "ts": begin, "dur": us, "args": {"bytes": 26_000_000}})
-    found = engine.rates(json.dumps({"traceEvents": events}), lambda text: None)
+    found = engine.rates(json.dumps({"traceEvents": events}), _HALF, lambda text: None)
     # 80, 120 and 100 us; the last began 4.7 ms after the one before.
     assert found.host_gap_ns == pytest.approx(1e5)
     # What lies between two steps is no gap.
     for begin in (2081.0, 3201.0):
         events.append({"ph": "X", "tid": 0, "name": "moments layers.0", "ts": begin, "dur": 10.0, "args": {"bytes": 18_000_000}})
-    assert engine.rates(json.dumps({"traceEvents": events}), lambda text: None).host_gap_ns == pytest.approx(8e4)
+    assert engine.rates(json.dumps({"traceEvents": events}), _HALF, lambda text: None).host_gap_ns == pytest.approx(8e4)
 
 
-def test_what_speculation_takes_is_read_from_its_spans() -> None:
-    events: list[dict[str, Any]] = [{"ph": "M", "tid": 0, "args": {"name": "host optimizer"}}]
+def test_what_speculation_and_the_device_take_is_read_from_their_spans() -> None:
+    events = _Events()
     for step, ms in enumerate((2.0, 4.0, 2.5)):
-        moved = {"bytes": 38_000_000}
-        events.append({"ph": "X", "tid": 0, "name": "speculate layers.3", "ts": 1e6 * step, "dur": 1e3 * ms, "args": moved})
+        events.span("host optimizer", "speculate layers.3", 1e3 * step, ms, 38_000_000)
         # Nothing was speculated of it.
-        events.append({"ph": "X", "tid": 0, "name": "step embed", "ts": 1e6 * step + 9e4, "dur": 1.0, "args": {"bytes": 26_000_000}})
-    found = engine.speculated_rates(json.dumps({"traceEvents": events}))
+        events.span("host optimizer", "step embed", 1e3 * step + 90, 0.001, 26_000_000)
+        # Only after the last step nothing is computed beside it.
+        for layer, us in enumerate((10.0, 20.0, 40.0)):
+            events.span("device optimizer", f"step layers.{layer}", 1e3 * step + 10 * layer, us / 1e3 * (3 - step), 26_000_000)
+        events.span("device optimizer", "norm layers.2", 1e3 * step + 50, 0.001, 26_000_000)
+    found = engine.speculated_rates(events.text())
     assert found.host_undoable_params_per_s == pytest.approx(1_000_000 / 2.5e-3)
-    assert found == engine.Adam(host_undoable_params_per_s=found.host_undoable_params_per_s)
-    assert engine.speculated_rates(json.dumps({"traceEvents": events[:1]})) == engine.Adam()
+    assert found.device_params_per_s == pytest.approx(5e10)
+    assert found == engine.Adam(host_undoable_params_per_s=found.host_undoable_params_per_s, device_params_per_s=found.device_params_per_s)
+    assert engine.speculated_rates(_Events().text()) == engine.Adam()
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tierwise._core import HostBench
+from tierwise.calibration.host import KERNELS
 from tierwise.calibration.thread import LaunchProbe
 from tierwise.calibration.timing import free
 
@@ -31,11 +32,28 @@ _TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
 to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
-_STEPPED_TOKENS = 8192
-"""Of its one sequence on CUDA: enough for its backward to hide moments that are written late, as training does where that is faster."""
+_VOCABULARY = 256
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A model whose steps are looked at."""
+
+    layers: int
+    offload_optim_frac: float
+    tokens_on_cuda: int
+    speculates: bool = False
+
+
+_ON_HOST = _Trained(layers=4, offload_optim_frac=1.0, tokens_on_cuda=16384)
+"""Backward is long enough to hide moments that are written late, as training does where that is faster."""
+_ONE_ON_HOST = _Trained(layers=8, offload_optim_frac=1 / 8, tokens_on_cuda=4096, speculates=True)
+"""What is speculated is the last layer, whose gradients come first: no others leave while it is stepped. It is speculated only if they have
+landed when the training thread is through with the other layers."""
 _STEPS_OF_ADAM = 12
-"""Of each engine: one pass and the same pass again differ by 5 % (quartiles), and one of every step counts."""
+"""Of each engine: one pass and the same pass again differ by 5 % (quartiles)."""
+_FEW_BESIDE = 0.05
+"""Of a pass: so much of it may run beside copies of which nothing is known here."""
 _NEVER_CLIPS = 1e9
 """Limit of the norm with which nothing that was speculated is undone."""
 _AROUND_S = 0.2
@@ -93,7 +111,7 @@ def _boosted(
     hidden, inner, heads = size
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        vocab_size=256, max_position_embeddings=tokens, use_cache=False,
+        vocab_size=_VOCABULARY, max_position_embeddings=tokens, use_cache=False,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     # Random numbers of so many weights take the CPU longer than all that is measured here.
@@ -171,17 +189,39 @@ class Adam:
     """Between one chunk's step on the host and the next one's."""
 
 
-def adam(device: torch.device, host: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
-    """From the timeline of an engine that steps when the norm is known: parameters per second on the device are the median of its chunks;
-    on the host the median of one chunk of every step, while no copies share the memory. They are as much faster or slower as the kernel
-    alone was when `host` was measured, a row of `host.by_threads`: it is measured around them too."""
-    return _as_when(host, bench, lambda: rates(_stepped(device, speculates=False), log))
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What the host's Adam keeps of its speed while something is copied: whole steps and first passes beside copies to the device, second
+    passes beside those from it."""
+
+    whole: float = 1.0
+    first: float = 1.0
+    moments: float = 1.0
+
+    @classmethod
+    def of(cls, sharing: list[dict[str, Any]]) -> Beside:
+        """From what `sharing.beside` measured."""
+        rows = {tuple(row["actors"]): row for row in sharing}
+
+        def kept(copy: str, figure: str) -> float:
+            # Noise may make the busy machine the faster one.
+            return min(float(rows[copy, "adam"][figure]) / float(rows["adam",][figure]), 1.0)
+
+        whole, first, moments = (KERNELS[kernel] for kernel in ("adam", "params_first", "moments"))
+        return cls(whole=kept("h2d", whole), first=kept("h2d", first), moments=kept("d2h", moments))
 
 
-def speculation(device: torch.device, host: dict[str, Any], bench: HostBench) -> float | None:
-    """`Adam.host_undoable_params_per_s` in the same way, of an engine that does not wait for the norm."""
-    found = _as_when(host, bench, lambda: speculated_rates(_stepped(device, speculates=True)))
-    return found.host_undoable_params_per_s
+def adam(device: torch.device, measured: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
+    """The host's steps in the engine, from the timeline of a model that is trained with all of its states on the host: medians, taken for
+    steps that nothing is copied beside with what `measured.sharing` says. They are as much faster or slower as the kernel alone was when
+    `measured.host` was measured: it is measured around them too."""
+    beside = Beside.of(measured["sharing"])
+    return _as_when(measured["host"][-1], bench, lambda: rates(_timeline(device, _ON_HOST), beside, log))
+
+
+def speculation(device: torch.device, measured: dict[str, Any], bench: HostBench) -> Adam:
+    """The device's steps, and the host's that may be undone, in the same way: of a model that has one layer's states on the host."""
+    return _as_when(measured["host"][-1], bench, lambda: speculated_rates(_timeline(device, _ONE_ON_HOST)))
 
 
 def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:
@@ -195,21 +235,24 @@ def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]
     return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
 
 
-def _stepped(device: torch.device, speculates: bool) -> str:
-    """The timeline of steps that were flushed one by one."""
-    size, tokens = (_STEPPED_ON_CUDA, _STEPPED_TOKENS) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
-    # What is speculated is the last layer, whose gradients come first: no others leave while it is stepped.
-    fraction = 0.25 if speculates else 0.5
-    booster, model, optimizer = _boosted(device, 4, size, tokens, "none", offload_optim_frac=fraction, speculates=speculates)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+def _timeline(device: torch.device, trained: _Trained) -> str:
+    """Of training steps that follow each other. An engine that was flushed after every step was seen to run the host's kernels at two
+    thirds of their speed."""
+    size, tokens = (_STEPPED_ON_CUDA, trained.tokens_on_cuda) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
+    booster, model, optimizer = _boosted(
+        device, trained.layers, size, tokens, "none", offload_optim_frac=trained.offload_optim_frac, speculates=trained.speculates
+    )
     for step in range(1 + _STEPS_OF_ADAM):
         if step == 1:
+            booster.flush()
             booster.record_timeline()
+        # New ones for every step: of tokens that are all the same a model has soon learned everything.
+        ids = torch.randint(0, _VOCABULARY, (1, tokens), device=device)
         loss = model(input_ids=ids, labels=ids).loss
         booster.backward(loss, optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        booster.flush()
+    booster.flush()
     timeline: str = booster._boosted().engine.timeline()
     del booster, model, optimizer, loss
     free(device.type == "cuda")
@@ -217,46 +260,67 @@ def _stepped(device: torch.device, speculates: bool) -> str:
 
 
 class _Timeline:
-    """Spans of layers' chunks."""
+    """Spans by track."""
 
     def __init__(self, timeline: str) -> None:
         self.events = json.loads(timeline)["traceEvents"]
         self.tracks = {event["tid"]: event["args"]["name"] for event in self.events if event["ph"] == "M"}
 
-    def spans(self, track: str, kind: str) -> list[dict[str, Any]]:
-        """Of one kind, in the order in which they began."""
-        found = [e for e in self.events if e["ph"] == "X" and self.tracks[e["tid"]] == track and e["dur"] > 0 and "layers" in e["name"]]
-        return sorted((e for e in found if e["name"].startswith(kind)), key=lambda e: float(e["ts"]))
+    def track(self, name: str) -> list[dict[str, Any]]:
+        """All spans of a track, in the order in which they began."""
+        found = [e for e in self.events if e["ph"] == "X" and self.tracks[e["tid"]] == name and e["dur"] > 0]
+        return sorted(found, key=lambda e: float(e["ts"]))
+
+    def layers(self, track: str, kind: str) -> list[dict[str, Any]]:
+        """Those of layers' chunks, of one kind."""
+        return [e for e in self.track(track) if "layers" in e["name"] and e["name"].startswith(kind)]
 
 
-def _rate(of: list[dict[str, Any]], bytes_each: int) -> float | None:
-    return statistics.median(e["args"]["bytes"] / bytes_each / (e["dur"] / 1e6) for e in of) if of else None
+def _share_beside(span: dict[str, Any], others: list[dict[str, Any]]) -> float:
+    """Of a span's time, in which one of `others`, which do not overlap each other, ran too."""
+    begin, end = float(span["ts"]), float(span["ts"]) + float(span["dur"])
+    common = (min(end, float(o["ts"]) + float(o["dur"])) - max(begin, float(o["ts"])) for o in others)
+    return sum(max(us, 0.0) for us in common) / (end - begin)
+
+
+def _rate(of: list[dict[str, Any]], bytes_each: int, kept: float = 1.0, copies: list[dict[str, Any]] | None = None) -> float | None:
+    """Parameters per second of the median span, as if nothing had been copied beside it: `kept` is what copies leave it of its speed."""
+
+    def alone(span: dict[str, Any]) -> float:
+        share = _share_beside(span, copies or [])
+        return 1e6 * float(span["args"]["bytes"]) / bytes_each / float(span["dur"]) / (1.0 - share * (1.0 - kept))
+
+    return statistics.median(map(alone, of)) if of else None
 
 
 def speculated_rates(timeline: str) -> Adam:
-    """Of steps that may be undone; None where nothing was speculated."""
-    return Adam(host_undoable_params_per_s=_rate(_Timeline(timeline).spans("host optimizer", "speculate"), _UNDOABLE_BYTES))
+    """Of steps on the device, and of those that may be undone. None where there were none."""
+    spans = _Timeline(timeline).layers
+    # Only beside the last of each nothing is computed.
+    last = {e["name"]: e for e in spans("device optimizer", "step")}
+    return Adam(
+        device_params_per_s=_rate(list(last.values()), _WHOLE_BYTES),
+        host_undoable_params_per_s=_rate(spans("host optimizer", "speculate"), _UNDOABLE_BYTES),
+    )
 
 
-def rates(timeline: str, log: Callable[[str], None]) -> Adam:
-    """Of a timeline of whole steps that were flushed one by one."""
-    spans = _Timeline(timeline).spans
-    on_host = spans("host optimizer", "step")
-    first = on_host[:: max(len({e["name"] for e in on_host}), 1)]
-    moments = spans("host optimizer", "moments")
-    passes = bool(moments)
-    # The first of each step runs beside the copy of what was stepped last.
-    of_a_step = max(len({e["name"] for e in moments}), 1)
-    later = [e for index, e in enumerate(moments) if index % of_a_step > 0] or moments
-    log(f"Adam in the engine: {'two passes' if passes else 'whole steps'} of {len(first)} steps")
-    pairs = [pair for pair in itertools.pairwise(spans("host optimizer", "")) if all(e["name"].startswith("step") for e in pair)]
+def rates(timeline: str, beside: Beside, log: Callable[[str], None]) -> Adam:
+    """Of steps on the host that followed each other."""
+    events = _Timeline(timeline)
+    to_device, from_device, norms = (events.track(name) for name in ("h2d", "d2h", "host norm"))
+    steps, late = (events.layers("host optimizer", kind) for kind in ("step", "moments"))
+    passes = bool(late)
+    # Beside gradients on their way a step is slower than `beside` says, and the threads are the norms' for a while.
+    first = [e for e in steps if _share_beside(e, from_device) <= _FEW_BESIDE and _share_beside(e, norms) == 0.0]
+    moments = [e for e in late if _share_beside(e, to_device) <= _FEW_BESIDE and _share_beside(e, norms) == 0.0]
+    log(f"Adam in the engine: {len(first)} {'first passes' if passes else 'whole steps'}, {len(moments)} second passes")
+    pairs = [pair for pair in itertools.pairwise(events.layers("host optimizer", "")) if all(e["name"].startswith("step") for e in pair)]
     pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in pairs]
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
     return Adam(
-        device_params_per_s=_rate(spans("device optimizer", "step"), _WHOLE_BYTES),
-        host_params_per_s=None if passes else _rate(first, _WHOLE_BYTES),
-        host_params_first_per_s=_rate(first, _PASS_BYTES) if passes else None,
-        host_moments_per_s=_rate(later, _PASS_BYTES),
+        host_params_per_s=None if passes else _rate(first, _WHOLE_BYTES, beside.whole, to_device),
+        host_params_first_per_s=_rate(first, _PASS_BYTES, beside.first, to_device) if passes else None,
+        host_moments_per_s=_rate(moments, _PASS_BYTES, beside.moments, from_device),
         host_gap_ns=max(statistics.median(pauses), 1.0) if pauses else None,
     )

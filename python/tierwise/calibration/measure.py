@@ -92,10 +92,11 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
-        whole = measured["host"][-1]
-        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, whole, bench, log), log, missing)
-        undoable = _if_possible("steps that may be undone", lambda: engine.speculation(device, whole, bench), log, missing)
-        adam = dataclasses.replace(adam or engine.Adam(), host_undoable_params_per_s=undoable)
+        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench, log), log, missing) or engine.Adam()
+        apart = _if_possible("steps one by one", lambda: engine.speculation(device, measured, bench), log, missing) or engine.Adam()
+        adam = dataclasses.replace(
+            adam, device_params_per_s=apart.device_params_per_s, host_undoable_params_per_s=apart.host_undoable_params_per_s
+        )
     measured["device_adam_params_per_s"] = adam.device_params_per_s
     measured["host_adam_params_per_s"] = adam.host_params_per_s
     measured["host_params_first_per_s"] = adam.host_params_first_per_s

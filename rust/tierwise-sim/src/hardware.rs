@@ -176,13 +176,22 @@ impl Hardware {
     /// its record of `undo` bytes is written. A calibrated machine says how fast both are together, in the engine no faster than alone; one
     /// that was calibrated when records were copied before, how fast that was.
     pub fn undoable_work(&self, step: u64, undo: u64) -> f64 {
-        let Some(measured) = &self.measured else { return undo as f64 };
-        let alone = measured.host.last().and_then(|row| row.undoable_params_per_s);
-        let rates = [measured.host_undoable_params_per_s, alone];
-        match rates.into_iter().flatten().reduce(f64::min) {
-            Some(rate) => (step as f64 * (self.host_adam_bytes_per_s() / (rate * ADAM_BYTES_PER_PARAM) - 1.0)).max(0.0),
-            None => self.copy_work(undo),
+        if self.copied_undo_records() {
+            return self.copy_work(undo);
         }
+        let longer = |rate: f64| self.host_adam_bytes_per_s() / (rate * ADAM_BYTES_PER_PARAM) - 1.0;
+        self.undoable_params_per_s().map_or(undo as f64, |rate| (step as f64 * longer(rate)).max(0.0))
+    }
+
+    fn undoable_params_per_s(&self) -> Option<f64> {
+        let measured = self.measured.as_ref()?;
+        let alone = measured.host.last().and_then(|row| row.undoable_params_per_s);
+        [measured.host_undoable_params_per_s, alone].into_iter().flatten().reduce(f64::min)
+    }
+
+    /// Whether this machine was calibrated when the engine still copied what a step would overwrite before it, in many pieces.
+    pub fn copied_undo_records(&self) -> bool {
+        self.measured.is_some() && self.undoable_params_per_s().is_none()
     }
 
     /// What putting an undo record back takes on the lane of the host's Adam, in bytes of its traffic: all of it is read and written, and a

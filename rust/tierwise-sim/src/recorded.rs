@@ -7,6 +7,7 @@ use crate::parallel::Parallel;
 use crate::peers::Policy;
 use crate::report::{Report, simulate};
 use crate::request::{Error, Memory, Plans, Request};
+use crate::units::Shortfall;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -244,10 +245,9 @@ impl File {
         Ok(file)
     }
 
-    /// What is predicted for a run; none if it would not fit. Hardware files are looked for in `folder`.
-    pub fn predict(&self, run: &Run, folder: &Path) -> Result<Option<(Box<Report>, Timeline)>, Error> {
-        let request = self.request(run, folder).map_err(Error::Usage)?;
-        Ok(simulate(&request)?.ok())
+    /// What is predicted for a run; the inner error says what would not fit. Hardware files are looked for in `folder`.
+    pub fn predict(&self, run: &Run, folder: &Path) -> Result<Result<(Box<Report>, Timeline), Shortfall>, Error> {
+        simulate(&self.request(run, folder).map_err(Error::Usage)?)
     }
 
     fn request(&self, run: &Run, folder: &Path) -> Result<Request, String> {

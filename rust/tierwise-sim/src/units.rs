@@ -1,7 +1,9 @@
 //! Byte counts as people write and read them, and how many are missing.
 
+use serde::Serialize;
+
 /// What does not fit.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Shortfall {
     /// Tier that is too small: `device` or `host`.
     pub tier: String,

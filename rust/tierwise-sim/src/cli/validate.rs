@@ -4,6 +4,7 @@ use super::output::{Failure, print, usage, write_file};
 use super::{FAILED, Format, GATE, OK, SCHEMA_VERSION};
 use crate::recorded::{File, Run};
 use crate::report::Report;
+use crate::units::Shortfall;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,6 +19,9 @@ struct Row {
     metrics: BTreeMap<&'static str, Metric>,
     /// Seconds of the predicted step by what they go to.
     parts_s: BTreeMap<&'static str, f64>,
+    /// What is predicted not to fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shortfall: Option<Shortfall>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -58,7 +62,7 @@ pub fn validate(path: &Path, traces: Option<&Path>, format: Format, out: &mut dy
     for run in &file.runs {
         let report = file.predict(run, folder).map_err(Failure::from);
         let report = report.map_err(|failure| Failure { message: format!("{}: {}", run.name, failure.message), ..failure })?;
-        if let (Some(folder), Some((_, timeline))) = (traces, &report) {
+        if let (Some(folder), Ok((_, timeline))) = (traces, &report) {
             write_file(&folder.join(format!("{}.json", run.name.replace([' ', '/'], "_"))), &timeline.to_perfetto())?;
         }
         rows.push(compare(run, report.as_ref().map(|(report, _)| &**report)));
@@ -66,7 +70,12 @@ pub fn validate(path: &Path, traces: Option<&Path>, format: Format, out: &mut dy
     let summary = summarise(&rows);
     let mut failures: Vec<String> =
         rows.iter().filter(|r| r.fits && !r.recorded_fits).map(|r| format!("{} is predicted to fit and did not", r.name)).collect();
-    failures.extend(rows.iter().filter(|r| !r.fits && r.recorded_fits).map(|r| format!("{} is predicted not to fit and did", r.name)));
+    let wrongly = rows.iter().filter(|row| row.recorded_fits).filter_map(|row| Some((row, row.shortfall.as_ref()?)));
+    failures.extend(wrongly.map(|(row, short)| {
+        let at = short.op.as_ref().map_or(String::new(), |op| format!(" at {op}"));
+        let (needed, missing) = (short.needed_bytes as f64 / 1e9, short.shortfall_bytes as f64 / 1e9);
+        format!("{} is predicted not to fit and did: {needed:.3} GB are needed of the {}{at}, {missing:.3} too many", row.name, short.tier)
+    }));
     for (metric, limits) in &file.gate {
         let Some(found) = summary.get(metric.as_str()) else {
             return Err(named(&format!("the gate names `{metric}`, which no run has recorded")));
@@ -86,15 +95,16 @@ pub fn validate(path: &Path, traces: Option<&Path>, format: Format, out: &mut dy
     Ok(if validation.passed { OK } else { GATE })
 }
 
-fn compare(run: &Run, report: Option<&Report>) -> Row {
+fn compare(run: &Run, predicted: Result<&Report, &Shortfall>) -> Row {
     let mut row = Row {
         name: run.name.clone(),
-        fits: report.is_some(),
+        fits: predicted.is_ok(),
         recorded_fits: run.recorded.fits,
         metrics: BTreeMap::new(),
         parts_s: BTreeMap::new(),
+        shortfall: predicted.err().cloned(),
     };
-    let Some(report) = report else { return row };
+    let Ok(report) = predicted else { return row };
     let step = &report.step;
     let parts = [("compute", step.compute_ns), ("slowed by sharing", step.slowdown_ns)].into_iter().chain(step.stalls.by_cause());
     row.parts_s = parts.filter(|(_, ns)| *ns > 0).map(|(name, ns)| (name, ns as f64 / 1e9)).collect();

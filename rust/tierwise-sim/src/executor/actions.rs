@@ -44,11 +44,7 @@ impl Run<'_> {
                     self.step_on_host(chunk, "step", self.step_bytes(chunk), 0.0, Event::StepDone { chunk });
                 }
                 Action::Moments { chunk } => self.step_moments(chunk),
-                Action::Speculate { chunk, .. } => {
-                    let (step, undo) = (self.step_bytes(chunk), self.setup.layout.undo_bytes(chunk));
-                    let more = self.setup.hardware.undoable_work(step, undo) - undo as f64;
-                    self.step_on_host(chunk, "speculate", step + undo, more, Event::SpeculateDone { chunk });
-                }
+                Action::Speculate { chunk, .. } => self.speculate(chunk),
                 Action::Undo { chunk } => {
                     let bytes = 2 * self.setup.layout.undo_bytes(chunk);
                     let work = self.setup.hardware.copy_work(self.setup.layout.undo_bytes(chunk));
@@ -62,6 +58,14 @@ impl Run<'_> {
                 Action::Accept { .. } | Action::Decided(_) => {}
             }
         }
+    }
+
+    fn speculate(&mut self, chunk: ChunkId) {
+        let (hardware, layout) = (self.setup.hardware, self.setup.layout);
+        let step = self.step_bytes(chunk);
+        let undo = layout.undo_bytes(chunk);
+        let more = hardware.undoable_work(step, undo) - undo as f64;
+        self.step_on_host(chunk, "speculate", step + undo, more, Event::SpeculateDone { chunk });
     }
 
     fn chunk_name(&self, chunk: ChunkId) -> &str {

@@ -56,6 +56,9 @@ pub const LANES: [Lane; 14] = [
     Lane::Thread,
 ];
 
+/// Those whose work runs on the kernels' threads, one task after the other.
+const HOST_LANES: [Lane; 3] = [Lane::HostAdam, Lane::Landing, Lane::SpillAdam];
+
 impl Lane {
     /// Its track of the timeline, named as the runtime names it (which has a track of its own for fetches, "nvme fetch").
     pub fn track(self) -> &'static str {
@@ -148,6 +151,8 @@ struct Queued<E> {
 struct Running<E> {
     queued: Queued<E>,
     start_ns: u64,
+    /// How many tasks began before.
+    order: u64,
     remaining: f64,
 }
 
@@ -165,6 +170,11 @@ pub struct Machine<'a, E> {
     speeds: Speeds<'a>,
     now_ns: u64,
     lanes: [State<E>; LANES.len()],
+    /// How many tasks began.
+    began: u64,
+    /// Whether the kernels' threads finish one task before the next. Recordings of the engine that copied undo records, in pieces between
+    /// which others had their turn, are simulated as if threads were shared.
+    takes_turns: bool,
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
     power: Power,
@@ -192,7 +202,7 @@ struct Power {
 
 /// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).
 const POWER_NS: f64 = 50e6;
-const POWER_BUSY: f64 = 0.7;
+const POWER_BUSY: f64 = 0.64;
 
 impl Power {
     fn pass(&mut self, computes: bool, ns: f64) {
@@ -211,7 +221,16 @@ impl<'a, E> Machine<'a, E> {
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, urgent: 0, last: None, idle_since_ns: 0 });
         let power = Power { sustained: 1.0, busy: 0.0 };
-        Machine { speeds: Speeds::new(hardware), now_ns: 0, lanes, ended_ns: Vec::new(), power, passes: BTreeMap::new() }
+        Machine {
+            speeds: Speeds::new(hardware),
+            now_ns: 0,
+            lanes,
+            began: 0,
+            takes_turns: !hardware.copied_undo_records(),
+            ended_ns: Vec::new(),
+            power,
+            passes: BTreeMap::new(),
+        }
     }
 
     /// With compute that takes so many times longer at the power limit.
@@ -301,7 +320,8 @@ impl<'a, E> Machine<'a, E> {
                 effects: std::mem::take(&mut queued.task.on_start),
             };
             let remaining = queued.task.work;
-            state.running = Some(Running { queued, start_ns: self.now_ns, remaining });
+            state.running = Some(Running { queued, start_ns: self.now_ns, order: self.began, remaining });
+            self.began += 1;
             return Some(began);
         }
         None
@@ -314,8 +334,9 @@ impl<'a, E> Machine<'a, E> {
             .into_iter()
             .filter_map(|lane| {
                 let running = self.lanes[lane as usize].running.as_ref()?;
-                let left = (running.remaining / rates[lane as usize]).ceil() as u64;
-                Some((self.now_ns + left, lane))
+                let rate = rates[lane as usize];
+                // What waits for its turn ends after what has it.
+                (rate > 0.0).then(|| (self.now_ns + (running.remaining / rate).ceil() as u64, lane))
             })
             .min_by_key(|&(at, lane)| (at, lane as usize))
     }
@@ -346,9 +367,18 @@ impl<'a, E> Machine<'a, E> {
 
     /// Work per nanosecond of every lane, given who is busy.
     fn rates(&self) -> Rates {
-        let steps = self.lanes[Lane::HostAdam as usize].running.as_ref();
+        let running = |lane: Lane| self.lanes[lane as usize].running.as_ref();
+        // The kernels' threads finish what was asked of them first.
+        let turn = HOST_LANES.into_iter().filter_map(|lane| Some((running(lane)?.order, lane))).min_by_key(|&(order, _)| order);
+        let waits = |lane: Lane| self.takes_turns && HOST_LANES.contains(&lane) && turn.is_some_and(|(_, first)| first != lane);
+        let steps = running(Lane::HostAdam).filter(|_| !waits(Lane::HostAdam));
         let pass = steps.and_then(|running| self.passes.get(&running.queued.token.0)).copied();
-        let mut rates = self.speeds.rates(|lane| self.lanes[lane as usize].running.is_some(), pass);
+        let mut rates = self.speeds.rates(|lane| running(lane).is_some() && !waits(lane), pass);
+        for lane in HOST_LANES {
+            if waits(lane) {
+                rates[lane as usize] = 0.0;
+            }
+        }
         rates[Lane::Compute as usize] /= self.power.slowdown();
         rates
     }
@@ -357,7 +387,7 @@ impl<'a, E> Machine<'a, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hardware::preset;
+    use crate::hardware::{HostRow, Measured, preset};
 
     /// Nanoseconds of `count` tasks of 10 ms, each of which `pause` other ms come before.
     fn takes(sustained: f64, count: usize, pause: f64) -> f64 {
@@ -383,5 +413,41 @@ mod tests {
         assert!((takes(1.2, 3, 0.0) / 1e7 - 1.0).abs() < 1e-6, "the first 30 ms");
         assert!((takes(1.2, 200, 10.0) / 1e7 - 1.0).abs() < 1e-6);
         assert!((takes(1.0, 200, 0.0) / 1e7 - 1.0).abs() < 1e-6);
+    }
+
+    /// When a step, a norm that is asked for a millisecond later, and the next step end, in milliseconds.
+    fn turns(hardware: &Hardware) -> [f64; 3] {
+        let mut machine: Machine<()> = Machine::new(hardware);
+        let speeds = machine.speeds.rates(|lane| HOST_LANES.contains(&lane), None);
+        let alone = |lane: Lane| Machine::<()>::new(hardware).speeds.rates(|other| other == lane, None)[lane as usize];
+        assert!(speeds[Lane::HostAdam as usize] < alone(Lane::HostAdam), "threads can be shared");
+        let task = |work: f64| Task { name: String::new(), bytes: 0, work, waits: Vec::new(), on_start: Vec::new(), on_end: Vec::new() };
+        let steps = [10e6, 10e6].map(|ns| machine.push(Lane::HostAdam, task(ns * alone(Lane::HostAdam))));
+        while machine.begin_one().is_some() {}
+        machine.advance(1_000_000);
+        let norm = machine.push(Lane::Landing, task(2e6 * alone(Lane::Landing)));
+        while machine.begin_one().is_some() || machine.next_end().is_some() {
+            if let Some((at, lane)) = machine.next_end() {
+                machine.advance(at);
+                machine.end(lane);
+            }
+        }
+        [steps[0], norm, steps[1]].map(|token| machine.ended_ns(token).unwrap() as f64 / 1e6)
+    }
+
+    #[test]
+    fn the_kernels_threads_finish_one_task_before_the_next() {
+        let near = |found: [f64; 3], wanted: [f64; 3]| found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-3);
+        let hardware = preset("h100").unwrap();
+        let found = turns(&hardware);
+        assert!(near(found, [10.0, 12.0, 22.0]), "{found:?}");
+        // An engine that copied undo records in pieces: others had their turns between them.
+        let row: Vec<HostRow> = serde_json::from_str(
+            r#"[{"threads": 1, "adam_params_per_s": 1e9, "accumulate_numel_per_s": 1e9, "norm_numel_per_s": 1e9, "copy_bytes_per_s": 1e9}]"#,
+        )
+        .unwrap();
+        let copied = Hardware { measured: Some(Measured { host: row, ..Measured::default() }), ..hardware };
+        let found = turns(&copied);
+        assert!(found[1] < found[0] && found[0] > 11.0, "{found:?}");
     }
 }

@@ -156,7 +156,9 @@ impl Run<'_> {
         let (saved, born) = self.needs(op);
         // What leaves the device takes its room storage by storage.
         let leaves = self.offload.as_ref().filter(|_| phase == Phase::Forward).map_or(0, |offload| offload.on_device(unit, 0));
-        if self.waits_for_memory(saved + born + leaves) {
+        // A forward waits for what its kernels need for themselves too.
+        let transient = if phase == Phase::Forward { self.transient_bytes(op) } else { 0 };
+        if self.waits_for_memory(saved + born + leaves + transient) {
             return Ok(Some(Cause::Memory));
         }
         if !self.fits_queue(op) {
@@ -281,11 +283,16 @@ impl Run<'_> {
         self.in_flight_bytes + self.leaving_bytes + self.offload.as_ref().map_or(0, Offload::leaving_bytes)
     }
 
+    /// Device bytes that an operation's kernels need for themselves.
+    fn transient_bytes(&self, op: OpId) -> u64 {
+        let (unit, phase) = self.op(op);
+        self.setup.transient_bytes.map_or(0, |bytes| bytes[unit as usize][phase as usize])
+    }
+
     pub(super) fn reserve(&mut self, saved: u64, born: u64, op: OpId) -> Result<(), SimError> {
         let before = self.device.peak();
         let name = self.setup.trace.op_name(op);
-        let (unit, phase) = self.op(op);
-        let transient = self.setup.transient_bytes.map_or(0, |bytes| bytes[unit as usize][phase as usize]);
+        let transient = self.transient_bytes(op);
         self.device.reserve(saved + born + transient, &name)?;
         // In the order of the allocator, which is the training thread's, nothing else is taken while they are there.
         self.device.release(transient);
