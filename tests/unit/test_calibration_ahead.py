@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tierwise.calibration import ahead, compute, precompile
+from tierwise.calibration import ahead, compute, measure, precompile
 
 
 @pytest.mark.parametrize(("cpus", "count"), [(1, 0), (3, 0), (4, 1), (11, 2), (64, 3)])
@@ -106,3 +107,15 @@ def test_the_command_runs() -> None:
     compiling.count = 1
     ran = subprocess.run(compiling.command(0), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_device_is_known_before_torch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = True
+    monkeypatch.setattr(measure, "_core", SimpleNamespace(Device=SimpleNamespace(cuda_is_available=lambda: available)))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_device=lambda: 3)))
+    assert measure._device_index(measure.Options(device="cuda")) == 3
+    assert measure._device_index(measure.Options(device="emulated")) is None
+    monkeypatch.delitem(sys.modules, "torch")
+    assert measure._device_index(measure.Options()) == 0
+    available = False
+    assert measure._device_index(measure.Options()) is None

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,19 +67,22 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     Raises ValueError if CUDA is asked for where there is none, or the disk cannot be measured; ImportError without torch: then
     `tierwise-sim calibrate` measures what needs no torch.
     """
-    import torch
-
-    device = _device(options)
-    cuda = device.type == "cuda"
     # Before anything that is measured takes some.
     host_bytes = available_memory_bytes()
-    free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
-    sections = _Sections(cuda)
+    sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
-    # Whoever compiles meanwhile has ended before layers and the host are measured.
-    with ahead.Ahead(device.index if cuda else None, log) as compiling:
+    # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.
+    with ahead.Ahead(_device_index(options), log) as compiling:
+        import torch
+
+        device = _device(options)
+        cuda = sections.cuda = device.type == "cuda"
+        free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
         measured = _kernels(device, scale, log, sections, missing, compiling)
+    if cuda:
+        # It may have had some of it before.
+        free_device_bytes = max(free_device_bytes, torch.cuda.mem_get_info(device)[0])
     with sections("host"):
         bench = HostBench(options.numel())
         measured["host"] = host.by_threads(bench, 2.0 * scale, log)
@@ -93,7 +97,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench, log), log, missing) or engine.Adam()
-        apart = _if_possible("steps one by one", lambda: engine.speculation(device, measured, bench), log, missing) or engine.Adam()
+        apart = _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench), log, missing) or engine.Adam()
         adam = dataclasses.replace(
             adam, device_params_per_s=apart.device_params_per_s, host_undoable_params_per_s=apart.host_undoable_params_per_s
         )
@@ -127,6 +131,15 @@ def write(path: str, contents: dict[str, Any]) -> None:
     partial.replace(target)
 
 
+def _device_index(options: Options) -> int | None:
+    """Of the CUDA device that will be measured, without importing torch; None if it will be the CPU."""
+    if options.device == "emulated" or not _core.Device.cuda_is_available():
+        return None
+    torch = sys.modules.get("torch")
+    # Only who has torch may have chosen another than the first.
+    return 0 if torch is None else int(torch.cuda.current_device())
+
+
 def _device(options: Options) -> Any:
     import torch
 
@@ -141,7 +154,7 @@ def _device(options: Options) -> Any:
 class _Sections:
     """How long every part of the calibration took: what has to be shortened if it takes too long. Frees memory between them."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, cuda: bool = False) -> None:
         self.cuda = cuda
         self.took: dict[str, float] = {}
 
