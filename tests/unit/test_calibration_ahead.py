@@ -112,10 +112,41 @@ def test_the_command_runs() -> None:
 def test_the_device_is_known_before_torch_is(monkeypatch: pytest.MonkeyPatch) -> None:
     available = True
     monkeypatch.setattr(measure, "_core", SimpleNamespace(Device=SimpleNamespace(cuda_is_available=lambda: available)))
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_device=lambda: 3)))
+    usable = True
+    cuda = SimpleNamespace(current_device=lambda: 3, is_available=lambda: usable)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     assert measure._device_index(measure.Options(device="cuda")) == 3
+    usable = False
+    assert measure._device_index(measure.Options()) is None
     assert measure._device_index(measure.Options(device="emulated")) is None
     monkeypatch.delitem(sys.modules, "torch")
     assert measure._device_index(measure.Options()) == 0
     available = False
     assert measure._device_index(measure.Options()) is None
+
+
+def test_they_begin_before_torch_is_imported() -> None:
+    program = """
+import sys
+from tierwise.calibration import ahead, measure
+def enter(self):
+    assert "torch" not in sys.modules, "torch came first"
+    raise KeyboardInterrupt("entered")
+ahead.Ahead.__enter__ = enter
+try:
+    measure.calibrate(measure.Options(device="emulated"))
+except KeyboardInterrupt as stopped:
+    print(stopped)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "entered\n", ran.stderr
+
+
+def test_nobody_compiles_for_a_device_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(ahead.Ahead, "command", lambda self, which: [sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    with ahead.Ahead(0, print) as compiling:
+        processes = [process for process, _ in compiling._started]
+        compiling.stop()
+        assert len(processes) == 3 and all(process.poll() is not None for process in processes)
+        assert compiling.count == 0 and compiling.wait(0.0) == []

@@ -127,9 +127,12 @@ def test_what_copies_leave_of_a_pass_is_read_from_what_was_measured_together() -
         row("adam", adam_params_per_s=4.0, params_first_per_s=8.0, moments_per_s=10.0),
         row("h2d", "adam", adam_params_per_s=3.0, params_first_per_s=9.0),
         row("d2h", "adam", adam_params_per_s=2.0, moments_per_s=6.0),
-        row("d2h", "adam", "compute", adam_params_per_s=1.0, moments_per_s=1.0),
+        row("adam", "compute", adam_params_per_s=4.0, params_first_per_s=8.0, moments_per_s=10.0),
+        row("h2d", "adam", "compute", adam_params_per_s=2.0, params_first_per_s=9.0),
+        row("d2h", "adam", "compute", adam_params_per_s=1.0, moments_per_s=2.0),
     ]
-    assert engine.Beside.of(sharing) == engine.Beside(whole=0.75, first=1.0, moments=0.6)
+    assert engine.Beside.of(sharing, apart=False) == engine.Beside(whole=0.75, first=1.0, moments=0.6)
+    assert engine.Beside.of(sharing, apart=True) == engine.Beside(whole=0.625, first=1.0, moments=0.4)
 
 
 def test_the_gap_between_steps_is_that_of_steps_that_wait_for_nothing() -> None:

@@ -1,4 +1,4 @@
-"""What the engine and its hooks cost: the training thread per unit, and the device's own optimizer step."""
+"""What the engine and its hooks cost: the training thread per unit, and optimizer steps on the host and on the device."""
 
 from __future__ import annotations
 
@@ -199,13 +199,18 @@ class Beside:
     moments: float = 1.0
 
     @classmethod
-    def of(cls, sharing: list[dict[str, Any]]) -> Beside:
-        """From what `sharing.beside` measured."""
+    def of(cls, sharing: list[dict[str, Any]], apart: bool) -> Beside:
+        """From what `sharing.beside` measured. A device `apart` from the CPU computes without slowing the host down: then what was measured
+        beside compute is the same once more, and the mean counts, as in the simulator."""
         rows = {tuple(row["actors"]): row for row in sharing}
+
+        def rate(figure: str, *actors: str) -> float:
+            found = [rows[actors], rows[*actors, "compute"]] if apart else [rows[actors]]
+            return statistics.mean(float(row[figure]) for row in found)
 
         def kept(copy: str, figure: str) -> float:
             # Noise may make the busy machine the faster one.
-            return min(float(rows[copy, "adam"][figure]) / float(rows["adam",][figure]), 1.0)
+            return min(rate(figure, copy, "adam") / rate(figure, "adam"), 1.0)
 
         whole, first, moments = (KERNELS[kernel] for kernel in ("adam", "params_first", "moments"))
         return cls(whole=kept("h2d", whole), first=kept("h2d", first), moments=kept("d2h", moments))
@@ -215,7 +220,7 @@ def adam(device: torch.device, measured: dict[str, Any], bench: HostBench, log: 
     """The host's steps in the engine, from the timeline of a model that is trained with all of its states on the host: medians, taken for
     steps that nothing is copied beside with what `measured.sharing` says. They are as much faster or slower as the kernel alone was when
     `measured.host` was measured: it is measured around them too."""
-    beside = Beside.of(measured["sharing"])
+    beside = Beside.of(measured["sharing"], apart=device.type == "cuda")
     return _as_when(measured["host"][-1], bench, lambda: rates(_timeline(device, _ON_HOST), beside, log))
 
 

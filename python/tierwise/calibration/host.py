@@ -44,7 +44,7 @@ def fewer(bench: HostBench) -> HostBench:
 def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Elements per second of every kernel by number of threads; `seconds` in all."""
     counts = thread_counts(_core.kernel_threads())
-    share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS))
+    share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS) + _ROUNDS * (_COMPARED_TIMES - 1))
     rows = []
     few = fewer(bench) if len(counts) > 1 else bench
     for threads in counts:

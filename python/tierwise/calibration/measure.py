@@ -78,10 +78,13 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
 
         device = _device(options)
         cuda = sections.cuda = device.type == "cuda"
+        if not cuda:
+            # The driver has a device, and torch cannot use it.
+            compiling.stop()
         free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
         measured = _kernels(device, scale, log, sections, missing, compiling)
     if cuda:
-        # It may have had some of it before.
+        # Whoever compiles may have held some of it before.
         free_device_bytes = max(free_device_bytes, torch.cuda.mem_get_info(device)[0])
     with sections("host"):
         bench = HostBench(options.numel())
@@ -136,8 +139,10 @@ def _device_index(options: Options) -> int | None:
     if options.device == "emulated" or not _core.Device.cuda_is_available():
         return None
     torch = sys.modules.get("torch")
+    if torch is None:
+        return 0
     # Only who has torch may have chosen another than the first.
-    return 0 if torch is None else int(torch.cuda.current_device())
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _device(options: Options) -> Any:

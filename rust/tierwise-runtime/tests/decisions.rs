@@ -63,6 +63,7 @@ impl Case {
             hardware: &self.hardware,
             sharding: None,
             transient_bytes: None,
+            forward_reserve_bytes: 0,
             device_budget: PLENTY,
             host_budget: PLENTY,
             nvme_budget: u64::MAX,

@@ -33,6 +33,7 @@ pub fn estimate(layout: &Layout, trace: &Trace, plan: &Plan, request: &PlanReque
         hardware: &hardware,
         sharding: None,
         transient_bytes: None,
+        forward_reserve_bytes: 0,
         // What the plan takes was checked when it was made; what autograd saves differs from it where a model does.
         device_budget: u64::MAX,
         host_budget: u64::MAX,

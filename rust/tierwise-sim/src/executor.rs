@@ -65,6 +65,8 @@ pub struct Setup<'a> {
     pub sharding: Option<&'a Sharding>,
     /// Per unit: device bytes that its kernels need for themselves in forward and in backward; none if the plan's reserve stands for them.
     pub transient_bytes: Option<&'a [[u64; 2]]>,
+    /// Bytes that a forward waits for beside what it keeps, if that is more than its kernels need and is not kept back from all.
+    pub forward_reserve_bytes: u64,
     /// Hard limit of device bytes.
     pub device_budget: u64,
     /// Hard limit of pinned host bytes.

@@ -27,6 +27,9 @@ pub struct GivenPlan {
     /// Device bytes of them that were allowed at once.
     #[serde(default)]
     pub offload_window_bytes: u64,
+    /// What device memory was planned for.
+    #[serde(default)]
+    pub device: GivenDevice,
     /// What host memory held.
     #[serde(default)]
     pub host: GivenHost,
@@ -45,6 +48,14 @@ pub struct GivenPlan {
     /// Buffers in which gradients landed that were added to sums in host memory.
     #[serde(default = "tierwise_core::plan::landing_buffers")]
     pub landing_buffers: u32,
+}
+
+/// Of the device memory that a recorded run had planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GivenDevice {
+    /// What was left for kernels, in bytes: a forward began only when there was so much beside what it keeps.
+    #[serde(default)]
+    pub reserve: u64,
 }
 
 /// The host memory that a recorded run had allocated: a chunk that moved to the device after the first step leaves its regions behind.

@@ -296,6 +296,10 @@ fn execute(request: &Request, rank: &Rank, plan: &Plan, sharding: Option<&Shardi
             Memory::Reserve(_) => None,
             Memory::Placed(_) | Memory::Given(_) => Some(&rank.built.transient_bytes),
         },
+        forward_reserve_bytes: match &request.memory {
+            Memory::Given(given) => given.device.reserve,
+            Memory::Reserve(_) | Memory::Placed(_) => 0,
+        },
         device_budget: request.device_budget,
         host_budget: request.host_budget,
         nvme_budget: request.nvme_budget,

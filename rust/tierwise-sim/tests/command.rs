@@ -187,13 +187,14 @@ fn every_file_of_recorded_runs_passes_its_gate() {
 }
 
 /// A recorded run, changed, as the only one of a file that is validated: the exit code and what is printed.
-fn validated(name: &str, change: impl Fn(&mut serde_json::Value)) -> (Option<i32>, String) {
+fn validated(test: &str, change: impl Fn(&mut serde_json::Value)) -> (Option<i32>, String) {
     let recorded = format!("{}/validation", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(format!("{recorded}/ours-h100-g.json")).unwrap();
     let mut file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let name = "7b-8-layers auto:25GB 4x4096 32k auto defer fires";
     let mut run = file["runs"].as_array().unwrap().iter().find(|run| run["name"] == name).unwrap().clone();
     change(&mut run);
-    let folder = std::env::temp_dir().join(format!("tierwise-sim-changed-{}", std::process::id()));
+    let folder = std::env::temp_dir().join(format!("tierwise-sim-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let hardware = run["hardware"].as_str().unwrap();
     std::fs::copy(format!("{recorded}/{hardware}"), folder.join(hardware)).unwrap();
@@ -201,7 +202,7 @@ fn validated(name: &str, change: impl Fn(&mut serde_json::Value)) -> (Option<i32
     file["runs"] = serde_json::Value::Array(vec![run]);
     let path = folder.join("runs.json");
     std::fs::write(&path, file.to_string()).unwrap();
-    let output = sim(&format!("validate {}", path.display()));
+    let output = sim(&format!("validate {} --format json", path.display()));
     std::fs::remove_dir_all(&folder).unwrap();
     (output.status.code(), String::from_utf8(output.stdout).unwrap())
 }
@@ -209,18 +210,30 @@ fn validated(name: &str, change: impl Fn(&mut serde_json::Value)) -> (Option<i32
 #[test]
 fn a_forward_waits_for_gradients_that_are_in_the_way_of_its_kernels() {
     // Four gradients on their way while the host is half as fast as it was: the second forward meets those of the first micro-batch.
-    let name = "7b-8-layers auto:25GB 4x4096 32k auto defer fires";
-    let (code, printed) = validated(name, |run| {
-        run["executed"]["grad_in_flight_bytes"] = 1_619_066_880_u64.into();
-        for rate in run["host_adam_params_per_s"].as_array_mut().unwrap() {
-            *rate = (rate.as_f64().unwrap() / 2.0).into();
-        }
-    });
-    assert_eq!(code, Some(0), "{printed}");
-    // What does not fit at all is named.
-    let (code, printed) = validated(name, |run| run["device_budget"] = 20_000_000_000_u64.into());
+    for reserve in [0_u64, 1_499_888_500] {
+        let (code, printed) = validated("waits", |run| {
+            run["executed"]["grad_in_flight_bytes"] = 1_619_066_880_u64.into();
+            run["executed"]["device"]["reserve"] = reserve.into();
+            for rate in run["host_adam_params_per_s"].as_array_mut().unwrap() {
+                *rate = (rate.as_f64().unwrap() / 2.0).into();
+            }
+        });
+        assert_eq!(code, Some(0), "{printed}");
+        let found: serde_json::Value = serde_json::from_str(&printed).unwrap();
+        // The runtime waited until its reserve was free, which is more than these kernels need.
+        let error = found["runs"][0]["metrics"]["device_peak_bytes"]["error_percent"].as_f64().unwrap();
+        assert_eq!(error.abs() < 0.1, reserve > 0, "{error} %");
+    }
+}
+
+#[test]
+fn what_is_predicted_not_to_fit_is_named() {
+    let (code, printed) = validated("short", |run| run["device_budget"] = 20_000_000_000_u64.into());
     assert_eq!(code, Some(4), "{printed}");
-    assert!(printed.contains("is predicted not to fit and did: ") && printed.contains("GB are needed of the device at `"), "{printed}");
+    let found: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    let failure = found["failures"][0].as_str().unwrap();
+    assert!(failure.contains("is predicted not to fit and did: ") && failure.contains("GB are needed of the device at `"), "{failure}");
+    assert_eq!(found["runs"][0]["shortfall"]["tier"], "device");
 }
 
 #[test]

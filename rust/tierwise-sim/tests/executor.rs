@@ -53,6 +53,7 @@ fn run_sharded(case: &Case, hardware: &Hardware, clips: bool, sharding: Option<&
         hardware,
         sharding,
         transient_bytes: None,
+        forward_reserve_bytes: 0,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         nvme_budget: u64::MAX,

@@ -102,12 +102,13 @@ impl Tables {
         // A device that waits for Python is not at its power limit: a layer that was sustained, but takes less than half as long again as
         // Python does to enqueue it, was held up by Python if anything. Layers that were not sustained say nothing of it.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
-        let layers = unlimited(&measured.layers);
+        let held_up = |row: &LayerRow| row.forward_s + row.backward_s < 1.5 * launch_s;
+        let layers = unlimited(&measured.layers, |row| row.sustained_s.is_some() && !held_up(row));
         let sustained = layers
             .iter()
             .filter_map(|row| {
-                let (short_s, sustained_s) = (row.forward_s + row.backward_s, row.sustained_s?);
-                let factor = if short_s < 1.5 * launch_s { 1.0 } else { sustained_s / short_s };
+                let factor = row.sustained_s? / (row.forward_s + row.backward_s);
+                let factor = if held_up(row) { 1.0 } else { factor };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
@@ -169,12 +170,16 @@ impl Tables {
 }
 
 /// Layers as they would be without the power limit, which a short measurement of many tokens meets: per token they take no longer than with
-/// fewer. How much longer they take when they are sustained counts by itself.
-fn unlimited(rows: &[LayerRow]) -> Vec<LayerRow> {
+/// fewer. How much longer they take when they are sustained counts by itself: of widths of which one `says_the_limit`, others stay as they are.
+fn unlimited(rows: &[LayerRow], says_the_limit: impl Fn(&LayerRow) -> bool) -> Vec<LayerRow> {
+    let widths: Vec<u64> = rows.iter().filter(|row| says_the_limit(row)).map(|row| row.hidden).collect();
     let mut rows = rows.to_vec();
     rows.sort_by_key(|row| row.sequences);
     for index in 1..rows.len() {
         let row = rows[index];
+        if !widths.contains(&row.hidden) {
+            continue;
+        }
         let alike = |other: &&LayerRow| {
             (other.seq, other.hidden, other.inner, other.heads) == (row.seq, row.hidden, row.inner, row.heads)
                 && other.sequences < row.sequences
@@ -299,9 +304,11 @@ mod tests {
         for tokens in [4096, 8192] {
             assert!((tables.sustained(tokens, 1024) - 19.0 / 15.0).abs() < 1e-9, "{tokens} tokens");
         }
-        let short = unlimited(&measured.layers);
+        let short = unlimited(&measured.layers, |row| row.sustained_s.is_some());
         assert_eq!((short[2].forward_s, short[2].backward_s), (4e-3, 11e-3));
         assert_eq!(short[..2], [measured.layers[0], measured.layers[2]]);
+        // Where nothing says what the limit costs, whatever made them slow stays.
+        assert_eq!(unlimited(&measured.layers, |_| false)[2], measured.layers[1]);
     }
 
     #[test]

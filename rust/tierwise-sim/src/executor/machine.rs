@@ -334,9 +334,13 @@ impl<'a, E> Machine<'a, E> {
             .into_iter()
             .filter_map(|lane| {
                 let running = self.lanes[lane as usize].running.as_ref()?;
+                // It ends after what has its turn.
+                if self.waits_for_its_turn(lane) {
+                    return None;
+                }
                 let rate = rates[lane as usize];
-                // What waits for its turn ends after what has it.
-                (rate > 0.0).then(|| (self.now_ns + (running.remaining / rate).ceil() as u64, lane))
+                debug_assert!(rate > 0.0, "{lane:?} works at {rate}");
+                Some((self.now_ns + (running.remaining / rate).ceil() as u64, lane))
             })
             .min_by_key(|&(at, lane)| (at, lane as usize))
     }
@@ -365,17 +369,24 @@ impl<'a, E> Machine<'a, E> {
         Some(Ended { lane, name: task.name, bytes: task.bytes, work: task.work, start_ns: running.start_ns, effects: task.on_end })
     }
 
+    fn running(&self, lane: Lane) -> Option<&Running<E>> {
+        self.lanes[lane as usize].running.as_ref()
+    }
+
+    /// Whether the kernels' threads have something to finish first: what they were asked for before.
+    fn waits_for_its_turn(&self, lane: Lane) -> bool {
+        let order = |lane: Lane| self.running(lane).map(|running| running.order);
+        let first = HOST_LANES.into_iter().filter_map(order).min();
+        self.takes_turns && HOST_LANES.contains(&lane) && order(lane) > first
+    }
+
     /// Work per nanosecond of every lane, given who is busy.
     fn rates(&self) -> Rates {
-        let running = |lane: Lane| self.lanes[lane as usize].running.as_ref();
-        // The kernels' threads finish what was asked of them first.
-        let turn = HOST_LANES.into_iter().filter_map(|lane| Some((running(lane)?.order, lane))).min_by_key(|&(order, _)| order);
-        let waits = |lane: Lane| self.takes_turns && HOST_LANES.contains(&lane) && turn.is_some_and(|(_, first)| first != lane);
-        let steps = running(Lane::HostAdam).filter(|_| !waits(Lane::HostAdam));
+        let steps = self.running(Lane::HostAdam).filter(|_| !self.waits_for_its_turn(Lane::HostAdam));
         let pass = steps.and_then(|running| self.passes.get(&running.queued.token.0)).copied();
-        let mut rates = self.speeds.rates(|lane| running(lane).is_some() && !waits(lane), pass);
+        let mut rates = self.speeds.rates(|lane| self.running(lane).is_some() && !self.waits_for_its_turn(lane), pass);
         for lane in HOST_LANES {
-            if waits(lane) {
+            if self.waits_for_its_turn(lane) {
                 rates[lane as usize] = 0.0;
             }
         }

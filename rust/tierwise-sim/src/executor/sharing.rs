@@ -96,14 +96,14 @@ impl<'a> Speeds<'a> {
     }
 
     fn as_measured(&self, table: &[Actors; 16], busy: &impl Fn(Lane) -> bool, pass: Option<HostPass>) -> Rates {
-        let turns = host_turns(busy);
+        let sharers = host_sharers(busy);
         let set = usize::from(busy(Lane::HostToDevice))
             | usize::from(busy(Lane::DeviceToHost)) << 1
-            | usize::from(turns > 0.0) << 2
+            | usize::from(sharers > 0.0) << 2
             | usize::from(busy(Lane::Compute)) << 3;
         let with = |bit: usize| &table[set | bit];
-        // All host work runs on the same threads, in turns; each is slowed down by the device's as Adam is.
-        let share = 1.0 / turns.max(1.0);
+        // All host work that is busy shares the threads; each is slowed down by the device's as Adam is.
+        let share = 1.0 / sharers.max(1.0);
         let slowed = with(4).adam / table[4].adam;
         let landing = self.hardware.host_stream_bytes_per_s / 1e9 * slowed;
         let adam = with(4).adam * share;
@@ -129,20 +129,22 @@ impl<'a> Speeds<'a> {
         let duplex = busy(Lane::HostToDevice) && busy(Lane::DeviceToHost);
         let (h2d, d2h) = if duplex { (h.h2d_duplex_bytes_per_s, h.d2h_duplex_bytes_per_s) } else { (h.h2d_bytes_per_s, h.d2h_bytes_per_s) };
         // Copies to the host keep their speed under load (posted writes); everybody else shares what host memory has left.
-        let left = h.host_memory_bytes_per_s - if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
+        let taken = if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
+        // Where the link is faster than the memory, something is left all the same.
+        let left = (h.host_memory_bytes_per_s - taken).max(0.01 * h.host_memory_bytes_per_s);
         let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
         let wanted = [(busy(Lane::HostToDevice), h2d), (steps > 0, adam), (busy(Lane::Landing), h.host_stream_bytes_per_s)];
         let total: f64 = wanted.iter().map(|&(is_busy, rate)| if is_busy { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
         let landing = h.host_stream_bytes_per_s * share / 1e9;
-        // Both kinds of steps run on the same threads, in turns.
+        // Both kinds of steps share the threads.
         let adam = adam * share / 1e9 / steps.max(1) as f64;
         [compute, h2d * share / 1e9, d2h / 1e9, self.optimizer, adam, 1.0, 1.0, landing, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
     }
 }
 
-/// How many kinds of host work take turns on the host's threads.
-fn host_turns(busy: &impl Fn(Lane) -> bool) -> f64 {
+/// How many kinds of host work share the kernels' threads: one, where the machine lets them take turns.
+fn host_sharers(busy: &impl Fn(Lane) -> bool) -> f64 {
     [Lane::HostAdam, Lane::SpillAdam, Lane::Landing].into_iter().filter(|&lane| busy(lane)).count() as f64
 }
 

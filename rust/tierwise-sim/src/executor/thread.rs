@@ -156,8 +156,9 @@ impl Run<'_> {
         let (saved, born) = self.needs(op);
         // What leaves the device takes its room storage by storage.
         let leaves = self.offload.as_ref().filter(|_| phase == Phase::Forward).map_or(0, |offload| offload.on_device(unit, 0));
-        // A forward waits for what its kernels need for themselves too.
-        let transient = if phase == Phase::Forward { self.transient_bytes(op) } else { 0 };
+        // As the runtime's `make_room` does.
+        let reserve = self.transient_bytes(op).max(self.setup.forward_reserve_bytes);
+        let transient = if phase == Phase::Forward { reserve } else { 0 };
         if self.waits_for_memory(saved + born + leaves + transient) {
             return Ok(Some(Cause::Memory));
         }
