@@ -56,8 +56,8 @@ _FEW_BESIDE = 0.05
 """Of a pass: so much of it may run beside copies of which nothing is known here."""
 _NEVER_CLIPS = 1e9
 """Limit of the norm with which nothing that was speculated is undone."""
-_AROUND_S = 0.2
-"""Seconds of the host's Adam before and after the engine's."""
+_AROUND_S = 0.5
+"""Seconds of the host's Adam before and after the engine's: as long as probes of recordings, which stand for the engine's through it."""
 _LONGEST_GAP_NS = 1e6
 """Between steps of which the second waits for nothing."""
 _WHOLE_BYTES, _PASS_BYTES, _UNDOABLE_BYTES = 26, 18, 38
