@@ -56,7 +56,13 @@ class _Cuda:
 @pytest.mark.parametrize(("python_s", "kernel_s", "kernels"), [(5e-3, 5e-4, 50), (1e-5, 2e-6, 1), (1e-4, 2e-2, 25), (3e-4, 1e-5, 4)])
 def test_launching_is_not_measured(monkeypatch: pytest.MonkeyPatch, python_s: float, kernel_s: float, kernels: int) -> None:
     machine = _Machine()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        machine.now += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: machine.now, sleep=rest))
     for name, value in {"Event": machine.event, "synchronize": machine.synchronize, "_sleep": machine.sleep}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     calls = 0
@@ -70,6 +76,8 @@ def test_launching_is_not_measured(monkeypatch: pytest.MonkeyPatch, python_s: fl
     assert timing.Timer(device, 0.01).seconds_of(work, kernels) == pytest.approx(kernel_s, rel=1e-6)
     # The queue holds what is enqueued while the device sleeps.
     assert calls * kernels <= 1000
+    # What is long would meet the power limit without a pause.
+    assert rests == ([timing._REST_S] * 3 if kernel_s > 0.01 else [])
 
 
 def test_one_run_that_is_held_up_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

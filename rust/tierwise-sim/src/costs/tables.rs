@@ -3,7 +3,7 @@
 //! A size that was measured takes what was measured. Between sizes the rate is interpolated: along the tokens of one product linearly over
 //! their logarithm, elsewhere by inverse distance between logarithms of sizes, to the fourth power, so that the nearest decide.
 
-use crate::hardware::{LayerRow, Measured};
+use crate::hardware::Measured;
 
 /// Seconds of forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -102,19 +102,19 @@ impl Tables {
         // A device that waits for Python is not at its power limit: a layer that was sustained, but takes less than half as long again as
         // Python does to enqueue it, was held up by Python if anything. Layers that were not sustained say nothing of it.
         let launch_s = measured.launch.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
-        let held_up = |row: &LayerRow| row.forward_s + row.backward_s < 1.5 * launch_s;
-        let layers = unlimited(&measured.layers, |row| row.sustained_s.is_some() && !held_up(row));
-        let sustained = layers
+        let sustained = measured
+            .layers
             .iter()
             .filter_map(|row| {
-                let factor = row.sustained_s? / (row.forward_s + row.backward_s);
-                let factor = if held_up(row) { 1.0 } else { factor };
+                let (short_s, sustained_s) = (row.forward_s + row.backward_s, row.sustained_s?);
+                let factor = if short_s < 1.5 * launch_s { 1.0 } else { sustained_s / short_s };
                 let value = Pair { forward_s: factor.max(1.0), backward_s: factor.max(1.0) };
                 Some(Point { at: vec![ln(row.sequences * row.seq), ln(row.hidden)], value })
             })
             .collect();
         let mut tables = Tables { products, attention, element_wise: Vec::new(), sustained, losses };
-        tables.element_wise = layers
+        tables.element_wise = measured
+            .layers
             .iter()
             .map(|row| {
                 // What a whole layer takes beside its products and its attention is its element-wise kernels'.
@@ -167,29 +167,6 @@ impl Tables {
         let flops = 2.0 * (tokens * hidden * vocab) as f64;
         Some(weighted(&self.losses, &[ln(tokens), ln(hidden), ln(vocab)])?.scaled(flops))
     }
-}
-
-/// Layers as they would be without the power limit, which a short measurement of many tokens meets: per token they take no longer than with
-/// fewer. How much longer they take when they are sustained counts by itself: of widths of which one `says_the_limit`, others stay as they are.
-fn unlimited(rows: &[LayerRow], says_the_limit: impl Fn(&LayerRow) -> bool) -> Vec<LayerRow> {
-    let widths: Vec<u64> = rows.iter().filter(|row| says_the_limit(row)).map(|row| row.hidden).collect();
-    let mut rows = rows.to_vec();
-    rows.sort_by_key(|row| row.sequences);
-    for index in 1..rows.len() {
-        let row = rows[index];
-        if !widths.contains(&row.hidden) {
-            continue;
-        }
-        let alike = |other: &&LayerRow| {
-            (other.seq, other.hidden, other.inner, other.heads) == (row.seq, row.hidden, row.inner, row.heads)
-                && other.sequences < row.sequences
-        };
-        let Some(fewer) = rows[..index].iter().rfind(alike).copied() else { continue };
-        let times = row.sequences as f64 / fewer.sequences as f64;
-        rows[index].forward_s = row.forward_s.min(times * fewer.forward_s);
-        rows[index].backward_s = row.backward_s.min(times * fewer.backward_s);
-    }
-    rows
 }
 
 /// Between two points of a line; its ends go on as they are.
@@ -288,27 +265,6 @@ mod tests {
             let tables = Tables::new(&Measured { launch: Some(launch(ns)), ..measured() }).unwrap();
             assert!((tables.sustained(4096, 1024) - factor).abs() < 1e-9);
         }
-    }
-
-    #[test]
-    fn a_short_measurement_that_met_the_power_limit_does_not_hide_how_much_it_costs() {
-        let mut measured = measured();
-        // Twice as many tokens in more than twice the time, and 19 ms without a pause; another width is no measure of it.
-        let more = LayerRow { sequences: 2, forward_s: 4.4e-3, backward_s: 11e-3, sustained_s: Some(19e-3), ..measured.layers[0] };
-        measured.layers[0].sustained_s = None;
-        measured
-            .layers
-            .extend([more, LayerRow { sequences: 1, hidden: 512, forward_s: 1e-6, backward_s: 1e-6, sustained_s: None, ..more }]);
-        let tables = Tables::new(&measured).unwrap();
-        // 2 + 2 ms forward, 11 backward.
-        for tokens in [4096, 8192] {
-            assert!((tables.sustained(tokens, 1024) - 19.0 / 15.0).abs() < 1e-9, "{tokens} tokens");
-        }
-        let short = unlimited(&measured.layers, |row| row.sustained_s.is_some());
-        assert_eq!((short[2].forward_s, short[2].backward_s), (4e-3, 11e-3));
-        assert_eq!(short[..2], [measured.layers[0], measured.layers[2]]);
-        // Where nothing says what the limit costs, whatever made them slow stays.
-        assert_eq!(unlimited(&measured.layers, |_| false)[2], measured.layers[1]);
     }
 
     #[test]

@@ -202,7 +202,7 @@ struct Power {
 
 /// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).
 const POWER_NS: f64 = 50e6;
-const POWER_BUSY: f64 = 0.64;
+const POWER_BUSY: f64 = 0.7;
 
 impl Power {
     fn pass(&mut self, computes: bool, ns: f64) {

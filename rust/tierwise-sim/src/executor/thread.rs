@@ -156,10 +156,9 @@ impl Run<'_> {
         let (saved, born) = self.needs(op);
         // What leaves the device takes its room storage by storage.
         let leaves = self.offload.as_ref().filter(|_| phase == Phase::Forward).map_or(0, |offload| offload.on_device(unit, 0));
-        // As the runtime's `make_room` does.
-        let reserve = self.transient_bytes(op).max(self.setup.forward_reserve_bytes);
-        let transient = if phase == Phase::Forward { reserve } else { 0 };
-        if self.waits_for_memory(saved + born + leaves + transient) {
+        // As the runtime's `make_room` does, which only forwards call.
+        let reserve = if phase == Phase::Forward { self.transient_bytes(op).max(self.setup.forward_reserve_bytes) } else { 0 };
+        if self.waits_for_memory(saved + born + leaves + reserve) {
             return Ok(Some(Cause::Memory));
         }
         if !self.fits_queue(op) {
