@@ -127,6 +127,9 @@ def train(
     staging = torch.full((max(staging_bytes, 1),), 255, dtype=torch.uint8, device=where)
     if staging_bytes:
         engine.bind_staging(staging.data_ptr())
+    if device == "cuda":
+        # The first fetches write the slab on a stream of their own: they must not come before its zeros.
+        torch.cuda.synchronize()
     engine.start()
     engine.set_hyper(HYPER, [0, 1, 0, -1, 1])
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0

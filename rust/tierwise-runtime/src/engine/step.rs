@@ -12,7 +12,7 @@ use tierwise_core::scheduler::{Decision, Event, Progress};
 use tierwise_core::trace::Phase;
 
 impl Engine {
-    /// Everything is bound and filled.
+    /// Everything is bound and filled, and nothing that was enqueued before still works on it.
     pub fn start(&self) -> Result<()> {
         let mut state = self.lock()?;
         let plan = state.scheduler.plan();
