@@ -162,10 +162,8 @@ impl Case {
                         engine.grads(chunk, &grads, STREAM, &mut patience).unwrap();
                     }
                     Call::BackwardEnd => engine.backward_end(STREAM).unwrap(),
-                    Call::Commit => {
-                        engine.commit(1.0, STREAM, &mut patience).unwrap();
-                        device.spend(self.costs.commit_ns);
-                    }
+                    Call::Step => device.spend(self.costs.commit_ns),
+                    Call::Commit => engine.commit(1.0, STREAM, &mut patience).unwrap(),
                 }
             }
         }

@@ -211,7 +211,7 @@ impl Hardware {
 
     /// Bytes per second that whole steps on the host move: the engine's, where they were seen, whose kernel is no faster than alone.
     pub fn host_adam_bytes_per_s(&self) -> f64 {
-        let own = self.measured.as_ref().and_then(|m| m.host_adam_params_per_s);
+        let own = self.measured.as_ref().and_then(Measured::whole_step_in_engine);
         own.map_or(self.host_adam_params_per_s, |own| own.min(self.host_adam_params_per_s)) * ADAM_BYTES_PER_PARAM
     }
 

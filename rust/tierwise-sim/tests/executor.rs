@@ -45,20 +45,25 @@ fn run(case: &Case, hardware: &Hardware, clips: bool) -> Result<Outcome, SimErro
 
 fn run_sharded(case: &Case, hardware: &Hardware, clips: bool, sharding: Option<&Sharding>) -> Result<Outcome, SimError> {
     let costs = Costs::new(&case.built, hardware);
-    simulate(&Setup {
+    simulate(&Setup { sharding, clips, ..setup(case, hardware, &costs) })
+}
+
+/// Steps that do not clip.
+fn setup<'a>(case: &'a Case, hardware: &'a Hardware, costs: &'a Costs) -> Setup<'a> {
+    Setup {
         layout: &case.built.layout,
         trace: &case.built.trace,
         plan: &case.plan,
-        costs: &costs,
+        costs,
         hardware,
-        sharding,
+        sharding: None,
         transient_bytes: None,
         forward_reserve_bytes: 0,
         device_budget: case.request.device_budget,
         host_budget: case.request.host_budget,
         nvme_budget: u64::MAX,
-        clips,
-    })
+        clips: false,
+    }
 }
 
 /// Models, budgets, accumulation, clip modes and placements that lead to every kind of plan.
@@ -420,4 +425,18 @@ fn gradients_land_while_moments_are_written() {
     };
     let (few, all) = (waited(2), waited(chunks));
     assert!(all < few / 2, "{all} ns with a buffer for each of {chunks} gradients, {few} ns with two");
+}
+
+/// What `optimizer.step()` does in Python comes before its commit: meanwhile the host goes on with steps that may be undone.
+#[test]
+fn steps_are_speculated_until_the_commit() {
+    let h100 = preset("h100").unwrap();
+    let on_host = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+    let case = case("llama-1.35b", 4, &h100, |request| (request.placement, request.clip_mode) = (on_host, ClipMode::Speculate)).unwrap();
+    let speculated = |commit_ns: u64| {
+        let costs = Costs { commit_ns, ..Costs::new(&case.built, &h100) };
+        simulate(&setup(&case, &h100, &costs)).unwrap().counters.speculated
+    };
+    let (soon, late) = (speculated(0), speculated(50_000_000));
+    assert!(soon > 0 && late >= soon + 2, "{soon} and {late} chunks of {}", case.plan.chunks.len());
 }

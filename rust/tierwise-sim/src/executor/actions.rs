@@ -65,7 +65,8 @@ impl Run<'_> {
         let step = self.step_bytes(chunk);
         let undo = layout.undo_bytes(chunk);
         let more = hardware.undoable_work(step, undo) - undo as f64;
-        self.step_on_host(chunk, "speculate", step + undo, more, Event::SpeculateDone { chunk });
+        let token = self.step_on_host(chunk, "speculate", step + undo, more, Event::SpeculateDone { chunk });
+        self.machine.is_pass(token, HostPass::Undoable);
     }
 
     fn chunk_name(&self, chunk: ChunkId) -> &str {

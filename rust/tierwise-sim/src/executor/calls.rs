@@ -25,7 +25,9 @@ pub enum Call {
     Hand(ChunkId),
     /// The micro-batch's backward ended.
     BackwardEnd,
-    /// `optimizer.step()`.
+    /// `optimizer.step()` begins.
+    Step,
+    /// It commits, which is the last that it does.
     Commit,
 }
 
@@ -57,6 +59,6 @@ pub fn calls(trace: &Trace, plan: &Plan, backward: &[Option<(OpId, OpId)>]) -> V
     }
     micro_batch.push(Call::BackwardEnd);
     let mut calls = micro_batch.repeat(plan.accumulation as usize);
-    calls.push(Call::Commit);
+    calls.extend([Call::Step, Call::Commit]);
     calls
 }

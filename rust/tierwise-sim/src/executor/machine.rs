@@ -178,17 +178,19 @@ pub struct Machine<'a, E> {
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
     power: Power,
-    /// Of the host's steps that take two passes, by what waits or runs.
+    /// Of what waits or runs of the host's Adam, unless it is a whole step.
     passes: BTreeMap<usize, HostPass>,
 }
 
-/// One of the two passes of a step on the host.
+/// What the host's Adam does instead of a whole step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostPass {
-    /// Parameters are written.
+    /// The first of two passes: parameters are written.
     Params,
-    /// Moments are.
+    /// The second: moments are.
     Moments,
+    /// A whole step with its undo record.
+    Undoable,
 }
 
 /// The power limit: a device that computes without a pause slows down, one that often waits does not.
@@ -250,7 +252,7 @@ impl<'a, E> Machine<'a, E> {
         self.enqueue(lane, task, false)
     }
 
-    /// Says that a task on the lane of the host's Adam is one of two passes.
+    /// Says what a task on the lane of the host's Adam does instead of a whole step.
     pub fn is_pass(&mut self, token: Token, pass: HostPass) {
         self.passes.insert(token.0, pass);
     }

@@ -28,12 +28,14 @@ struct Actors {
     d2h: f64,
     adam: f64,
     compute: f64,
-    /// How much more or less than whole steps the passes of steps are slowed down.
+    /// How much more or less than whole steps their passes, and steps with undo records, are slowed down.
     params: f64,
     moments: f64,
+    undoable: f64,
     /// How many times as fast as beside whole steps their copies are.
     params_h2d: f64,
     moments_d2h: f64,
+    undoable_d2h: f64,
 }
 
 const NAMES: [&str; 4] = ["h2d", "d2h", "adam", "compute"];
@@ -56,7 +58,7 @@ impl<'a> Speeds<'a> {
         Speeds { hardware, measured: table, optimizer: adam.unwrap_or(hardware.device_memory_bytes_per_s) / 1e9 }
     }
 
-    /// The rates while these lanes are busy, and the host's Adam with that pass, if its step takes two.
+    /// The rates while these lanes are busy, and the host's Adam does that instead of a whole step.
     pub fn rates(&self, busy: impl Fn(Lane) -> bool, pass: Option<HostPass>) -> Rates {
         // A link is busy whichever of its two streams is.
         let either = |lane: Lane| match lane {
@@ -111,6 +113,7 @@ impl<'a> Speeds<'a> {
             None => (1.0, 1.0, 1.0),
             Some(HostPass::Params) => (with(4).params, with(1).params_h2d, 1.0),
             Some(HostPass::Moments) => (with(4).moments, 1.0, with(2).moments_d2h),
+            Some(HostPass::Undoable) => (with(4).undoable, 1.0, with(2).undoable_d2h),
         };
         let (stepped, h2d, d2h) = (adam * stepped, with(1).h2d * h2d, with(2).d2h * d2h);
         [with(8).compute, h2d, d2h, self.optimizer, stepped, 1.0, 1.0, landing * share, 0.0, 0.0, 0.0, 0.0, adam, 1.0]
@@ -178,17 +181,21 @@ fn table(rows: &[Sharing], apart: bool) -> Option<[Actors; 16]> {
             compute: if has(3) { compute(set)?.min(1.0) } else { 0.0 },
             params: 1.0,
             moments: 1.0,
+            undoable: 1.0,
             params_h2d: 1.0,
             moments_d2h: 1.0,
+            undoable_d2h: 1.0,
         };
-        // Whole steps read and write what both passes do, so where a pass was not measured it is slowed down as they are.
+        // Whole steps read and write what the others do, which are slowed down as they are where they were not measured.
         let left = |figure: Figure| Some(busy(set, figure)? / host(ADAM, figure)?);
         let pass = |figure: Figure| Some(left(figure)? / left(|row| row.adam_params_per_s)?);
         let beside = |figure: Figure, whole: Figure| Some(host(set, figure)? / host(set, whole)?);
         actors.params = pass(|row| row.params_first_per_s).unwrap_or(1.0);
         actors.moments = pass(|row| row.moments_per_s).unwrap_or(1.0);
+        actors.undoable = pass(|row| row.undoable_params_per_s).unwrap_or(1.0);
         actors.params_h2d = beside(|row| row.params_first_h2d_bytes_per_s, |row| row.h2d_bytes_per_s).unwrap_or(1.0);
         actors.moments_d2h = beside(|row| row.moments_d2h_bytes_per_s, |row| row.d2h_bytes_per_s).unwrap_or(1.0);
+        actors.undoable_d2h = beside(|row| row.undoable_d2h_bytes_per_s, |row| row.d2h_bytes_per_s).unwrap_or(1.0);
     }
     Some(table)
 }
@@ -284,9 +291,31 @@ mod tests {
         near(rate(Lane::HostToDevice, None), 26.0 * 4.5);
         near(rate(Lane::HostToDevice, Some(HostPass::Params)), 26.0 * 2.5);
         near(rate(Lane::HostAdam, Some(HostPass::Params)), 26.0 * 5.0);
-        for (other, pass) in [(Lane::DeviceToHost, HostPass::Params), (Lane::HostToDevice, HostPass::Moments)] {
+        let unknown =
+            [(Lane::DeviceToHost, HostPass::Params), (Lane::HostToDevice, HostPass::Moments), (Lane::DeviceToHost, HostPass::Undoable)];
+        for (other, pass) in unknown {
             near(rate(other, Some(pass)), rate(other, None));
         }
+    }
+
+    #[test]
+    fn steps_that_may_be_undone_and_gradients_slow_each_other_down_as_measured() {
+        let mut sharing = rows();
+        for row in sharing.iter_mut().filter(|row| !row.actors.contains(&"h2d".to_owned())) {
+            let beside = row.actors.contains(&"d2h".to_owned());
+            row.undoable_params_per_s = row.adam_params_per_s.map(|_| if beside { 2e9 } else { 4e9 });
+            row.undoable_d2h_bytes_per_s = row.adam_params_per_s.and(row.d2h_bytes_per_s).map(|_| 20e9);
+        }
+        let hardware = Hardware { measured: Some(of(sharing)), ..preset("h100").unwrap() };
+        let speeds = Speeds::new(&hardware);
+        let rates = |pass| speeds.rates(|lane| matches!(lane, Lane::HostAdam | Lane::DeviceToHost), pass);
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+        // Whole steps: 5e9 alone, 4.5e9 beside a copy of 36 GB/s. With a record: half as fast as alone.
+        let (whole, undoable) = (rates(None), rates(Some(HostPass::Undoable)));
+        near(whole[Lane::HostAdam as usize], 26.0 * 4.5);
+        near(whole[Lane::DeviceToHost as usize], 36.0);
+        near(undoable[Lane::HostAdam as usize], 26.0 * 2.5);
+        near(undoable[Lane::DeviceToHost as usize], 20.0);
     }
 
     #[test]

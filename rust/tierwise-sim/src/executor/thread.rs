@@ -89,6 +89,7 @@ impl Run<'_> {
                 self.release = self.machine.record(Lane::Compute);
                 self.apply(&Event::BackwardEnd)?;
             }
+            Call::Step => self.thread.ready_ns = self.machine.now_ns() + self.setup.costs.commit_ns,
             Call::Commit => {
                 if self.scheduler.is_undecided() {
                     return Ok(Some(Cause::Gradients));
@@ -96,14 +97,13 @@ impl Run<'_> {
                 let token = self.machine.record(Lane::Compute);
                 (self.commit, self.release) = (token, token);
                 self.apply(&Event::Commit { grad_scale: 1.0, hyper_changed: false })?;
-                self.thread.ready_ns = self.machine.now_ns() + self.setup.costs.commit_ns;
             }
         }
         Ok(None)
     }
 
     pub(super) fn is_first_micro_batch(&self) -> bool {
-        self.thread.at < (self.calls.len() - 1) / self.setup.plan.accumulation as usize
+        self.thread.at < (self.calls.len() - 2) / self.setup.plan.accumulation as usize
     }
 
     pub(super) fn op(&self, op: OpId) -> (u32, Phase) {

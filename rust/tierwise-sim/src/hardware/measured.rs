@@ -112,6 +112,12 @@ pub struct Sharing {
     /// Device-to-host copies beside the second.
     #[serde(default)]
     pub moments_d2h_bytes_per_s: Option<f64>,
+    /// Steps that may be undone in the place of whole ones, with their records.
+    #[serde(default)]
+    pub undoable_params_per_s: Option<f64>,
+    /// Device-to-host copies beside them.
+    #[serde(default)]
+    pub undoable_d2h_bytes_per_s: Option<f64>,
 }
 
 /// Seconds of a product and of its two gradients.
@@ -236,7 +242,8 @@ impl Measured {
             row.copy_bytes_per_s *= factor;
         }
         for row in &mut faster.sharing {
-            for rate in [&mut row.adam_params_per_s, &mut row.params_first_per_s, &mut row.moments_per_s] {
+            let host = [&mut row.adam_params_per_s, &mut row.params_first_per_s, &mut row.moments_per_s, &mut row.undoable_params_per_s];
+            for rate in host {
                 *rate = rate.map(|rate| rate * factor);
             }
         }
@@ -246,6 +253,22 @@ impl Measured {
         faster.host_undoable_params_per_s = self.host_undoable_params_per_s.map(|rate| rate * factor);
         faster.host_undo_bytes_per_s = self.host_undo_bytes_per_s.map(|rate| rate * factor);
         faster
+    }
+
+    /// Parameters per second of whole steps in the engine. An engine that was seen to take two passes is as much slower or faster with whole
+    /// steps, against the kernel alone, as with either.
+    pub(super) fn whole_step_in_engine(&self) -> Option<f64> {
+        self.host_adam_params_per_s.or_else(|| {
+            let passes = [
+                (self.host_params_first_per_s?, (|row| row.params_first_per_s) as fn(&Sharing) -> Option<f64>),
+                (self.host_moments_per_s?, |row| row.moments_per_s),
+            ];
+            let alone = self.sharing.iter().filter(|row| row.actors == ["adam"] || row.actors == ["adam", "compute"]);
+            let found: Vec<f64> = alone
+                .flat_map(|row| passes.map(|(engine, kernel)| Some(engine * row.adam_params_per_s? / kernel(row)?)))
+                .collect::<Option<_>>()?;
+            (!found.is_empty()).then(|| found.iter().sum::<f64>() / found.len() as f64)
+        })
     }
 
     /// The same with a training thread that takes `factor` times as long.
@@ -281,6 +304,8 @@ impl Measured {
                 ("measured.sharing.moments_per_s", row.moments_per_s),
                 ("measured.sharing.params_first_h2d_bytes_per_s", row.params_first_h2d_bytes_per_s),
                 ("measured.sharing.moments_d2h_bytes_per_s", row.moments_d2h_bytes_per_s),
+                ("measured.sharing.undoable_params_per_s", row.undoable_params_per_s),
+                ("measured.sharing.undoable_d2h_bytes_per_s", row.undoable_d2h_bytes_per_s),
             ];
             figures.extend(rates.into_iter().filter_map(|(name, rate)| rate.map(|rate| (name, rate))));
         }
@@ -327,5 +352,34 @@ fn check_sizes(table: &str, sizes: &[u64]) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!("measured.{table} has the sizes {sizes:?}; each must be at least 1"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_steps_lose_in_the_engine_what_its_passes_lose() {
+        let row = |actors: &[&str], adam, params_first| Sharing {
+            actors: actors.iter().map(|&actor| actor.to_owned()).collect(),
+            adam_params_per_s: Some(adam),
+            params_first_per_s: Some(params_first),
+            moments_per_s: Some(2.0 * adam),
+            ..Sharing::default()
+        };
+        // Beside copies: not what the engine is compared with.
+        let sharing = vec![row(&["adam"], 6e9, 8e9), row(&["h2d", "adam"], 1e9, 9e9), row(&["adam", "compute"], 6e9, 12e9)];
+        let passes = Measured { sharing, host_params_first_per_s: Some(4e9), host_moments_per_s: Some(6e9), ..Measured::default() };
+        // Of the kernel's speed alone: 1/2 and 1/2, 1/3 and 1/2.
+        assert_eq!(passes.whole_step_in_engine(), Some(2.75e9));
+        assert_eq!(Measured { host_adam_params_per_s: Some(5e9), ..passes.clone() }.whole_step_in_engine(), Some(5e9));
+        for lacks in [
+            Measured { host_moments_per_s: None, ..passes.clone() },
+            Measured { sharing: Vec::new(), ..passes.clone() },
+            Measured { sharing: vec![Sharing { params_first_per_s: None, ..row(&["adam"], 6e9, 8e9) }], ..passes.clone() },
+        ] {
+            assert_eq!(lacks.whole_step_in_engine(), None);
+        }
     }
 }
