@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import weakref
 from typing import Any
 
@@ -61,8 +62,69 @@ def test_the_probe_takes_as_long_as_its_work(monkeypatch: pytest.MonkeyPatch) ->
     assert median == sorted(calls[1:])[2]
 
 
-def test_a_turn_that_was_disturbed_does_not_count() -> None:
-    assert engine.median_turn([[3.0, 2.0, 9.0], [20.0, 21.0, 22.0], [2.0, 2.5, 2.0]]) == 3.0
+def test_turns_are_compared_by_the_probes_around_them() -> None:
+    # Two models: turns of the first after the probes 0, 2 and 4, of the second after 1, 3 and 5. The third turn met slower processors, as
+    # the probes say; the first model's second one was disturbed where no probe saw it.
+    probes = [4.0, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0]
+    assert engine.as_probed([[3.0, 2.0, 9.0], [20.0, 21.0, 22.0], [5.0, 6.0, 7.0]], probes, [0, 2, 4]) == 4.0 * 0.75
+    assert engine.as_probed([[4.0], [9.0], [12.0]], probes, [1, 3, 5]) == 4.0 * 1.5
+
+
+def test_launches_of_a_machine_that_slows_down_are_those_of_one_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"ns": 0, "factor": 1}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["ns"] / 1e9)
+
+    class Probe:
+        turns = 0
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def ns(self, seconds: float) -> float:
+            # From the seventh turn on everything takes twice as long.
+            clock["factor"] = 1 if Probe.turns < 6 else 2
+            Probe.turns += 1
+            return 100.0 * clock["factor"]
+
+    class Trained:
+        """Its forward takes so long, its backward twice that, its step a tenth."""
+
+        def __init__(self, ns: int) -> None:
+            self.of = ns
+            self.loss = None
+
+        def takes(self, ns: int) -> None:
+            clock["ns"] += ns * clock["factor"]
+
+        def __call__(self, **inputs: Any) -> Trained:
+            self.takes(self.of)
+            return self
+
+        def backward(self, loss: Any, optimizer: Any) -> None:
+            self.takes(2 * self.of)
+
+        def step(self) -> None:
+            self.takes(self.of // 10)
+
+        def zero_grad(self) -> None:
+            pass
+
+        flush = zero_grad
+
+    def boosted(device: torch.device, layers: int, size: Any, tokens: int, recompute: str) -> tuple[Trained, Trained, Trained]:
+        of = Trained(1000 + layers * (100 if recompute == "none" else 150))
+        return of, of, of
+
+    monkeypatch.setattr(engine, "LaunchProbe", Probe)
+    monkeypatch.setattr(engine, "_boosted", boosted)
+    found = engine.launches(torch.device("cpu"))
+    times = found["probe_ns"] / 100
+    assert times in (1, 2)
+    assert found == {
+        "forward_ns": 100 * times, "backward_ns": 200 * times, "checkpointed_forward_ns": 150 * times,
+        "checkpointed_backward_ns": 300 * times,
+        "outside_forward_ns": 1000 * times, "outside_backward_ns": 2000 * times, "step_ns": 260 * times, "probe_ns": 100 * times,
+    }  # fmt: skip
 
 
 class _Events:

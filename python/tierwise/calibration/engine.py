@@ -7,7 +7,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from tierwise.calibration.host import KERNELS
 from tierwise.calibration.thread import LaunchProbe
 from tierwise.calibration.timing import free
 
-_PROBE_S = 0.15
-"""Seconds of the probe before every turn of a model."""
-_ROUNDS, _STEPS, _WARM = 3, 5, 2
-"""Times that every model has its turn, steps of a turn, and those of them that are not timed. The median turn counts: one may have been
-disturbed."""
+_PROBE_S = 0.08
+"""Seconds of the probe before every turn of a model, and after the last."""
+_ROUNDS, _STEPS, _WARM = 5, 3, 1
+"""Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
@@ -134,9 +133,8 @@ def _boosted(
 
 
 def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[float]) -> list[dict[str, float]]:
-    """Of models with so many layers and such recomputation, which take turns: what the host does meanwhile meets all of them, and the probe
-    before each turn. On CUDA steps follow each other as in training, where the engine's threads call the driver beside the training
-    thread."""
+    """Of models with so many layers and such recomputation, which take turns, with the probe before each turn and after the last. On CUDA
+    steps follow each other as in training, where the engine's threads call the driver beside the training thread."""
     cuda = device.type == "cuda"
     probe = LaunchProbe(device)
     size, tokens = (_ON_CUDA, _TOKENS_ON_CUDA) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
@@ -166,12 +164,17 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
                     for name, start, end in zip(of, marks, marks[1:], strict=False):
                         of[name][-1].append(1e9 * (end - start))
             booster.flush()
-    return [{name: median_turn(turns) for name, turns in of.items()} for of in times]
+    probes.append(probe.ns(_PROBE_S))
+    before = [range(which, len(probes) - 1, len(models)) for which in range(len(models))]
+    return [{name: as_probed(turns, probes, places) for name, turns in of.items()} for of, places in zip(times, before, strict=True)]
 
 
-def median_turn(turns: list[list[float]]) -> float:
-    """The median of the turns' medians: steps that follow each other are disturbed together."""
-    return statistics.median(statistics.median(turn) for turn in turns)
+def as_probed(turns: list[list[float]], probes: list[float], before: Iterable[int]) -> float:
+    """What a step of some turns takes when the probe takes its median; `before` says which probe came before each turn. A shared machine's
+    processors are faster in one second than in the next, so turns are compared by how many times as long as the probes around them they
+    took. Of these the median counts, one may have been disturbed, and so does a turn's median step."""
+    around = (statistics.mean(probes[place : place + 2]) for place in before)
+    return statistics.median(statistics.median(turn) / probe for turn, probe in zip(turns, around, strict=True)) * statistics.median(probes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ _COMPARED_TIMES = 6
 """As long as others takes what later measurements are compared with: Adam with all threads."""
 
 _FEW_NUMEL = 100_000_000
+_FEW_THREADS_NUMEL = 50_000_000
+"""Parameters; 0.7 GB, more than any cache holds."""
 
 
 def thread_counts(most: int) -> list[int]:
@@ -36,9 +38,9 @@ def thread_counts(most: int) -> list[int]:
     return counts if most in counts else [*counts, most]
 
 
-def fewer(bench: HostBench) -> HostBench:
-    """One of no more than `_FEW_NUMEL` parameters: for few threads, which take long, and for what is compared with itself."""
-    return bench if bench.numel <= _FEW_NUMEL else HostBench(_FEW_NUMEL)
+def fewer(bench: HostBench, most: int = _FEW_NUMEL) -> HostBench:
+    """One of no more than `most` parameters: for what takes long, or is compared with itself."""
+    return bench if bench.numel <= most else HostBench(most)
 
 
 def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -46,7 +48,7 @@ def by_threads(bench: HostBench, seconds: float, log: Callable[[str], None]) -> 
     counts = thread_counts(_core.kernel_threads())
     share = seconds / ((len(counts) - 1 + _ROUNDS) * len(KERNELS) + _ROUNDS * (_COMPARED_TIMES - 1))
     rows = []
-    few = fewer(bench) if len(counts) > 1 else bench
+    few = fewer(bench, _FEW_THREADS_NUMEL) if len(counts) > 1 else bench
     for threads in counts:
         rounds, on = (_ROUNDS, bench) if threads == counts[-1] else (1, few)
         shares = dict.fromkeys(KERNELS, share) | ({"adam": _COMPARED_TIMES * share} if threads == counts[-1] else {})

@@ -72,6 +72,14 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
+    benches: list[HostBench] = []
+
+    def bench() -> HostBench:
+        """Made once: the system takes its time to give so much memory."""
+        if not benches:
+            benches.append(HostBench(options.numel()))
+        return benches[0]
+
     # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.
     with ahead.Ahead(_device_index(options), log) as compiling:
         import torch
@@ -82,25 +90,24 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
             # The driver has a device, and torch cannot use it.
             compiling.stop()
         free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
-        measured = _kernels(device, scale, log, sections, missing, compiling)
+        measured = _kernels(device, scale, log, sections, missing, compiling, meanwhile=bench)
     if cuda:
         # Whoever compiles may have held some of it before.
         free_device_bytes = max(free_device_bytes, torch.cuda.mem_get_info(device)[0])
     with sections("host"):
-        bench = HostBench(options.numel())
-        measured["host"] = host.by_threads(bench, 2.0 * scale, log)
-        measured["host_numel"] = bench.numel
+        measured["host"] = host.by_threads(bench(), 2.0 * scale, log)
+        measured["host_numel"] = bench().numel
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, host.fewer(bench), 0.2 * scale, log)
+        measured["sharing"] = beside(device, host.fewer(bench()), 0.2 * scale, log)
     with sections("launches"):
         from tierwise.calibration import engine
 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
-        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench, log), log, missing) or engine.Adam()
-        apart = _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench), log, missing) or engine.Adam()
+        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench(), log), log, missing) or engine.Adam()
+        apart = _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench()), log, missing) or engine.Adam()
         adam = dataclasses.replace(
             adam, device_params_per_s=apart.device_params_per_s, host_undoable_params_per_s=apart.host_undoable_params_per_s
         )
@@ -183,7 +190,9 @@ def _kernels(
     sections: _Sections,
     missing: list[str],
     compiling: ahead.Ahead,
+    meanwhile: Callable[[], Any],
 ) -> dict[str, Any]:
+    """What the device computes; `meanwhile` is called while compilers are waited for."""
     from tierwise.calibration import compute
     from tierwise.calibration.timing import Timer
 
@@ -198,6 +207,7 @@ def _kernels(
         found["losses"] = compute.losses(sizes, timer, log)
     if compiling.count:
         with sections("compiling"):
+            meanwhile()
             codes = compiling.wait(_COMPILING_S)
             log(f"layers compiled beside these: {codes.count(0)} of {len(codes)} processes were ready")
     with sections("layers"):

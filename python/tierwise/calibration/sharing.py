@@ -16,8 +16,8 @@ from tierwise.calibration.host import KERNELS
 from tierwise.config import available_memory_bytes
 
 _ACTORS = ("h2d", "d2h", "adam", "compute")
-_PASSES = {"params_first": "d2h", "moments": "h2d"}
-"""Of Adam, and the copies that they do not run beside."""
+_PASSES = {"params_first": "d2h", "moments": "h2d", "undoable": "h2d"}
+"""What Adam does instead of whole steps, and the copies that it does not run beside."""
 _PIECE_BYTES, _MOST_PIECES, _PARTS = 128 * 2**20, 8, 16
 """Of what is copied in turn in either direction, because the memory of a virtual machine is not equally fast everywhere; both
 together take at most one of so many parts of what is free."""
@@ -27,8 +27,9 @@ _ROUNDS = 2
 
 def beside(device: torch.device, bench: HostBench, seconds: float, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every set of actors running together, `seconds` each in all: bytes per second of each copy direction, parameters per second of Adam,
-    and compute's speed as a share of its speed alone. Half as long with one of Adam's two passes in its place, beside the copies that it
-    meets, and how fast these are then: the first runs while parameters go to the device, the second while gradients come from there."""
+    and compute's speed as a share of its speed alone. Half as long with one of Adam's two passes, or a step that may be undone, in its
+    place, beside the copies that it meets, and how fast these are then: the first pass runs while parameters go to the device, the others
+    while gradients come from there."""
     machine = _Machine(device, bench)
     rounds = [_once(machine, seconds / _ROUNDS) for _ in range(_ROUNDS)]
     rows = []
@@ -99,6 +100,7 @@ class _Machine:
             self.work(actor)  # The first of each also loads what it needs.
         self.piece = {"h2d": float(size), "d2h": float(size), "compute": 1.0}
         self.adam_s = bench.numel / bench.rate("adam", 0.0)
+        self.alone_s = {actor: self._once(actor) for actor in ("h2d", "d2h", "compute")} if self.cuda else {}
 
     def work(self, actor: str) -> None:
         if actor == "compute":
@@ -120,13 +122,11 @@ class _Machine:
         return {}
 
     def _on_streams(self, actors: list[str], adam: str | None, seconds: float) -> dict[str, float]:
-        once = {actor: self._once(actor) for actor in actors}
-        torch.cuda.synchronize(self.device)
         marks: dict[str, list[torch.cuda.Event]] = {}
         for actor in actors:
             # More than the time holds, and runs of Adam before and after it: nobody has the machine to himself at the end of it. Who is
             # slowed down works longer anyway.
-            count = int((1.15 * seconds + (3 * self.adam_s if adam is not None else 0.0)) / once[actor]) + 2
+            count = int((1.15 * seconds + (3 * self.adam_s if adam is not None else 0.0)) / self.alone_s[actor]) + 2
             stream = torch.cuda.Stream(self.device)
             marks[actor] = []
             with torch.cuda.stream(stream):
@@ -144,6 +144,7 @@ class _Machine:
         return found
 
     def _once(self, actor: str) -> float:
+        """Seconds of one piece alone."""
         self.work(actor)
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
