@@ -154,7 +154,7 @@ def test_the_engines_steps_are_as_fast_as_if_nothing_were_copied(passes: bool) -
     for step, slowness in enumerate((1.0, 5.0, 1.25)):
         begin = 1000.0 * step
         events.span("host optimizer", "step layers.0", begin, 2.0 * slowness, moved)
-        events.span("host optimizer", "step lm_head", begin + 40, 1.0, 26)
+        events.span("host optimizer", "step model.norm", begin + 40, 1.0, 26)
         # Beside a copy all the time, and for half of it.
         events.span("host optimizer", "step layers.1", begin + 50, 4.0 * slowness, moved)
         events.span("h2d", "refresh layers.0", begin + 50, 4.0 * slowness)
@@ -176,8 +176,32 @@ def test_the_engines_steps_are_as_fast_as_if_nothing_were_copied(passes: bool) -
     assert (found.host_params_per_s, found.host_params_first_per_s) == (whole, first)
     assert found.host_moments_per_s == (pytest.approx(8e8) if passes else None)
     assert found.host_gap_ns is None, "no step follows another at once"
-    assert said == [f"Adam in the engine: 9 {'first passes' if passes else 'whole steps'}, {6 if passes else 0} second passes"]
+    kind, late = ("first passes", 6) if passes else ("whole steps", 0)
+    assert said == [f"Adam in the engine: 9 {kind}, {late} second passes; 0.00 ms of a step are not its bytes'"]
     assert engine.rates(_Events().text(), _HALF, said.append) == engine.Adam()
+
+
+@pytest.mark.parametrize(("head_ms", "numel", "fixed_ms"), [(1.4, 1_000_000, 0.2), (1.0, 1_000_000, 0.0), (1.4, 3_000_000, 0.0)])
+def test_what_a_step_takes_beside_its_bytes_is_read_from_a_smaller_one(head_ms: float, numel: int, fixed_ms: float) -> None:
+    events = _Events()
+    for step in range(3):
+        # 4 million parameters in 5 ms; of the head's time a copy takes half.
+        events.span("host optimizer", "step layers.0", 100.0 * step, 5.0, 26 * 4_000_000)
+        events.span("host optimizer", "step layers.1", 100.0 * step + 5.1, 5.0, 26 * 4_000_000)
+        events.span("host optimizer", "step lm_head", 100.0 * step + 20, 2 * head_ms, 26 * numel)
+        events.span("h2d", "refresh layers.1", 100.0 * step + 20, 2 * head_ms)
+    found = engine.rates(events.text(), _HALF, lambda text: None)
+    assert found.host_fixed_ns == pytest.approx(1e6 * fixed_ms)
+    assert found.host_gap_ns == pytest.approx(1e6 * fixed_ms + 1e5)
+    assert found.host_params_per_s == pytest.approx(4e9 / (5.0 - fixed_ms))
+
+
+def test_a_head_that_is_all_delay_leaves_half_of_a_layers_time() -> None:
+    events = _Events()
+    events.span("host optimizer", "step layers.0", 0.0, 5.0, 26 * 4_000_000)
+    events.span("host optimizer", "step lm_head", 20.0, 9.0, 26)
+    found = engine.rates(events.text(), _HALF, lambda text: None)
+    assert found.host_params_per_s == pytest.approx(4e9 / 2.5)
 
 
 def test_what_copies_leave_of_a_pass_is_read_from_what_was_measured_together() -> None:
@@ -221,11 +245,13 @@ def test_what_speculation_and_the_device_take_is_read_from_their_spans() -> None
         for layer, us in enumerate((10.0, 20.0, 40.0)):
             events.span("device optimizer", f"step layers.{layer}", 1e3 * step + 10 * layer, us / 1e3 * (3 - step), 26_000_000)
         events.span("device optimizer", "norm layers.2", 1e3 * step + 50, 0.001, 26_000_000)
-    found = engine.speculated_rates(events.text())
+    found = engine.speculated_rates(events.text(), 0.0)
     assert found.host_undoable_params_per_s == pytest.approx(1_000_000 / 2.5e-3)
     assert found.device_params_per_s == pytest.approx(5e10)
     assert found == engine.Adam(host_undoable_params_per_s=found.host_undoable_params_per_s, device_params_per_s=found.device_params_per_s)
-    assert engine.speculated_rates(_Events().text()) == engine.Adam()
+    # But for what each takes beside its bytes.
+    assert engine.speculated_rates(events.text(), 0.5e6).host_undoable_params_per_s == pytest.approx(1_000_000 / 2.0e-3)
+    assert engine.speculated_rates(_Events().text(), 0.0) == engine.Adam()
 
 
 def test_layers_are_sustained_from_the_widest_and_enlarged_where_python_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

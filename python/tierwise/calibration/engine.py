@@ -32,6 +32,8 @@ to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 _VOCABULARY = 256
+_STEPPED_VOCABULARY = 6144
+"""Of the model that is stepped, on CUDA: its head has a quarter of a layer's parameters, and says what a step takes beside its bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ def _boosted(
     recompute: str,
     offload_optim_frac: float = 0.0,
     speculates: bool = False,
+    vocabulary: int = _VOCABULARY,
 ) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +113,7 @@ def _boosted(
     hidden, inner, heads = size
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        vocab_size=_VOCABULARY, max_position_embeddings=tokens, use_cache=False,
+        vocab_size=vocabulary, max_position_embeddings=tokens, use_cache=False,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     # Random numbers of so many weights take the CPU longer than all that is measured here.
@@ -189,7 +192,9 @@ class Adam:
     host_undoable_params_per_s: float | None = None
     """Steps that may be undone, and their records."""
     host_gap_ns: float | None = None
-    """Between one chunk's step on the host and the next one's."""
+    """Between one chunk's step on the host and the next one's, and what each takes beside its bytes."""
+    host_fixed_ns: float = 0.0
+    """The latter of the two, which rates of steps and first passes do without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +232,10 @@ def adam(device: torch.device, measured: dict[str, Any], bench: HostBench, log: 
     return _as_when(measured["host"][-1], bench, lambda: rates(_timeline(device, _ON_HOST), beside, log))
 
 
-def speculation(device: torch.device, measured: dict[str, Any], bench: HostBench) -> Adam:
-    """The device's steps, and the host's that may be undone, in the same way: of a model that has one layer's states on the host."""
-    return _as_when(measured["host"][-1], bench, lambda: speculated_rates(_timeline(device, _ONE_ON_HOST)))
+def speculation(device: torch.device, measured: dict[str, Any], bench: HostBench, fixed_ns: float) -> Adam:
+    """The device's steps, and the host's that may be undone, in the same way: of a model that has one layer's states on the host.
+    `fixed_ns` is what a step on the host takes beside its bytes."""
+    return _as_when(measured["host"][-1], bench, lambda: speculated_rates(_timeline(device, _ONE_ON_HOST), fixed_ns))
 
 
 def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:
@@ -239,23 +245,25 @@ def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]
     around.append(bench.rate("adam", _AROUND_S))
     then = host["adam_params_per_s"] / statistics.mean(around)
     names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undoable_params_per_s")
-    rates_then = {name: getattr(found, name) for name in names}
-    return dataclasses.replace(found, **{name: None if rate is None else rate * then for name, rate in rates_then.items()})
+    seen: dict[str, Any] = {name: getattr(found, name) for name in names}
+    return dataclasses.replace(found, **{name: rate * then for name, rate in seen.items() if rate is not None})
 
 
 def _timeline(device: torch.device, trained: _Trained) -> str:
     """Of training steps that follow each other. An engine that was flushed after every step was seen to run the host's kernels at two
     thirds of their speed."""
-    size, tokens = (_STEPPED_ON_CUDA, trained.tokens_on_cuda) if device.type == "cuda" else (_ON_CPU, _TOKENS_ON_CPU)
+    cuda = device.type == "cuda"
+    size, tokens = (_STEPPED_ON_CUDA, trained.tokens_on_cuda) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
+    vocabulary = _STEPPED_VOCABULARY if cuda else _VOCABULARY
     booster, model, optimizer = _boosted(
-        device, trained.layers, size, tokens, "none", offload_optim_frac=trained.offload_optim_frac, speculates=trained.speculates
+        device, trained.layers, size, tokens, "none", trained.offload_optim_frac, trained.speculates, vocabulary
     )
     for step in range(1 + _STEPS_OF_ADAM):
         if step == 1:
             booster.flush()
             booster.record_timeline()
         # New ones for every step: of tokens that are all the same a model has soon learned everything.
-        ids = torch.randint(0, _VOCABULARY, (1, tokens), device=device)
+        ids = torch.randint(0, vocabulary, (1, tokens), device=device)
         loss = model(input_ids=ids, labels=ids).loss
         booster.backward(loss, optimizer)
         optimizer.step()
@@ -263,7 +271,7 @@ def _timeline(device: torch.device, trained: _Trained) -> str:
     booster.flush()
     timeline: str = booster._boosted().engine.timeline()
     del booster, model, optimizer, loss
-    free(device.type == "cuda")
+    free(cuda)
     return timeline
 
 
@@ -291,24 +299,45 @@ def _share_beside(span: dict[str, Any], others: list[dict[str, Any]]) -> float:
     return sum(max(us, 0.0) for us in common) / (end - begin)
 
 
-def _rate(of: list[dict[str, Any]], bytes_each: int, kept: float = 1.0, copies: list[dict[str, Any]] | None = None) -> float | None:
-    """Parameters per second of the median span, as if nothing had been copied beside it: `kept` is what copies leave it of its speed."""
+@dataclasses.dataclass(frozen=True)
+class _Alone:
+    """Spans of chunks of one size, as if nothing had been copied beside them."""
 
-    def alone(span: dict[str, Any]) -> float:
-        share = _share_beside(span, copies or [])
-        return 1e6 * float(span["args"]["bytes"]) / bytes_each / float(span["dur"]) / (1.0 - share * (1.0 - kept))
+    us: float
+    moved: float
+    """Bytes."""
 
-    return statistics.median(map(alone, of)) if of else None
+    @classmethod
+    def of(cls, spans: list[dict[str, Any]], kept: float = 1.0, copies: list[dict[str, Any]] | None = None) -> _Alone | None:
+        """The median one; `kept` is what copies leave it of its speed. None without any."""
+        if not spans:
+            return None
+        us = (float(span["dur"]) * (1.0 - _share_beside(span, copies or []) * (1.0 - kept)) for span in spans)
+        return cls(statistics.median(us), float(spans[0]["args"]["bytes"]))
+
+    def rate(self, bytes_each: int, fixed_us: float = 0.0) -> float:
+        """Parameters per second; `fixed_us` of the time go to something else."""
+        return 1e6 * self.moved / bytes_each / max(self.us - fixed_us, 0.5 * self.us)
+
+    def fixed_us(self, smaller: _Alone | None) -> float:
+        """What both take beside their bytes, if the other is small enough to tell."""
+        if smaller is None or smaller.moved > 0.5 * self.moved:
+            return 0.0
+        fixed = (smaller.us * self.moved - self.us * smaller.moved) / (self.moved - smaller.moved)
+        # Noise may make a small one faster per byte.
+        return min(max(fixed, 0.0), smaller.us)
 
 
-def speculated_rates(timeline: str) -> Adam:
-    """Of steps on the device, and of those that may be undone. None where there were none."""
+def speculated_rates(timeline: str, fixed_ns: float) -> Adam:
+    """Of steps on the device, and of those that may be undone, but for what each of these takes beside its bytes. None where there were
+    none."""
     spans = _Timeline(timeline).layers
     # Only beside the last of each nothing is computed.
     last = {e["name"]: e for e in spans("device optimizer", "step")}
+    device, undoable = _Alone.of(list(last.values())), _Alone.of(spans("host optimizer", "speculate"))
     return Adam(
-        device_params_per_s=_rate(list(last.values()), _WHOLE_BYTES),
-        host_undoable_params_per_s=_rate(spans("host optimizer", "speculate"), _UNDOABLE_BYTES),
+        device_params_per_s=None if device is None else device.rate(_WHOLE_BYTES),
+        host_undoable_params_per_s=None if undoable is None else undoable.rate(_UNDOABLE_BYTES, fixed_ns / 1e3),
     )
 
 
@@ -318,17 +347,31 @@ def rates(timeline: str, beside: Beside, log: Callable[[str], None]) -> Adam:
     to_device, from_device, norms = (events.track(name) for name in ("h2d", "d2h", "host norm"))
     steps, late = (events.layers("host optimizer", kind) for kind in ("step", "moments"))
     passes = bool(late)
-    # Beside gradients on their way a step is slower than `beside` says, and the threads are the norms' for a while.
-    first = [e for e in steps if _share_beside(e, from_device) <= _FEW_BESIDE and _share_beside(e, norms) == 0.0]
-    moments = [e for e in late if _share_beside(e, to_device) <= _FEW_BESIDE and _share_beside(e, norms) == 0.0]
-    log(f"Adam in the engine: {len(first)} {'first passes' if passes else 'whole steps'}, {len(moments)} second passes")
+    kept, bytes_each = (beside.first, _PASS_BYTES) if passes else (beside.whole, _WHOLE_BYTES)
+
+    def apart(spans: list[dict[str, Any]], never: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Beside these copies it is slower than `beside` says, and the threads are the norms' for a while.
+        return [e for e in spans if _share_beside(e, never) <= _FEW_BESIDE and _share_beside(e, norms) == 0.0]
+
+    first, seconds = apart(steps, from_device), apart(late, to_device)
+    heads = apart([e for e in events.track("host optimizer") if e["name"] == "step lm_head"], from_device)
+    step, head = _Alone.of(first, kept, to_device), _Alone.of(heads, kept, to_device)
+    moments = _Alone.of(seconds, beside.moments, from_device)
+    fixed_us = 0.0 if step is None else step.fixed_us(head)
+    rate = None if step is None else step.rate(bytes_each, fixed_us)
+    log(
+        f"Adam in the engine: {len(first)} {'first passes' if passes else 'whole steps'}, {len(seconds)} second passes; "
+        f"{fixed_us / 1e3:.2f} ms of a step are not its bytes'"
+    )
     pairs = [pair for pair in itertools.pairwise(events.layers("host optimizer", "")) if all(e["name"].startswith("step") for e in pair)]
     pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in pairs]
     # Longer ones wait for something.
     pauses = [ns for ns in pauses if ns < _LONGEST_GAP_NS]
+    gap_ns = 1e3 * fixed_us + (statistics.median(pauses) if pauses else 0.0)
     return Adam(
-        host_params_per_s=None if passes else _rate(first, _WHOLE_BYTES, beside.whole, to_device),
-        host_params_first_per_s=_rate(first, _PASS_BYTES, beside.first, to_device) if passes else None,
-        host_moments_per_s=_rate(moments, _PASS_BYTES, beside.moments, from_device),
-        host_gap_ns=max(statistics.median(pauses), 1.0) if pauses else None,
+        host_params_per_s=None if passes else rate,
+        host_params_first_per_s=rate if passes else None,
+        host_moments_per_s=None if moments is None else moments.rate(_PASS_BYTES),
+        host_gap_ns=max(gap_ns, 1.0) if pauses or fixed_us else None,
+        host_fixed_ns=1e3 * fixed_us,
     )

@@ -107,7 +107,10 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
         adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench(), log), log, missing) or engine.Adam()
-        apart = _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench()), log, missing) or engine.Adam()
+        apart = (
+            _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench(), adam.host_fixed_ns), log, missing)
+            or engine.Adam()
+        )
         adam = dataclasses.replace(
             adam, device_params_per_s=apart.device_params_per_s, host_undoable_params_per_s=apart.host_undoable_params_per_s
         )

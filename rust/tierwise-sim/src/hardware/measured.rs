@@ -50,7 +50,8 @@ pub struct Measured {
     /// Bytes per second at which undo records were copied by runtimes that did so before the step; none of later ones.
     #[serde(default)]
     pub host_undo_bytes_per_s: Option<f64>,
-    /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other.
+    /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other. In files of later
+    /// calibrations also what a step takes beside its bytes, which the rates above are without.
     #[serde(default)]
     pub host_gap_ns: Option<f64>,
     /// Device bytes of the workspaces of matrix products; what Hopper's are if it was not measured.
