@@ -167,7 +167,7 @@ class Engine:
 
     # ---- the step -----------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """All memory is bound and filled, and no stream still works on it: the engine may move things from now on, on streams of its own."""
+        """All memory is bound and filled, and no stream still works on it: from now on the engine moves things, on streams of its own."""
 
     def enter(self, unit: int, backward: bool, stream: int) -> list[tuple[int, int]] | None:
         """Makes the unit's chunks readable on the compute stream; returns (chunk, slot byte offset) of its streamed chunks."""

@@ -13,6 +13,7 @@ from tierwise._core import HostBench
 from tierwise.calibration import host, measure, sharing
 
 ALONE = {"h2d": 50e9, "d2h": 40e9, "adam": 5e9, "compute": 700.0}
+TIMES = {"params_first": 1.5, "moments": 1.4, "undoable": 0.8}
 
 
 class _Rounds:
@@ -31,8 +32,8 @@ class _Rounds:
             if actor in found:
                 found[actor] *= slower
         if kernel != "adam":
-            found["adam"] *= 1.5
-            found |= {copy: found[copy] * 0.9 for copy in ("h2d", "d2h") if copy in found}
+            found["adam"] *= TIMES[kernel]
+            found |= {copy: found[copy] * 0.6 * TIMES[kernel] for copy in ("h2d", "d2h") if copy in found}
         return found
 
 
@@ -55,13 +56,13 @@ def test_a_machine_that_is_slower_for_a_while_has_the_same_shares(monkeypatch: p
             "compute_share": left if "compute" in actors else None,
         }
         if "adam" in actors and "d2h" not in actors:
-            expected["params_first_per_s"] = 1.5 * 0.75 * 5e9 * left
+            expected["params_first_per_s"] = TIMES["params_first"] * 0.75 * 5e9 * left
             if "h2d" in actors:
-                expected["params_first_h2d_bytes_per_s"] = 0.9 * 50e9 * left
-        if "adam" in actors and "h2d" not in actors:
-            expected["moments_per_s"] = expected["undoable_params_per_s"] = 1.5 * 0.75 * 5e9 * left
+                expected["params_first_h2d_bytes_per_s"] = 0.6 * TIMES["params_first"] * 50e9 * left
+        for kernel in ("moments", "undoable") if "adam" in actors and "h2d" not in actors else ():
+            expected[host.KERNELS[kernel]] = TIMES[kernel] * 0.75 * 5e9 * left
             if "d2h" in actors:
-                expected["moments_d2h_bytes_per_s"] = expected["undoable_d2h_bytes_per_s"] = 0.9 * 40e9 * left
+                expected[f"{kernel}_d2h_bytes_per_s"] = 0.6 * TIMES[kernel] * 40e9 * left
         assert {name: value if value is None else pytest.approx(value) for name, value in row.items() if name != "actors"} == expected
 
 

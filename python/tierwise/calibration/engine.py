@@ -32,8 +32,6 @@ to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 _VOCABULARY = 256
-_STEPPED_VOCABULARY = 6144
-"""Of the model that is stepped, on CUDA: its head has a quarter of a layer's parameters, and says what a step takes beside its bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +41,21 @@ class _Trained:
     layers: int
     offload_optim_frac: float
     tokens_on_cuda: int
+    vocabulary_on_cuda: int = _VOCABULARY
     speculates: bool = False
 
 
-_ON_HOST = _Trained(layers=4, offload_optim_frac=1.0, tokens_on_cuda=16384)
-"""Backward is long enough to hide moments that are written late, as training does where that is faster."""
+_ON_HOST = _Trained(layers=4, offload_optim_frac=1.0, tokens_on_cuda=16384, vocabulary_on_cuda=6144)
+"""Backward is long enough to hide moments that are written late, as training does where that is faster. The head has a quarter of a layer's
+parameters, and says what a step takes beside its bytes."""
 _ONE_ON_HOST = _Trained(layers=8, offload_optim_frac=1 / 8, tokens_on_cuda=4096, speculates=True)
 """What is speculated is the last layer, whose gradients come first: no others leave while it is stepped. It is speculated only if they have
 landed when the training thread is through with the other layers."""
 _STEPS_OF_ADAM = 12
 """Of each engine: one pass and the same pass again differ by 5 % (quartiles)."""
+_LEAST_HEADS, _MOST_OF_A_LAYER = 6, 0.3
+"""Steps of a head that say what is not their bytes', and the part of a layer's parameters that it has at most: the fewer, the more its time
+is something else's."""
 _FEW_BESIDE = 0.05
 """Of a pass: so much of it may run beside copies of which nothing is known here."""
 _NEVER_CLIPS = 1e9
@@ -192,7 +195,7 @@ class Adam:
     host_undoable_params_per_s: float | None = None
     """Steps that may be undone, and their records."""
     host_gap_ns: float | None = None
-    """Between one chunk's step on the host and the next one's, and what each takes beside its bytes."""
+    """Between one chunk's step on the host and the next one's, and what each takes beside its bytes; second passes go without."""
     host_fixed_ns: float = 0.0
     """The latter of the two, which rates of steps and first passes do without."""
 
@@ -254,7 +257,7 @@ def _timeline(device: torch.device, trained: _Trained) -> str:
     thirds of their speed."""
     cuda = device.type == "cuda"
     size, tokens = (_STEPPED_ON_CUDA, trained.tokens_on_cuda) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
-    vocabulary = _STEPPED_VOCABULARY if cuda else _VOCABULARY
+    vocabulary = trained.vocabulary_on_cuda if cuda else _VOCABULARY
     booster, model, optimizer = _boosted(
         device, trained.layers, size, tokens, "none", trained.offload_optim_frac, trained.speculates, vocabulary
     )
@@ -316,16 +319,16 @@ class _Alone:
         return cls(statistics.median(us), float(spans[0]["args"]["bytes"]))
 
     def rate(self, bytes_each: int, fixed_us: float = 0.0) -> float:
-        """Parameters per second; `fixed_us` of the time go to something else."""
+        """Parameters per second; `fixed_us` of the time, half of it at most, go to something else."""
         return 1e6 * self.moved / bytes_each / max(self.us - fixed_us, 0.5 * self.us)
 
     def fixed_us(self, smaller: _Alone | None) -> float:
-        """What both take beside their bytes, if the other is small enough to tell."""
-        if smaller is None or smaller.moved > 0.5 * self.moved:
+        """What both take beside their bytes, if the other is small enough to tell: no more than half of the time."""
+        if smaller is None or smaller.moved > _MOST_OF_A_LAYER * self.moved:
             return 0.0
         fixed = (smaller.us * self.moved - self.us * smaller.moved) / (self.moved - smaller.moved)
-        # Noise may make a small one faster per byte.
-        return min(max(fixed, 0.0), smaller.us)
+        # Noise may make a small one faster per byte, or slower than the large one.
+        return min(max(fixed, 0.0), 0.5 * self.us)
 
 
 def speculated_rates(timeline: str, fixed_ns: float) -> Adam:
@@ -355,13 +358,13 @@ def rates(timeline: str, beside: Beside, log: Callable[[str], None]) -> Adam:
 
     first, seconds = apart(steps, from_device), apart(late, to_device)
     heads = apart([e for e in events.track("host optimizer") if e["name"] == "step lm_head"], from_device)
-    step, head = _Alone.of(first, kept, to_device), _Alone.of(heads, kept, to_device)
+    step, head = _Alone.of(first, kept, to_device), _Alone.of(heads if len(heads) >= _LEAST_HEADS else [], kept, to_device)
     moments = _Alone.of(seconds, beside.moments, from_device)
     fixed_us = 0.0 if step is None else step.fixed_us(head)
     rate = None if step is None else step.rate(bytes_each, fixed_us)
     log(
         f"Adam in the engine: {len(first)} {'first passes' if passes else 'whole steps'}, {len(seconds)} second passes; "
-        f"{fixed_us / 1e3:.2f} ms of a step are not its bytes'"
+        f"{fixed_us / 1e3:.2f} ms of a step are not its bytes', from {len(heads)} of a head"
     )
     pairs = [pair for pair in itertools.pairwise(events.layers("host optimizer", "")) if all(e["name"].startswith("step") for e in pair)]
     pauses = [1e3 * (float(after["ts"]) - float(before["ts"]) - float(before["dur"])) for before, after in pairs]

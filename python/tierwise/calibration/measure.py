@@ -68,7 +68,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     `tierwise-sim calibrate` measures what needs no torch.
     """
     # Before anything that is measured takes some.
-    host_bytes = available_memory_bytes()
+    host_bytes, host_numel = available_memory_bytes(), options.numel()
     sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
@@ -77,7 +77,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     def bench() -> HostBench:
         """Made once: the system takes its time to give so much memory."""
         if not benches:
-            benches.append(HostBench(options.numel()))
+            benches.append(HostBench(host_numel))
         return benches[0]
 
     # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.

@@ -5,7 +5,7 @@ use tierwise_core::plan::{ActivationPlan, ClipMode, OptimizerClass, ParamHome, P
 use tierwise_core::planner::{NvmeRequest, Offload, Placement, PlanError, PlanRequest, Recompute, plan};
 use tierwise_sim::costs::Costs;
 use tierwise_sim::executor::{Outcome, Setup, Sharding, SimError, simulate};
-use tierwise_sim::hardware::{Hardware, preset, presets};
+use tierwise_sim::hardware::{Hardware, Measured, preset, presets};
 use tierwise_sim::models::{self, Built};
 
 struct Case {
@@ -439,4 +439,23 @@ fn steps_are_speculated_until_the_commit() {
     };
     let (soon, late) = (speculated(0), speculated(50_000_000));
     assert!(soon > 0 && late >= soon + 2, "{soon} and {late} chunks of {}", case.plan.chunks.len());
+}
+
+#[test]
+fn what_passes_between_steps_counts_for_every_piece_that_is_spilled() {
+    let gap_ns = 2e6;
+    let with = |host_gap_ns| Hardware { measured: Some(Measured { host_gap_ns, ..Measured::default() }), ..preset("h100").unwrap() };
+    let (without, hardware) = (with(None), with(Some(gap_ns)));
+    let disk = hardware.nvme.unwrap();
+    let on_host = Placement::Static { shard_param_frac: 1.0, offload_optim_frac: 1.0, offload_param_frac: 0.0, stream_optim_frac: 0.0 };
+    let case = case("llama2-7b", 4, &without, |request| {
+        (request.host_budget, request.placement) = (28_000_000_000, on_host);
+        request.nvme = Some(NvmeRequest { budget: 1 << 40, read_bytes: disk.read_bytes_per_s, write_bytes: disk.write_bytes_per_s });
+    })
+    .unwrap();
+    let spilled = case.plan.chunks.iter().filter(|chunk| chunk.class == OptimizerClass::Nvme).count();
+    assert!(spilled > 0);
+    let busy = |hardware: &Hardware| run(&case, hardware, true).unwrap().busy_ns["host optimizer, spilled"];
+    let longer = (busy(&hardware) - busy(&without)) as f64;
+    assert!(longer > 0.9 * gap_ns * spilled as f64, "{longer} ns longer with {spilled} chunks on the disk");
 }

@@ -224,7 +224,8 @@ impl Run<'_> {
         spilled.stepping = Some((id, grad));
         let share = spilled.pieces.get(id).numel as f64 / self.setup.layout.chunks[chunk.index()].state_numel as f64;
         let bytes = (self.step_bytes(chunk) as f64 * share) as u64;
-        self.enqueue(Lane::SpillAdam, "step", chunk, bytes, bytes as f64, waits, Vec::new(), vec![Effect::Stepped(buffer)]);
+        let work = bytes as f64 + self.setup.hardware.gap_work();
+        self.enqueue(Lane::SpillAdam, "step", chunk, bytes, work, waits, Vec::new(), vec![Effect::Stepped(buffer)]);
     }
 
     pub(super) fn was_stepped(&mut self, buffer: u32) -> Result<(), SimError> {

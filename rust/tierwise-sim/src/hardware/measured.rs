@@ -50,8 +50,8 @@ pub struct Measured {
     /// Bytes per second at which undo records were copied by runtimes that did so before the step; none of later ones.
     #[serde(default)]
     pub host_undo_bytes_per_s: Option<f64>,
-    /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other. In files of later
-    /// calibrations also what a step takes beside its bytes, which the rates above are without.
+    /// Nanoseconds between a chunk's step on the host and the next one's: the engine learns of one and enqueues the other. In files of
+    /// later calibrations also what a step takes beside its bytes, which the rates of steps and first passes above are without.
     #[serde(default)]
     pub host_gap_ns: Option<f64>,
     /// Device bytes of the workspaces of matrix products; what Hopper's are if it was not measured.
@@ -256,8 +256,8 @@ impl Measured {
         faster
     }
 
-    /// Parameters per second of whole steps in the engine. An engine that was seen to take two passes is as much slower or faster with whole
-    /// steps, against the kernel alone, as with either.
+    /// Parameters per second of whole steps in the engine. Where it was seen to take two passes only, whole steps are to either of them what
+    /// the kernels alone are to each other, which were measured side by side.
     pub(super) fn whole_step_in_engine(&self) -> Option<f64> {
         self.host_adam_params_per_s.or_else(|| {
             let passes = [
@@ -361,7 +361,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whole_steps_lose_in_the_engine_what_its_passes_lose() {
+    fn whole_steps_are_to_the_engines_passes_what_the_kernels_are_to_each_other() {
         let row = |actors: &[&str], adam, params_first| Sharing {
             actors: actors.iter().map(|&actor| actor.to_owned()).collect(),
             adam_params_per_s: Some(adam),
@@ -372,7 +372,7 @@ mod tests {
         // Beside copies: not what the engine is compared with.
         let sharing = vec![row(&["adam"], 6e9, 8e9), row(&["h2d", "adam"], 1e9, 9e9), row(&["adam", "compute"], 6e9, 12e9)];
         let passes = Measured { sharing, host_params_first_per_s: Some(4e9), host_moments_per_s: Some(6e9), ..Measured::default() };
-        // Of the kernel's speed alone: 1/2 and 1/2, 1/3 and 1/2.
+        // 3/4 and 1/2 of either pass, then 1/2 and 1/2.
         assert_eq!(passes.whole_step_in_engine(), Some(2.75e9));
         assert_eq!(Measured { host_adam_params_per_s: Some(5e9), ..passes.clone() }.whole_step_in_engine(), Some(5e9));
         for lacks in [
