@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 SCHEMA_VERSION = 2
-_PEAK_FLOPS = (  # part of the device's name, dense bf16 FLOP/s of its data sheet
-    ("B200", 2.25e15),
-    ("GH200", 989.4e12),
-    ("H200", 989.4e12),
-    ("H100", 989.4e12),
-    ("A100", 312e12),
-    ("5090", 209.5e12),
-    ("4090", 165.2e12),
-    ("3090", 71e12),
+_PEAKS = (  # part of the device's name, dense bf16 FLOP/s and bytes per second of memory of its data sheet, the largest that has this name
+    ("B200", 2.25e15, 8.0e12),
+    ("GH200", 989.4e12, 4.9e12),
+    ("H200", 989.4e12, 4.8e12),
+    ("H100", 989.4e12, 3.9e12),
+    ("A100", 312e12, 2.04e12),
+    ("5090", 209.5e12, 1.792e12),
+    ("4090", 165.2e12, 1.008e12),
+    ("3090", 71e12, 0.936e12),
 )
 _LEAST_SHARE = 0.25
 """Products of at least this share of the largest one's work count for the sustained rates."""
@@ -38,7 +38,7 @@ def hardware(
     adam_both = _row(sharing, "h2d", "d2h", "adam")
     best_host = measured["host"][-1]
     launch = measured["launch"]
-    known = next((flops for part, flops in _PEAK_FLOPS if part in (device_name or "")), None)
+    known, fastest_memory = next(((flops, memory) for part, flops, memory in _PEAKS if part in (device_name or "")), (None, float("inf")))
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -48,7 +48,8 @@ def hardware(
         "matmul_backward_flops": backward,
         "attention_forward_flops": attention_flops / longest["forward_s"],
         "attention_backward_flops": 2 * attention_flops / longest["backward_s"],
-        "device_memory_bytes_per_s": _element_wise(measured) or best_host["copy_bytes_per_s"] * 2,
+        # Products that are measured one after the other are hotter than layers that rest: what is left of a layer may be too little.
+        "device_memory_bytes_per_s": min(_element_wise(measured) or best_host["copy_bytes_per_s"] * 2, fastest_memory),
         "device_memory_bytes": device_memory_bytes,
         "h2d_bytes_per_s": _row(sharing, "h2d")["h2d_bytes_per_s"],
         "d2h_bytes_per_s": _row(sharing, "d2h")["d2h_bytes_per_s"],
