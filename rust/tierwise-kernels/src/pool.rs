@@ -54,8 +54,8 @@ impl Pool {
 
     /// Calls `f` once for each of `0..grains` and returns when all calls have returned.
     ///
-    /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer.
-    /// A panic of `f` propagates to the caller.
+    /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer, and one
+    /// that gets no CPU meanwhile takes none: nobody waits for it. A panic of `f` propagates to the caller.
     pub fn for_each_grain(&self, grains: usize, f: impl Fn(usize) + Sync) {
         if grains == 0 {
             return;
@@ -74,7 +74,13 @@ impl Pool {
             // One grain needs one thread; waking all of them costs more than a small parameter's step.
             self.pool.install(work);
         } else {
-            self.pool.broadcast(|_| work());
+            // Not a broadcast, which returns only when every thread has had a turn. Whoever is done takes the shares of those that are not
+            // there yet, and finds no grains left. First in, first out: what others want from the threads comes after this, in its order.
+            self.pool.in_place_scope_fifo(|scope| {
+                for _ in 0..self.threads() {
+                    scope.spawn_fifo(|_| work());
+                }
+            });
         }
     }
 }
@@ -195,6 +201,33 @@ mod tests {
         }
         assert!(size(Some(0), None).unwrap_err().contains("got 0"));
         assert!(size(Some(1025), None).unwrap_err().contains("at most 1024 threads, got 1025"));
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_holds_nobody_up() {
+        let pool = Pool::new(Some(2));
+        let (held, holds) = std::sync::mpsc::channel::<()>();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let (released, pool) = (std::sync::Mutex::new(released), &pool);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                pool.for_each_grain(1, |_| {
+                    held.send(()).unwrap();
+                    released.lock().unwrap().recv().unwrap();
+                });
+            });
+            holds.recv().unwrap();
+            scope.spawn(move || {
+                let seen = AtomicUsize::new(0);
+                pool.for_each_grain(8, |_| _ = seen.fetch_add(1, Ordering::Relaxed));
+                done.send(seen.into_inner()).unwrap();
+            });
+            // Far more than it takes; without an answer both are let go, so that the test ends.
+            let seen = is_done.recv_timeout(std::time::Duration::from_secs(20));
+            release.send(()).unwrap();
+            assert_eq!(seen, Ok(8), "eight grains, with one of two threads held up");
+        });
     }
 
     #[test]
