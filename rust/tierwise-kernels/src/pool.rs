@@ -57,9 +57,6 @@ impl Pool {
     /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer, and one
     /// that gets no CPU meanwhile takes none: nobody waits for it. A panic of `f` propagates to the caller.
     pub fn for_each_grain(&self, grains: usize, f: impl Fn(usize) + Sync) {
-        if grains == 0 {
-            return;
-        }
         let next = AtomicUsize::new(0);
         let work = || {
             loop {
@@ -70,18 +67,14 @@ impl Pool {
                 f(grain);
             }
         };
-        if grains == 1 {
-            // One grain needs one thread; waking all of them costs more than a small parameter's step.
-            self.pool.install(work);
-        } else {
-            // Not a broadcast, which returns only when every thread has had a turn. Whoever is done takes the shares of those that are not
-            // there yet, and finds no grains left. First in, first out: what others want from the threads comes after this, in its order.
-            self.pool.in_place_scope_fifo(|scope| {
-                for _ in 0..self.threads() {
-                    scope.spawn_fifo(|_| work());
-                }
-            });
-        }
+        // Not a broadcast, which returns only when every thread has had a turn. Whoever is done takes the shares of those that are not there
+        // yet, and finds no grains left. First in, first out: what others want from the threads comes after this, in its order. No more
+        // threads are woken than have a grain: that costs more than a small parameter's step.
+        self.pool.in_place_scope_fifo(|scope| {
+            for _ in 0..self.threads().min(grains) {
+                scope.spawn_fifo(|_| work());
+            }
+        });
     }
 }
 
