@@ -212,6 +212,10 @@ mod tests {
     use super::*;
     use crate::hardware::{Measured, preset};
 
+    fn near(a: f64, b: f64) {
+        assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+    }
+
     fn rows() -> Vec<Sharing> {
         (1_usize..16)
             .map(|set| {
@@ -255,7 +259,6 @@ mod tests {
         let measured = Measured { device_adam_params_per_s: Some(1e11), ..of(rows()) };
         let hardware = Hardware { measured: Some(measured), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         let rates = speeds.rates(|lane| matches!(lane, Lane::Compute | Lane::HostToDevice | Lane::HostAdam), None);
         near(rates[Lane::Compute as usize], 0.9);
         near(rates[Lane::HostToDevice as usize], 45.0);
@@ -286,7 +289,6 @@ mod tests {
         let hardware = Hardware { measured: Some(of(sharing)), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
         let rate = |other: Lane, pass| speeds.rates(|lane| lane == Lane::HostAdam || lane == other, pass)[Lane::HostAdam as usize];
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         // Whole steps: 5e9 alone, 4.5e9 beside a copy. The pass: half as fast as alone.
         near(rate(Lane::HostToDevice, None), 26.0 * 4.5);
         near(rate(Lane::HostToDevice, Some(HostPass::Params)), 26.0 * 2.5);
@@ -309,7 +311,6 @@ mod tests {
         let hardware = Hardware { measured: Some(of(sharing)), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
         let rates = |pass| speeds.rates(|lane| matches!(lane, Lane::HostAdam | Lane::DeviceToHost), pass);
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         // Whole steps: 5e9 alone, 4.5e9 beside a copy of 36 GB/s. With a record: half as fast as alone.
         let (whole, undoable) = (rates(None), rates(Some(HostPass::Undoable)));
         near(whole[Lane::HostAdam as usize], 26.0 * 4.5);
@@ -331,7 +332,6 @@ mod tests {
         let hardware = Hardware { measured: Some(of(sharing)), ..preset("h100").unwrap() };
         let speeds = Speeds::new(&hardware);
         let rate = |copy: Lane, pass| speeds.rates(|lane| lane == Lane::HostAdam || lane == copy, pass)[copy as usize];
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         near(rate(Lane::HostToDevice, None), 45.0);
         near(rate(Lane::HostToDevice, Some(HostPass::Params)), 54.0);
         near(rate(Lane::HostToDevice, Some(HostPass::Moments)), 45.0);
@@ -349,7 +349,6 @@ mod tests {
         }
         let hardware = Hardware { measured: Some(of(sharing)), ..preset("h100").unwrap() };
         let rate = |lanes: &[Lane]| Speeds::new(&hardware).rates(|lane| lanes.contains(&lane), None)[Lane::HostAdam as usize];
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         near(rate(&[Lane::HostAdam]), 26.0 * 5.0);
         near(rate(&[Lane::HostAdam, Lane::HostToDevice]), 26.0 * 5.0);
         near(rate(&[Lane::HostAdam, Lane::HostToDevice, Lane::DeviceToHost]), 26.0 * 4.0);
@@ -364,7 +363,6 @@ mod tests {
                 *rate = rate.map(|rate| 0.8 * rate);
             }
         }
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         for (workspace_bytes, alone, beside) in [(None, 0.9, 0.9), (Some(1), 0.9, 0.9), (Some(0), 1.0, 0.8)] {
             let hardware = Hardware { measured: Some(Measured { workspace_bytes, ..of(sharing.clone()) }), ..preset("h100").unwrap() };
             let speeds = Speeds::new(&hardware);
@@ -385,7 +383,6 @@ mod tests {
         for row in sharing.iter_mut().filter(|row| row.actors.iter().any(|name| name == "adam")) {
             row.compute_share = row.compute_share.map(|share| 0.8 * share);
         }
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
         let share = |workspace_bytes, lanes: &[Lane]| {
             let hardware = Hardware { measured: Some(Measured { workspace_bytes, ..of(sharing.clone()) }), ..preset("h100").unwrap() };
             Speeds::new(&hardware).rates(|lane| lanes.contains(&lane), None)[Lane::Compute as usize]
@@ -410,7 +407,6 @@ mod tests {
             let alone = rates(&[Lane::HostToDevice, Lane::DeviceToHost]);
             let states = rates(&[Lane::StatesIn, Lane::StatesOut]);
             let both = rates(&[Lane::HostToDevice, Lane::StatesIn, Lane::DeviceToHost]);
-            let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
             near(states[Lane::StatesIn as usize], alone[Lane::HostToDevice as usize]);
             near(states[Lane::StatesOut as usize], alone[Lane::DeviceToHost as usize]);
             near(both[Lane::StatesIn as usize] + both[Lane::HostToDevice as usize], alone[Lane::HostToDevice as usize]);
