@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -72,14 +73,8 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
-    benches: list[HostBench] = []
-
-    def bench() -> HostBench:
-        """Made once: the system takes its time to give so much memory."""
-        if not benches:
-            benches.append(HostBench(host_numel))
-        return benches[0]
-
+    # Once: the system takes its time to give so much memory.
+    bench = functools.cache(lambda: HostBench(host_numel))
     # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.
     with ahead.Ahead(_device_index(options), log) as compiling:
         import torch
