@@ -17,7 +17,8 @@ import sys
 from tierwise import _core
 
 _KERNELS = ("adam", "params_first", "moments")
-_LOOP = "while True: pass"
+_LOOP = "print(flush=True)\nwhile True: pass"
+"""Says that it has begun."""
 
 
 def measured(benches: list[_core.HostBench], threads: int, seconds: float) -> dict[tuple[str, int], float]:
@@ -40,12 +41,21 @@ def main() -> int:
     cpus = len(os.sched_getaffinity(0))
     if not 0 < a.busy < cpus:
         raise SystemExit(f"--busy is {a.busy}: at least 1, and less than the {cpus} CPUs of this process")
+    if a.threads < 1 or a.rounds < 1 or not 0 < a.seconds <= 60:
+        raise SystemExit(
+            f"--threads is {a.threads}, --rounds {a.rounds}, --seconds {a.seconds}: at least 1, 1 and more than 0, 60 s at most"
+        )
+    if not all(numel.isdecimal() and int(numel) > 0 for numel in a.numel.split(",")):
+        raise SystemExit(f"--numel is {a.numel}: whole numbers of at least 1, separated by commas")
     benches = [_core.HostBench(int(numel)) for numel in a.numel.split(",")]
     alone, beside = [], []
     for _ in range(a.rounds):
         alone.append(measured(benches, a.threads, a.seconds))
-        busy = [subprocess.Popen([sys.executable, "-c", _LOOP]) for _ in range(a.busy)]
+        busy = [subprocess.Popen([sys.executable, "-c", _LOOP], stdout=subprocess.PIPE) for _ in range(a.busy)]
         try:
+            for process in busy:
+                assert process.stdout is not None
+                process.stdout.readline()
             beside.append(measured(benches, a.threads, a.seconds))
         finally:
             for process in busy:
