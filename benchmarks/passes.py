@@ -2,8 +2,9 @@
 
     python benchmarks/passes.py --busy 1 --threads 8
 
-A pass that is longer than the CPUs that are left explain waits for threads that get none. The limit is the time alone, times all CPUs over
-those that the busy processes leave; the last column is the time beside them over that limit. Medians of the rounds.
+A pass that is longer than the CPUs that are left explain waits for threads that get none. The share is the time alone, times all CPUs over
+those that the busy processes leave; the last column is the time beside them over that. It may be less than 1: more threads than CPUs get
+more than the CPUs that are left, and memory may be the limit. Medians of the rounds.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def main() -> int:
                 process.kill()
                 process.wait()
     print(f"{a.threads} kernel threads on {cpus} CPUs, {a.busy} busy")
-    print(f"{'pass':14}{'parameters':>12}{'alone, ms':>12}{'beside, ms':>12}{'over the limit':>16}")
+    print(f"{'pass':14}{'parameters':>12}{'alone, ms':>12}{'beside, ms':>12}{'over the share':>16}")
     for kernel, numel in alone[0]:
         before, after = (statistics.median(found[kernel, numel] for found in rounds) for rounds in (alone, beside))
-        limit = before * cpus / (cpus - a.busy)
-        print(f"{kernel:14}{numel:12}{before:12.3f}{after:12.3f}{after / limit:16.2f}")
+        share = before * cpus / (cpus - a.busy)
+        print(f"{kernel:14}{numel:12}{before:12.3f}{after:12.3f}{after / share:16.2f}")
     return 0
 
 
