@@ -23,6 +23,9 @@ pub struct Measured {
     /// Whole decoder layers of the LLaMA kind.
     #[serde(default)]
     pub layers: Vec<LayerRow>,
+    /// Whether layers count as sustained only where the device was asked, and never waited for Python.
+    #[serde(default)]
+    pub layers_kept_busy: bool,
     /// Head and loss.
     #[serde(default)]
     pub losses: Vec<LossRow>,
