@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 from tierwise import __version__
@@ -51,7 +52,8 @@ def _calibrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
 
     try:
         options = Options(name=args.name, device=args.device, disk=args.disk, host_numel=args.host_numel, seconds=args.seconds)
-        found = calibrate(options, lambda text: print(text, file=sys.stderr, flush=True))
+        begun = time.monotonic()
+        found = calibrate(options, lambda text: print(f"{time.monotonic() - begun:5.1f} s: {text}", file=sys.stderr, flush=True))
         write(args.out, found)
     except ValueError as error:
         parser.error(str(error))

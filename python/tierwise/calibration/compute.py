@@ -136,14 +136,14 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
 def compile_layers(sizes: Sizes, timer: Timer, which: Iterable[int]) -> None:
     """Runs some of the layers once with as many sequences as `layers` will measure, so that their kernels are compiled. Triton compiles
     anew for another batch, and where a number is no longer divisible by 16, not for longer sequences: short ones are off the device before
-    they disturb what is measured meanwhile. Raises ImportError without transformers."""
-    with attention_backends():
-        for index in which:
-            layer = _Layer(timer, sizes.layers[index])
-            # Twice as many as the others have where Python does not keep the device busy otherwise: with the narrowest, if at all.
-            batches = {sequences for sequences, _ in sizes.whole} | ({2 * sizes.largest()[0]} if index == 0 else set())
-            for sequences in sorted(batches):
-                _step(*layer.step(sequences, _COMPILED_TOKENS))
+    they disturb what is measured meanwhile. Attention is torch's own choice: what cuDNN prepares for a size serves no other process. Raises
+    ImportError without transformers."""
+    for index in which:
+        layer = _Layer(timer, sizes.layers[index])
+        # Twice as many as the others have where Python does not keep the device busy otherwise: with the narrowest, if at all.
+        batches = {sequences for sequences, _ in sizes.whole} | ({2 * sizes.largest()[0]} if index == 0 else set())
+        for sequences in sorted(batches):
+            _step(*layer.step(sequences, _COMPILED_TOKENS))
 
 
 class _Layer:

@@ -26,9 +26,9 @@ _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
-_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
-"""Of its one sequence. On CUDA enough for the kernels and for the allocator's large blocks that training has, and few enough for the device
-to wait for Python."""
+_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 4096, 32
+"""Of a sequence of it, and of the models that are stepped: as `compute.layers` has, whose kernels are there. On CUDA one has enough for the
+kernels and for the allocator's large blocks that training has, and is few enough for the device to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
 _VOCABULARY = 256
@@ -40,19 +40,20 @@ class _Trained:
 
     layers: int
     offload_optim_frac: float
-    tokens_on_cuda: int
+    steps: int
+    sequences_on_cuda: int = 1
     vocabulary_on_cuda: int = _VOCABULARY
+    recompute: str = "none"
     speculates: bool = False
 
 
-_ON_HOST = _Trained(layers=4, offload_optim_frac=1.0, tokens_on_cuda=16384, vocabulary_on_cuda=6144)
+_ON_HOST = _Trained(layers=8, offload_optim_frac=1.0, steps=9, sequences_on_cuda=4, vocabulary_on_cuda=6144, recompute="full")
 """Backward is long enough to hide moments that are written late, as training does where that is faster. The head has a quarter of a layer's
-parameters, and says what a step takes beside its bytes."""
-_ONE_ON_HOST = _Trained(layers=8, offload_optim_frac=1 / 8, tokens_on_cuda=4096, speculates=True)
+parameters, and says what a step takes beside its bytes. One pass and the same pass again differ by 5 % (quartiles), and so does one gigabyte
+of a virtual machine's memory from the next: 6 GB are stepped, nine times, rather than half of it twice as often."""
+_ONE_ON_HOST = _Trained(layers=8, offload_optim_frac=1 / 8, steps=12, speculates=True)
 """What is speculated is the last layer, whose gradients come first: no others leave while it is stepped. It is speculated only if they have
 landed when the training thread is through with the other layers."""
-_STEPS_OF_ADAM = 12
-"""Of each engine: one pass and the same pass again differ by 5 % (quartiles)."""
 _LEAST_HEADS, _MOST_OF_A_LAYER = 6, 0.3
 """Steps of a head that say what is not their bytes', and the part of a layer's parameters that it has at most: the fewer, the more its time
 is something else's."""
@@ -102,7 +103,7 @@ def _boosted(
     device: torch.device,
     layers: int,
     size: tuple[int, int, int],
-    tokens: int,
+    shape: tuple[int, int],
     recompute: str,
     offload_optim_frac: float = 0.0,
     speculates: bool = False,
@@ -114,6 +115,7 @@ def _boosted(
     from tierwise.booster.plugin import GeminiPlugin
 
     hidden, inner, heads = size
+    sequences, tokens = shape
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         vocab_size=vocabulary, max_position_embeddings=tokens, use_cache=False,
@@ -125,7 +127,7 @@ def _boosted(
     cuda = device.type == "cuda"
     plugin = GeminiPlugin(
         placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
-        micro_batch_size=1, seq_len=tokens,
+        micro_batch_size=sequences, seq_len=tokens,
         recompute=recompute,  # type: ignore[arg-type]
         device="cuda" if cuda else "emulated", device_budget="12GB" if cuda else "1GB",
         host_budget="16GB" if offload_optim_frac and cuda else "256MB", enable_all_optimization=True,
@@ -144,7 +146,7 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
     cuda = device.type == "cuda"
     probe = LaunchProbe(device)
     size, tokens = (_ON_CUDA, _TOKENS_ON_CUDA) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
-    boosted = [_boosted(device, layers, size, tokens, recompute) for layers, recompute in models]
+    boosted = [_boosted(device, layers, size, (1, tokens), recompute) for layers, recompute in models]
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     times: list[dict[str, list[list[float]]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
     for _ in range(_ROUNDS):
@@ -256,17 +258,17 @@ def _timeline(device: torch.device, trained: _Trained) -> str:
     """Of training steps that follow each other. An engine that was flushed after every step was seen to run the host's kernels at two
     thirds of their speed."""
     cuda = device.type == "cuda"
-    size, tokens = (_STEPPED_ON_CUDA, trained.tokens_on_cuda) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
+    size, shape = (_STEPPED_ON_CUDA, (trained.sequences_on_cuda, _TOKENS_ON_CUDA)) if cuda else (_ON_CPU, (1, _TOKENS_ON_CPU))
     vocabulary = trained.vocabulary_on_cuda if cuda else _VOCABULARY
     booster, model, optimizer = _boosted(
-        device, trained.layers, size, tokens, "none", trained.offload_optim_frac, trained.speculates, vocabulary
+        device, trained.layers, size, shape, trained.recompute, trained.offload_optim_frac, trained.speculates, vocabulary
     )
-    for step in range(1 + _STEPS_OF_ADAM):
+    for step in range(1 + trained.steps):
         if step == 1:
             booster.flush()
             booster.record_timeline()
         # New ones for every step: of tokens that are all the same a model has soon learned everything.
-        ids = torch.randint(0, vocabulary, (1, tokens), device=device)
+        ids = torch.randint(0, vocabulary, shape, device=device)
         loss = model(input_ids=ids, labels=ids).loss
         booster.backward(loss, optimizer)
         optimizer.step()

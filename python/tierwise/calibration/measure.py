@@ -95,7 +95,7 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, host.fewer(bench()), 0.2 * scale, log)
+        measured["sharing"] = beside(device, host.fewer(bench()), 0.16 * scale, log)
     with sections("launches"):
         from tierwise.calibration import engine
 
