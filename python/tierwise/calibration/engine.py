@@ -49,8 +49,8 @@ class _Trained:
 
 _ON_HOST = _Trained(layers=8, offload_optim_frac=1.0, steps=9, sequences_on_cuda=4, vocabulary_on_cuda=6144, recompute="full")
 """Backward is long enough to hide moments that are written late, as training does where that is faster. The head has a quarter of a layer's
-parameters, and says what a step takes beside its bytes. One pass and the same pass again differ by 5 % (quartiles), and so does one gigabyte
-of a virtual machine's memory from the next: 6 GB are stepped, nine times, rather than half of it twice as often."""
+parameters, and says what a step takes beside its bytes. One pass and the same pass again differ by 5 % (quartiles), one gigabyte of a
+virtual machine's memory and the next by as much: 6 GB are stepped nine times, rather than half of them twice as often."""
 _ONE_ON_HOST = _Trained(layers=8, offload_optim_frac=1 / 8, steps=12, speculates=True)
 """What is speculated is the last layer, whose gradients come first: no others leave while it is stepped. It is speculated only if they have
 landed when the training thread is through with the other layers."""
