@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tierwise.calibration import ahead, compute, measure, precompile
+from tierwise.kernels.linear_cross_entropy import chunk_tokens
 
 
 @pytest.mark.parametrize(("cpus", "count"), [(1, 0), (3, 0), (4, 1), (11, 2), (64, 3)])
@@ -79,7 +80,7 @@ def test_no_process_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 1
 
 
-def test_together_they_run_every_layer_with_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_they_run_the_loss_and_every_layer_with_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = ((32, 64, 2), (64, 160, 4), (96, 128, 4))
     monkeypatch.setattr(compute, "CPU_SIZES", dataclasses.replace(compute.CPU_SIZES, layers=layers, whole=((4, 16), (1, 8))))
     monkeypatch.setattr(compute, "_COMPILED_TOKENS", 8)
@@ -94,11 +95,15 @@ def test_together_they_run_every_layer_with_every_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr(compute, "_step", seen)
     # Twice the largest of the narrowest too: Python may not keep the device busy with less.
     wanted = [(sequences, 8, hidden) for hidden, _, _ in layers for sequences in (1, 4)] + [(8, 8, 32)]
+    loss = (chunk_tokens(torch.Size((compute.CPU_SIZES.vocab, 32)), torch.device("cpu")), 32)
     for count in (1, 2, 3):
         ran.clear()
         for which in range(count):
+            begun = len(ran)
             precompile.main(which, count, 0)
-        assert sorted(ran) == sorted(wanted)
+            # Of those that have the last layer it is the first.
+            assert (ran[begun] == loss) == ((1, 8, 96) in ran[begun:])
+        assert sorted(ran) == sorted([*wanted, loss])
 
 
 @pytest.mark.timeout(120)

@@ -133,6 +133,14 @@ def layers(sizes: Sizes, timer: Timer, log: Callable[[str], None]) -> list[dict[
     return rows
 
 
+def compile_loss(sizes: Sizes, timer: Timer) -> None:
+    """Runs the loss of the narrowest layer once, whose kernel is that of all."""
+    weight = _normal(timer, sizes.vocab, sizes.layers[0][0]).requires_grad_()
+    tokens = chunk_tokens(weight.shape, timer.device)
+    x = _normal(timer, tokens, weight.shape[1]).requires_grad_()
+    _step(lambda: linear_cross_entropy(x, weight, torch.zeros(tokens, dtype=torch.long, device=timer.device)), [x, weight])
+
+
 def compile_layers(sizes: Sizes, timer: Timer, which: Iterable[int]) -> None:
     """Runs some of the layers once with as many sequences as `layers` will measure, so that their kernels are compiled. Triton compiles
     anew for another batch, and where a number is no longer divisible by 16, not for longer sequences: short ones are off the device before
