@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +27,10 @@ def hardware(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hardware file of this machine, its CPU standing for the device."""
     path = tmp_path_factory.mktemp("calibrated") / "here.json"
     quick = ["--device", "emulated", "--host-numel", "200000", "--seconds", "1"]
-    assert main(["calibrate", "--out", str(path), "--name", "here", *quick]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main(["calibrate", "--out", str(path), "--name", "here", *quick]) == 0
+    path.with_suffix(".log").write_text(said.getvalue())
     return path
 
 
@@ -44,11 +50,21 @@ def test_a_calibrated_machine_is_simulated(hardware: Path) -> None:
         for row in measured[table]:
             # A CPU has no power limit to meet.
             assert all(value > 0 for name, value in row.items() if name != "sustained_s"), (table, row)
+    # Nor is it asked whether it waited for Python.
+    assert measured["layers_kept_busy"] is False
     assert measured["launch"]["backward_ns"] > 1
     assert measured["launch"]["probe_ns"] > 1
     result = tierwise.simulate("llama2-7b", hardware=hardware, host_budget="200GB", device_budget="100GB")
     assert isinstance(result, tierwise.sim.Simulation)
     assert result.hardware == "here"
+
+
+def test_a_calibration_says_when_it_said_what(hardware: Path) -> None:
+    lines = hardware.with_suffix(".log").read_text().splitlines()
+    ours = [line for line in lines if re.match(r" *\d+\.\d s: ", line)]
+    seconds = [float(line.partition(" s: ")[0]) for line in ours]
+    assert len(ours) > 10 and seconds == sorted(seconds)
+    assert any(" s: measured in " in line for line in ours)
 
 
 def test_a_calibration_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

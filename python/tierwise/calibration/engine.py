@@ -26,11 +26,13 @@ _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
-_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 4096, 32
-"""Of a sequence of it, and of the models that are stepped: as `compute.layers` has, whose kernels are there. On CUDA one has enough for the
-kernels and for the allocator's large blocks that training has, and is few enough for the device to wait for Python."""
+_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
+"""Of its one sequence. On CUDA enough for the kernels and for the allocator's large blocks that training has, and few enough for the device
+to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
+_STEPPED_SEQ_ON_CUDA = 4096
+"""Tokens of a sequence of it, as of the layers' whose kernels are there."""
 _VOCABULARY = 256
 
 
@@ -258,7 +260,7 @@ def _timeline(device: torch.device, trained: _Trained) -> str:
     """Of training steps that follow each other. An engine that was flushed after every step was seen to run the host's kernels at two
     thirds of their speed."""
     cuda = device.type == "cuda"
-    size, shape = (_STEPPED_ON_CUDA, (trained.sequences_on_cuda, _TOKENS_ON_CUDA)) if cuda else (_ON_CPU, (1, _TOKENS_ON_CPU))
+    size, shape = (_STEPPED_ON_CUDA, (trained.sequences_on_cuda, _STEPPED_SEQ_ON_CUDA)) if cuda else (_ON_CPU, (1, _TOKENS_ON_CPU))
     vocabulary = trained.vocabulary_on_cuda if cuda else _VOCABULARY
     booster, model, optimizer = _boosted(
         device, trained.layers, size, shape, trained.recompute, trained.offload_optim_frac, trained.speculates, vocabulary

@@ -210,7 +210,7 @@ def _kernels(
             log(f"layers compiled beside these: {codes.count(0)} of {len(codes)} processes were ready")
     with sections("layers"):
         found["layers"] = _if_possible("layers", lambda: compute.layers(sizes, timer, log), log, missing) or []
-    found["layers_kept_busy"] = True
+    found["layers_kept_busy"] = any(row["sustained_s"] is not None for row in found["layers"])
     return found
 
 

@@ -99,9 +99,9 @@ impl Tables {
                 Point { at: vec![ln(row.tokens), ln(row.hidden), ln(row.vocab)], value }
             })
             .collect();
-        // A device that waits for Python is not at its power limit. Calibrations that did not ask it: a layer that was sustained, but takes less
-        // than half as long again as Python does to enqueue it, was held up by Python if anything. Layers that were not sustained say nothing
-        // of it.
+        // A device that waits for Python is not at its power limit. In calibrations that did not ask it, a layer that was sustained but
+        // takes less than half as long again as Python does to enqueue it was held up by Python if anything. Layers that were not
+        // sustained say nothing of it.
         let launch_s = measured.launch.filter(|_| !measured.layers_kept_busy);
         let launch_s = launch_s.map_or(0.0, |launch| (launch.forward_ns + launch.backward_ns) as f64 / 1e9);
         let sustained = measured

@@ -154,6 +154,8 @@ struct Running<E> {
     /// How many tasks began before.
     order: u64,
     remaining: f64,
+    /// How much of the work remains when others begin what comes next.
+    tail: f64,
 }
 
 struct State<E> {
@@ -175,6 +177,8 @@ pub struct Machine<'a, E> {
     /// Whether the kernels' threads finish one task before the next. Recordings of the engine that copied undo records, in pieces between
     /// which others had their turn, are simulated as if threads were shared.
     takes_turns: bool,
+    /// Whether there are several of these threads.
+    has_tails: bool,
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
     power: Power,
@@ -202,10 +206,15 @@ struct Power {
     busy: f64,
 }
 
-/// Before the end of the host's Adam all threads but the last have nothing left to do, and begin what comes next: where more threads want to
-/// run than there are processors, one that holds a grain waits for the slice of another. That is a tick of 4 ms where Linux has 250 of them a
-/// second, of which half are left on average (docs/simulator.md).
-const TAIL_NS: f64 = 2e6;
+/// Of more threads that want to run than there are processors one is away for a tick now and then, in the middle of its share of a step:
+/// of 4 ms, where Linux has 250 ticks a second. Then the others have nothing left to do before the step ends, for half of that on average,
+/// and begin what comes next (docs/simulator.md). A step that is shorter than a tick meets one less often.
+const TICK_NS: f64 = 4e6;
+
+/// The tail of a step that takes so long.
+fn tail_ns(step_ns: f64) -> f64 {
+    0.5 * TICK_NS.min(step_ns)
+}
 
 /// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).
 const POWER_NS: f64 = 50e6;
@@ -234,6 +243,7 @@ impl<'a, E> Machine<'a, E> {
             lanes,
             began: 0,
             takes_turns: !hardware.copied_undo_records(),
+            has_tails: hardware.measured.as_ref().and_then(|m| m.host.last()).is_none_or(|row| row.threads > 1),
             ended_ns: Vec::new(),
             power,
             passes: BTreeMap::new(),
@@ -327,8 +337,10 @@ impl<'a, E> Machine<'a, E> {
                 effects: std::mem::take(&mut queued.task.on_start),
             };
             let remaining = queued.task.work;
-            state.running = Some(Running { queued, start_ns: self.now_ns, order: self.began, remaining });
+            let running = Running { queued, start_ns: self.now_ns, order: self.began, remaining, tail: 0.0 };
+            self.lanes[lane as usize].running = Some(running);
             self.began += 1;
+            self.find_tail(lane);
             return Some(began);
         }
         None
@@ -336,16 +348,19 @@ impl<'a, E> Machine<'a, E> {
 
     /// When the next task ends at the present rates, and on which lane; no lane, if rates change before that.
     pub fn next_end(&self) -> Option<(u64, Option<Lane>)> {
-        let rates = self.rates();
-        let left_ns = |lane: Lane| self.running(lane).map(|running| running.remaining / rates[lane as usize]);
+        let (rates, turn) = (self.rates(), self.turn());
+        let after = |lane: Lane, work: f64| self.now_ns + (work / rates[lane as usize]).ceil() as u64;
         let ends = LANES.into_iter().filter_map(|lane| {
-            // What waits for its turn ends after what has it.
-            let ns = left_ns(lane).filter(|ns| ns.is_finite())?;
-            Some((self.now_ns + ns.ceil() as u64, Some(lane)))
+            let running = self.running(lane)?;
+            if rates[lane as usize] == 0.0 {
+                debug_assert!(turn.is_some_and(|turn| HOST_LANES.contains(&lane) && lane != turn.now), "{lane:?} waits for its turn");
+                return None;
+            }
+            Some((after(lane, running.remaining), Some(lane)))
         });
-        let tail = self.turn().filter(|turn| turn.next.is_some()).and_then(|turn| {
-            let ns = left_ns(turn.now).filter(|&ns| ns > TAIL_NS)?;
-            Some((self.now_ns + (ns - TAIL_NS).ceil() as u64, None))
+        let tail = turn.filter(|turn| turn.next.is_some()).and_then(|turn| {
+            let running = self.running(turn.now).filter(|running| running.remaining > running.tail && running.tail > 0.0)?;
+            Some((after(turn.now, running.remaining - running.tail), None))
         });
         ends.chain(tail).min_by_key(|&(at, lane)| (at, lane.map_or(LANES.len(), |lane| lane as usize)))
     }
@@ -379,6 +394,22 @@ impl<'a, E> Machine<'a, E> {
         self.lanes[lane as usize].running.as_ref()
     }
 
+    /// A step's or a pass's; norms and sums are too short to have one, and one thread has none.
+    fn find_tail(&mut self, lane: Lane) {
+        if self.has_tails && matches!(lane, Lane::HostAdam | Lane::SpillAdam) {
+            let pass = self.pass(lane);
+            let alone = self.speeds.rates(|other| other == lane, pass)[lane as usize];
+            if let Some(running) = &mut self.lanes[lane as usize].running {
+                running.tail = alone * tail_ns(running.remaining / alone);
+            }
+        }
+    }
+
+    /// What a lane of the host does instead of a whole step.
+    fn pass(&self, lane: Lane) -> Option<HostPass> {
+        self.running(lane).and_then(|running| self.passes.get(&running.queued.token.0)).copied()
+    }
+
     /// Who has the kernels' threads, where they finish one task before the next.
     fn turn(&self) -> Option<Turn> {
         if !self.takes_turns {
@@ -387,8 +418,7 @@ impl<'a, E> Machine<'a, E> {
         let asked = |lane: Lane| Some((self.running(lane)?.order, lane));
         let (first, now) = HOST_LANES.into_iter().filter_map(asked).min_by_key(|&(order, _)| order)?;
         let next = HOST_LANES.into_iter().filter_map(asked).filter(|&(order, _)| order > first).min_by_key(|&(order, _)| order);
-        // Norms and sums are too short to have a tail.
-        Some(Turn { now, next: next.map(|(_, lane)| lane).filter(|_| now != Lane::Landing) })
+        Some(Turn { now, next: next.map(|(_, lane)| lane) })
     }
 
     /// Work per nanosecond of every lane, given who is busy.
@@ -399,8 +429,8 @@ impl<'a, E> Machine<'a, E> {
             for lane in HOST_LANES.into_iter().filter(|&lane| lane != turn.now) {
                 rates[lane as usize] = 0.0;
             }
-            let left = self.running(turn.now).map_or(0.0, |running| running.remaining);
-            if let Some(next) = turn.next.filter(|_| left <= TAIL_NS * rates[turn.now as usize]) {
+            let in_tail = self.running(turn.now).is_some_and(|running| running.remaining <= running.tail);
+            if let Some(next) = turn.next.filter(|_| in_tail) {
                 rates[next as usize] = self.rates_while(|lane| lane == next)[next as usize];
             }
         }
@@ -411,8 +441,7 @@ impl<'a, E> Machine<'a, E> {
     /// The same while the kernels' threads work for some of who asked for them.
     fn rates_while(&self, works: impl Fn(Lane) -> bool) -> Rates {
         let busy = |lane: Lane| self.running(lane).is_some() && (!HOST_LANES.contains(&lane) || works(lane));
-        let steps = self.running(Lane::HostAdam).filter(|_| works(Lane::HostAdam));
-        let pass = steps.and_then(|running| self.passes.get(&running.queued.token.0)).copied();
+        let pass = if works(Lane::HostAdam) { self.pass(Lane::HostAdam) } else { None };
         self.speeds.rates(busy, pass)
     }
 }
@@ -431,11 +460,11 @@ mod tests {
 
     /// Until nothing is left to do.
     fn run(machine: &mut Machine<()>) {
-        while machine.begin_one().is_some() || machine.next_end().is_some() {
-            if let Some((at, lane)) = machine.next_end() {
-                machine.advance(at);
-                machine.end(lane);
-            }
+        loop {
+            while machine.begin_one().is_some() {}
+            let Some((at, lane)) = machine.next_end() else { break };
+            machine.advance(at);
+            machine.end(lane);
         }
     }
 
@@ -460,37 +489,91 @@ mod tests {
         assert!((takes(1.0, 200, 0.0) / 1e7 - 1.0).abs() < 1e-6);
     }
 
-    /// When a step of 10 ms, a norm that is asked for a millisecond later, and the next step end, in milliseconds.
-    fn turns(hardware: &Hardware, norm_ms: f64) -> [f64; 3] {
+    /// When tasks end, in milliseconds: (lane, when they are asked for, what they take alone), of lanes that work for them in turn.
+    fn ends(hardware: &Hardware, tasks: &[(Lane, u64, f64)]) -> Vec<f64> {
         let mut machine: Machine<()> = Machine::new(hardware);
-        let speeds = machine.speeds.rates(|lane| HOST_LANES.contains(&lane), None);
         let alone = |lane: Lane| Machine::<()>::new(hardware).speeds.rates(|other| other == lane, None)[lane as usize];
-        assert!(speeds[Lane::HostAdam as usize] < alone(Lane::HostAdam), "threads can be shared");
-        let task = |work: f64| Task { name: String::new(), bytes: 0, work, waits: Vec::new(), on_start: Vec::new(), on_end: Vec::new() };
-        let steps = [10e6, 10e6].map(|ns| machine.push(Lane::HostAdam, task(ns * alone(Lane::HostAdam))));
-        while machine.begin_one().is_some() {}
-        machine.advance(1_000_000);
-        let norm = machine.push(Lane::Landing, task(1e6 * norm_ms * alone(Lane::Landing)));
+        let mut tokens = Vec::new();
+        for &(lane, asked_ms, ms) in tasks {
+            let work = 1e6 * ms * alone(lane);
+            let task = Task { name: String::new(), bytes: 0, work, waits: Vec::new(), on_start: Vec::new(), on_end: Vec::new() };
+            loop {
+                while machine.begin_one().is_some() {}
+                let Some((at, lane)) = machine.next_end().filter(|&(at, _)| at <= 1_000_000 * asked_ms) else { break };
+                machine.advance(at);
+                machine.end(lane);
+            }
+            machine.advance(1_000_000 * asked_ms);
+            tokens.push(machine.push(lane, task));
+        }
         run(&mut machine);
-        [steps[0], norm, steps[1]].map(|token| machine.ended_ns(token).unwrap() as f64 / 1e6)
+        tokens.iter().map(|&token| machine.ended_ns(token).unwrap() as f64 / 1e6).collect()
     }
+
+    #[track_caller]
+    fn assert_ends(hardware: &Hardware, tasks: &[(Lane, u64, f64)], wanted: &[f64]) {
+        let found = ends(hardware, tasks);
+        assert!(found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-3) && found.len() == wanted.len(), "{found:?}, wanted {wanted:?}");
+    }
+
+    /// A machine whose kernels have so many threads, and which says of no undo record that it was copied.
+    fn with_threads(threads: u32) -> Hardware {
+        let row = format!(
+            r#"[{{"threads": {threads}, "adam_params_per_s": 1e9, "undoable_params_per_s": 5e8, "accumulate_numel_per_s": 1e9,
+            "norm_numel_per_s": 1e9, "copy_bytes_per_s": 1e9}}]"#
+        );
+        let host: Vec<HostRow> = serde_json::from_str(&row).unwrap();
+        Hardware { measured: Some(Measured { host, ..Measured::default() }), ..preset("h100").unwrap() }
+    }
+
+    const STEP: Lane = Lane::HostAdam;
+    const NORM: Lane = Lane::Landing;
 
     #[test]
     fn the_kernels_threads_finish_one_task_before_the_next() {
-        let near = |found: [f64; 3], wanted: [f64; 3]| found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-3);
-        let hardware = preset("h100").unwrap();
-        // For what is left of a norm after the first step's tail of 2 ms the second step waits; one of 1 ms ends within it.
-        for (norm_ms, wanted) in [(3.0, [10.0, 11.0, 21.0]), (5.0, [10.0, 13.0, 23.0]), (1.0, [10.0, 9.0, 20.0])] {
-            let found = turns(&hardware, norm_ms);
-            assert!(near(found, wanted), "{norm_ms} ms: {found:?}");
-        }
+        let hardware = with_threads(1);
+        assert_ends(&hardware, &[(STEP, 0, 10.0), (STEP, 0, 10.0), (NORM, 1, 3.0)], &[10.0, 23.0, 13.0]);
+        assert_ends(&hardware, &[(NORM, 0, 3.0), (STEP, 1, 10.0), (NORM, 1, 1.0)], &[3.0, 13.0, 14.0]);
         // An engine that copied undo records in pieces: others had their turns between them.
-        let row: Vec<HostRow> = serde_json::from_str(
-            r#"[{"threads": 1, "adam_params_per_s": 1e9, "accumulate_numel_per_s": 1e9, "norm_numel_per_s": 1e9, "copy_bytes_per_s": 1e9}]"#,
-        )
-        .unwrap();
-        let copied = Hardware { measured: Some(Measured { host: row, ..Measured::default() }), ..hardware };
-        let found = turns(&copied, 2.0);
+        let mut copied = with_threads(1);
+        copied.measured.as_mut().unwrap().host[0].undoable_params_per_s = None;
+        let found = ends(&copied, &[(STEP, 0, 10.0), (NORM, 1, 2.0)]);
         assert!(found[1] < found[0] && found[0] > 11.0, "{found:?}");
+    }
+
+    #[test]
+    fn what_waits_for_a_step_begins_in_its_tail() {
+        for hardware in [preset("h100").unwrap(), with_threads(16)] {
+            // For what is left of a norm after the first step's tail of 2 ms the second step waits; one of 1 ms ends within it.
+            for (norm_ms, wanted) in [(3.0, [10.0, 21.0, 11.0]), (5.0, [10.0, 23.0, 13.0]), (1.0, [10.0, 20.0, 9.0])] {
+                assert_ends(&hardware, &[(STEP, 0, 10.0), (STEP, 0, 10.0), (NORM, 1, norm_ms)], &wanted);
+            }
+            // Two norms, one after the other; and a norm that is asked for in the tail.
+            assert_ends(&hardware, &[(STEP, 0, 10.0), (NORM, 1, 0.5), (NORM, 1, 2.5)], &[10.0, 8.5, 11.0]);
+            assert_ends(&hardware, &[(STEP, 0, 10.0), (NORM, 9, 3.0)], &[10.0, 12.0]);
+            // Steps of what is spilled have tails too, norms have none.
+            assert_ends(&hardware, &[(Lane::SpillAdam, 0, 10.0), (STEP, 1, 10.0)], &[10.0, 18.0]);
+            assert_ends(&hardware, &[(NORM, 0, 4.0), (STEP, 1, 10.0)], &[4.0, 14.0]);
+            // Of a step that is shorter than a tick, half.
+            assert_ends(&hardware, &[(STEP, 0, 2.0), (NORM, 0, 3.0)], &[2.0, 4.0]);
+        }
+    }
+
+    #[test]
+    fn many_short_steps_and_norms_take_no_less_than_either_alone_and_half_of_the_other() {
+        let hardware = preset("h100").unwrap();
+        let tasks: Vec<(Lane, u64, f64)> = (0..40).map(|at| (if at % 2 == 0 { STEP } else { NORM }, 0, 1.0)).collect();
+        let last = ends(&hardware, &tasks).into_iter().fold(0.0, f64::max);
+        assert!((30.0 - 1e-3..40.0).contains(&last), "{last} ms");
+    }
+
+    #[test]
+    fn a_tail_stays_one_when_its_step_is_slowed_down() {
+        let hardware = preset("h100").unwrap();
+        // The copy begins when the norm has a millisecond left.
+        let tasks = [(STEP, 0, 10.0), (NORM, 1, 2.0), (Lane::HostToDevice, 9, 5.0)];
+        let found = ends(&hardware, &tasks);
+        assert!(found[0] > 10.1, "the copy slows the step down: {found:?}");
+        assert!(found[1] < found[0] + 1e-3, "the norm goes on: {found:?}");
     }
 }

@@ -23,7 +23,7 @@ pub struct Measured {
     /// Whole decoder layers of the LLaMA kind.
     #[serde(default)]
     pub layers: Vec<LayerRow>,
-    /// Whether layers count as sustained only where the device was asked, and never waited for Python.
+    /// Whether `sustained_s` is only there for layers during which the device, which was asked, never waited for Python.
     #[serde(default)]
     pub layers_kept_busy: bool,
     /// Head and loss.
