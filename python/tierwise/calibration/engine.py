@@ -26,13 +26,13 @@ _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
 _ON_CUDA, _ON_CPU = (1024, 2816, 16), (64, 128, 1)
 """(hidden, inner, heads) of the model that is launched: small, and of a size that `compute.layers` has compiled its kernels for."""
-_TOKENS_ON_CUDA, _TOKENS_ON_CPU = 1024, 32
-"""Of its one sequence. On CUDA enough for the kernels and for the allocator's large blocks that training has, and few enough for the device
-to wait for Python."""
 _STEPPED_ON_CUDA = (2048, 5504, 16)
 """The same of the model that is stepped: 700 MB of parameters, gradients and states per layer, more than any cache holds."""
+_SEQ_ON_CUDA, _SEQ_ON_CPU = 1024, 32
+"""Tokens of the one sequence of the model that is launched: on CUDA enough for the kernels and for the allocator's large blocks that
+training has, and few enough for the device to wait for Python."""
 _STEPPED_SEQ_ON_CUDA = 4096
-"""Tokens of a sequence of it, as of the layers' whose kernels are there."""
+"""Of a sequence of the model that is stepped: as of the layers' whose kernels are there."""
 _VOCABULARY = 256
 
 
@@ -147,7 +147,7 @@ def _step_ns(device: torch.device, models: list[tuple[int, str]], probes: list[f
     steps follow each other as in training, where the engine's threads call the driver beside the training thread."""
     cuda = device.type == "cuda"
     probe = LaunchProbe(device)
-    size, tokens = (_ON_CUDA, _TOKENS_ON_CUDA) if cuda else (_ON_CPU, _TOKENS_ON_CPU)
+    size, tokens = (_ON_CUDA, _SEQ_ON_CUDA) if cuda else (_ON_CPU, _SEQ_ON_CPU)
     boosted = [_boosted(device, layers, size, (1, tokens), recompute) for layers, recompute in models]
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     times: list[dict[str, list[list[float]]]] = [{"forward": [], "backward": [], "step": []} for _ in boosted]
@@ -260,7 +260,7 @@ def _timeline(device: torch.device, trained: _Trained) -> str:
     """Of training steps that follow each other. An engine that was flushed after every step was seen to run the host's kernels at two
     thirds of their speed."""
     cuda = device.type == "cuda"
-    size, shape = (_STEPPED_ON_CUDA, (trained.sequences_on_cuda, _STEPPED_SEQ_ON_CUDA)) if cuda else (_ON_CPU, (1, _TOKENS_ON_CPU))
+    size, shape = (_STEPPED_ON_CUDA, (trained.sequences_on_cuda, _STEPPED_SEQ_ON_CUDA)) if cuda else (_ON_CPU, (1, _SEQ_ON_CPU))
     vocabulary = trained.vocabulary_on_cuda if cuda else _VOCABULARY
     booster, model, optimizer = _boosted(
         device, trained.layers, size, shape, trained.recompute, trained.offload_optim_frac, trained.speculates, vocabulary

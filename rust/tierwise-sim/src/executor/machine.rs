@@ -177,8 +177,8 @@ pub struct Machine<'a, E> {
     /// Whether the kernels' threads finish one task before the next. Recordings of the engine that copied undo records, in pieces between
     /// which others had their turn, are simulated as if threads were shared.
     takes_turns: bool,
-    /// Whether there are several of these threads.
-    has_tails: bool,
+    /// What a step gets done in a tick, alone; nothing, where there is one thread.
+    tick_work: f64,
     /// When every task ended.
     ended_ns: Vec<Option<u64>>,
     power: Power,
@@ -206,15 +206,10 @@ struct Power {
     busy: f64,
 }
 
-/// Of more threads that want to run than there are processors one is away for a tick now and then, in the middle of its share of a step:
-/// of 4 ms, where Linux has 250 ticks a second. Then the others have nothing left to do before the step ends, for half of that on average,
-/// and begin what comes next (docs/simulator.md). A step that is shorter than a tick meets one less often.
+/// With more runnable threads than processors a thread is descheduled now and then, for a tick (4 ms where Linux has 250 a second), with
+/// part of its share of a step left. The others are done by then, half a tick early on average, and begin what comes next. A step that is
+/// shorter than a tick is hit less often (docs/simulator.md).
 const TICK_NS: f64 = 4e6;
-
-/// The tail of a step that takes so long.
-fn tail_ns(step_ns: f64) -> f64 {
-    0.5 * TICK_NS.min(step_ns)
-}
 
 /// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).
 const POWER_NS: f64 = 50e6;
@@ -237,13 +232,16 @@ impl<'a, E> Machine<'a, E> {
     pub fn new(hardware: &'a Hardware) -> Self {
         let lanes = LANES.map(|_| State { queue: VecDeque::new(), running: None, urgent: 0, last: None, idle_since_ns: 0 });
         let power = Power { sustained: 1.0, busy: 0.0 };
+        let speeds = Speeds::new(hardware);
+        let adam = speeds.rates(|lane| lane == Lane::HostAdam, None)[Lane::HostAdam as usize];
+        let several = hardware.measured.as_ref().and_then(|m| m.host.last()).is_none_or(|row| row.threads > 1);
         Machine {
-            speeds: Speeds::new(hardware),
+            speeds,
             now_ns: 0,
             lanes,
             began: 0,
             takes_turns: !hardware.copied_undo_records(),
-            has_tails: hardware.measured.as_ref().and_then(|m| m.host.last()).is_none_or(|row| row.threads > 1),
+            tick_work: if several { TICK_NS * adam } else { 0.0 },
             ended_ns: Vec::new(),
             power,
             passes: BTreeMap::new(),
@@ -337,10 +335,10 @@ impl<'a, E> Machine<'a, E> {
                 effects: std::mem::take(&mut queued.task.on_start),
             };
             let remaining = queued.task.work;
-            let running = Running { queued, start_ns: self.now_ns, order: self.began, remaining, tail: 0.0 };
-            self.lanes[lane as usize].running = Some(running);
+            // What the landing worker asks for, norms and sums, is too short to have one.
+            let tail = if matches!(lane, Lane::HostAdam | Lane::SpillAdam) { 0.5 * remaining.min(self.tick_work) } else { 0.0 };
+            state.running = Some(Running { queued, start_ns: self.now_ns, order: self.began, remaining, tail });
             self.began += 1;
-            self.find_tail(lane);
             return Some(began);
         }
         None
@@ -353,13 +351,16 @@ impl<'a, E> Machine<'a, E> {
         let ends = LANES.into_iter().filter_map(|lane| {
             let running = self.running(lane)?;
             if rates[lane as usize] == 0.0 {
-                debug_assert!(turn.is_some_and(|turn| HOST_LANES.contains(&lane) && lane != turn.now), "{lane:?} waits for its turn");
+                debug_assert!(
+                    turn.is_some_and(|turn| HOST_LANES.contains(&lane) && lane != turn.now),
+                    "{lane:?} stands still without waiting for a turn"
+                );
                 return None;
             }
             Some((after(lane, running.remaining), Some(lane)))
         });
         let tail = turn.filter(|turn| turn.next.is_some()).and_then(|turn| {
-            let running = self.running(turn.now).filter(|running| running.remaining > running.tail && running.tail > 0.0)?;
+            let running = self.running(turn.now).filter(|running| running.remaining > running.tail)?;
             Some((after(turn.now, running.remaining - running.tail), None))
         });
         ends.chain(tail).min_by_key(|&(at, lane)| (at, lane.map_or(LANES.len(), |lane| lane as usize)))
@@ -394,22 +395,6 @@ impl<'a, E> Machine<'a, E> {
         self.lanes[lane as usize].running.as_ref()
     }
 
-    /// A step's or a pass's; norms and sums are too short to have one, and one thread has none.
-    fn find_tail(&mut self, lane: Lane) {
-        if self.has_tails && matches!(lane, Lane::HostAdam | Lane::SpillAdam) {
-            let pass = self.pass(lane);
-            let alone = self.speeds.rates(|other| other == lane, pass)[lane as usize];
-            if let Some(running) = &mut self.lanes[lane as usize].running {
-                running.tail = alone * tail_ns(running.remaining / alone);
-            }
-        }
-    }
-
-    /// What a lane of the host does instead of a whole step.
-    fn pass(&self, lane: Lane) -> Option<HostPass> {
-        self.running(lane).and_then(|running| self.passes.get(&running.queued.token.0)).copied()
-    }
-
     /// Who has the kernels' threads, where they finish one task before the next.
     fn turn(&self) -> Option<Turn> {
         if !self.takes_turns {
@@ -441,7 +426,8 @@ impl<'a, E> Machine<'a, E> {
     /// The same while the kernels' threads work for some of who asked for them.
     fn rates_while(&self, works: impl Fn(Lane) -> bool) -> Rates {
         let busy = |lane: Lane| self.running(lane).is_some() && (!HOST_LANES.contains(&lane) || works(lane));
-        let pass = if works(Lane::HostAdam) { self.pass(Lane::HostAdam) } else { None };
+        let steps = self.running(Lane::HostAdam).filter(|_| works(Lane::HostAdam));
+        let pass = steps.and_then(|running| self.passes.get(&running.queued.token.0)).copied();
         self.speeds.rates(busy, pass)
     }
 }
@@ -543,7 +529,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_step_begins_in_its_tail() {
-        for hardware in [preset("h100").unwrap(), with_threads(16)] {
+        for hardware in [preset("h100").unwrap(), with_threads(2)] {
             // For what is left of a norm after the first step's tail of 2 ms the second step waits; one of 1 ms ends within it.
             for (norm_ms, wanted) in [(3.0, [10.0, 21.0, 11.0]), (5.0, [10.0, 23.0, 13.0]), (1.0, [10.0, 20.0, 9.0])] {
                 assert_ends(&hardware, &[(STEP, 0, 10.0), (STEP, 0, 10.0), (NORM, 1, norm_ms)], &wanted);
@@ -551,7 +537,9 @@ mod tests {
             // Two norms, one after the other; and a norm that is asked for in the tail.
             assert_ends(&hardware, &[(STEP, 0, 10.0), (NORM, 1, 0.5), (NORM, 1, 2.5)], &[10.0, 8.5, 11.0]);
             assert_ends(&hardware, &[(STEP, 0, 10.0), (NORM, 9, 3.0)], &[10.0, 12.0]);
-            // Steps of what is spilled have tails too, norms have none.
+            // The one that was asked for first begins first.
+            assert_ends(&hardware, &[(STEP, 0, 10.0), (NORM, 1, 1.0), (Lane::SpillAdam, 1, 10.0)], &[10.0, 9.0, 19.0]);
+            // Steps of what is spilled have tails too, the landing worker's norms have none.
             assert_ends(&hardware, &[(Lane::SpillAdam, 0, 10.0), (STEP, 1, 10.0)], &[10.0, 18.0]);
             assert_ends(&hardware, &[(NORM, 0, 4.0), (STEP, 1, 10.0)], &[4.0, 14.0]);
             // Of a step that is shorter than a tick, half.
@@ -570,10 +558,35 @@ mod tests {
     #[test]
     fn a_tail_stays_one_when_its_step_is_slowed_down() {
         let hardware = preset("h100").unwrap();
-        // The copy begins when the norm has a millisecond left.
-        let tasks = [(STEP, 0, 10.0), (NORM, 1, 2.0), (Lane::HostToDevice, 9, 5.0)];
-        let found = ends(&hardware, &tasks);
-        assert!(found[0] > 10.1, "the copy slows the step down: {found:?}");
-        assert!(found[1] < found[0] + 1e-3, "the norm goes on: {found:?}");
+        // The copy begins as the tail does. What is left of the step takes longer than a tail then, and the norm is slowed down by the copy too.
+        let found = ends(&hardware, &[(STEP, 0, 10.0), (NORM, 1, 2.0), (Lane::HostToDevice, 8, 5.0)]);
+        assert!(found[0] > 10.4, "the copy slows the step down: {found:?}");
+        assert!((10.05..10.2).contains(&found[1]), "the norm goes on, slowed down: {found:?}");
+    }
+
+    #[test]
+    fn copies_are_as_fast_as_beside_a_pass_only_while_it_has_the_threads() {
+        let mut sharing = super::super::sharing::tests::rows();
+        for row in sharing.iter_mut().filter(|row| row.adam_params_per_s.is_some() && row.h2d_bytes_per_s.is_none()) {
+            // Beside whole steps, and norms, 36e9.
+            row.moments_d2h_bytes_per_s = row.d2h_bytes_per_s.map(|_| 18e9);
+        }
+        let mut hardware = with_threads(16);
+        hardware.measured.as_mut().unwrap().sharing = sharing;
+        let mut machine: Machine<()> = Machine::new(&hardware);
+        let task = |work: f64| Task { name: String::new(), bytes: 0, work, waits: Vec::new(), on_start: Vec::new(), on_end: Vec::new() };
+        let norm = machine.push(NORM, task(1e8));
+        machine.push(Lane::DeviceToHost, task(1e12));
+        while machine.begin_one().is_some() {}
+        let pass = machine.push(STEP, task(1e12));
+        machine.is_pass(pass, HostPass::Moments);
+        while machine.begin_one().is_some() {}
+        let copies = |machine: &Machine<()>| machine.rates()[Lane::DeviceToHost as usize];
+        assert!((copies(&machine) - 36.0).abs() < 1e-9, "beside the norm: {}", copies(&machine));
+        let (at, lane) = machine.next_end().unwrap();
+        machine.advance(at);
+        machine.end(lane);
+        assert!(machine.ended_ns(norm).is_some());
+        assert!((copies(&machine) - 18.0).abs() < 1e-9, "beside the pass: {}", copies(&machine));
     }
 }
