@@ -46,7 +46,7 @@ def prose(page: str, after: str) -> str:
 def simulated(model: str, gpus: int, tokens: int, policy: Any, micro_batch_size: int = 1, **more: Any) -> Any:
     return tierwise.simulate(
         model, hardware="dgx-a100-40", gpus=gpus, micro_batch_size=micro_batch_size, tokens_per_step=tokens, policy=policy, **more
-    )  # fmt: skip
+    )
 
 
 def assert_said(said: str, found: float) -> None:
