@@ -96,13 +96,15 @@ def test_together_they_run_the_loss_and_every_layer_with_every_batch(monkeypatch
     # Twice the largest of the narrowest too: Python may not keep the device busy with less.
     wanted = [(sequences, 8, hidden) for hidden, _, _ in layers for sequences in (1, 4)] + [(8, 8, 32)]
     loss = (chunk_tokens(torch.Size((compute.CPU_SIZES.vocab, 32)), torch.device("cpu")), 32)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 5):
         ran.clear()
         for which in range(count):
             begun = len(ran)
             precompile.main(which, count, 0)
-            # Of those that have the last layer it is the first.
-            assert (ran[begun] == loss) == ((1, 8, 96) in ran[begun:])
+            # The first, by one that has no more to compile than others.
+            assert (ran[begun] == loss) == (which == count - 1)
+            assert len(ran) - begun - (which == count - 1) in (len(wanted) // count, -(-len(wanted) // count))
+        assert len(ran) - begun - 1 == len(wanted) // count
         assert sorted(ran) == sorted([*wanted, loss])
 
 

@@ -81,8 +81,8 @@ def test_launches_of_a_machine_that_slows_down_are_those_of_one_speed(monkeypatc
             pass
 
         def ns(self, seconds: float) -> float:
-            # From the middle of the third round on everything takes twice as long.
-            clock["factor"] = 1 if Probe.turns < 7 else 2
+            # From the last turn of the second round on everything takes twice as long.
+            clock["factor"] = 1 if Probe.turns < 5 else 2
             Probe.turns += 1
             return 100.0 * clock["factor"]
 

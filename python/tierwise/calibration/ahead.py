@@ -17,6 +17,7 @@ from typing import IO
 _CPUS_EACH = 4
 """That a process must leave to the training thread, which fills the device's queue meanwhile."""
 _MOST = 3
+"""More were seen to end no sooner than this process has imported what it needs then, and to hold it up."""
 _ENDS_S = 5.0
 """In which a process that was killed is gone, unless the driver holds it."""
 
@@ -32,7 +33,7 @@ class Ahead:
         self._started: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
 
     def command(self, which: int) -> list[str]:
-        """What one of the processes runs: its share of the layers. Nothing is imported from the working directory."""
+        """What one of the processes runs: its share of the kernels. Nothing is imported from the working directory."""
         share = [str(which), str(self.count), str(self.device_index)]
         return [sys.executable, "-P", "-m", "tierwise.calibration.precompile", *share]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -141,17 +142,25 @@ def compile_loss(sizes: Sizes, timer: Timer) -> None:
     _step(lambda: linear_cross_entropy(x, weight, torch.zeros(tokens, dtype=torch.long, device=timer.device)), [x, weight])
 
 
-def compile_layers(sizes: Sizes, timer: Timer, which: Iterable[int]) -> None:
-    """Runs some of the layers once with as many sequences as `layers` will measure, so that their kernels are compiled. Triton compiles
-    anew for another batch, and where a number is no longer divisible by 16, not for longer sequences: short ones are off the device before
-    they disturb what is measured meanwhile. Attention is torch's own choice: what cuDNN prepares for a size serves no other process. Raises
-    ImportError without transformers."""
-    for index in which:
-        layer = _Layer(timer, sizes.layers[index])
-        # Twice as many as the others have where Python does not keep the device busy otherwise: with the narrowest, if at all.
-        batches = {sequences for sequences, _ in sizes.whole} | ({2 * sizes.largest()[0]} if index == 0 else set())
-        for sequences in sorted(batches):
-            _step(*layer.step(sequences, _COMPILED_TOKENS))
+def compiled(sizes: Sizes) -> list[tuple[int, int]]:
+    """What `layers` needs kernels for: every layer with as many sequences as it will have, for which Triton compiles anew. Twice as many
+    as the others may have where Python does not keep the device busy otherwise: the narrowest, if any."""
+    batches = sorted({sequences for sequences, _ in sizes.whole})
+    return [(which, sequences) for which in range(len(sizes.layers)) for sequences in batches] + [(0, 2 * sizes.largest()[0])]
+
+
+def compile_layers(timer: Timer, sizes: Sizes, share: Iterable[tuple[int, int]]) -> None:
+    """Runs layers once with so many sequences each, so that their kernels are compiled. Triton compiles anew where a number is no longer
+    divisible by 16, not for longer sequences: short ones are off the device before they disturb what is measured meanwhile. Attention is
+    torch's own choice: what cuDNN prepares for a size serves no other process. Raises ImportError without transformers."""
+    for which, sequences in share:
+        _step(*_Layer(timer, sizes.layers[which]).step(sequences, _COMPILED_TOKENS))
+
+
+def import_layers(sizes: Sizes, timer: Timer) -> None:
+    """Imports what `layers` does, which takes seconds. What cannot be imported is for `layers` to say."""
+    with contextlib.suppress(ImportError, TypeError, RuntimeError):
+        _Layer(timer, sizes.layers[0])
 
 
 class _Layer:

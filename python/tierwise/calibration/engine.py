@@ -20,7 +20,7 @@ from tierwise.calibration.timing import free
 
 _PROBE_S = 0.08
 """Seconds of the probe before every turn of a model, and after the last."""
-_ROUNDS, _STEPS, _WARM = 5, 3, 1
+_ROUNDS, _STEPS, _WARM = 4, 3, 1
 """Times that every model has its turn, steps of a turn, and those of them that are not timed."""
 _FEW, _MANY = 4, 16
 """Layers of the models whose difference is what a layer takes."""
@@ -126,6 +126,8 @@ def _boosted(
     # Random numbers of so many weights take the CPU longer than all that is measured here.
     with device:
         model: nn.Module = LlamaForCausalLM(config)
+    # Weights in fp32 would go through the CPU, which splits them into bf16 and the rest of the master.
+    model.to(torch.bfloat16)
     cuda = device.type == "cuda"
     plugin = GeminiPlugin(
         placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
@@ -231,26 +233,44 @@ class Beside:
         return cls(whole=kept("h2d", whole), first=kept("h2d", first), moments=kept("d2h", moments))
 
 
-def adam(device: torch.device, measured: dict[str, Any], bench: HostBench, log: Callable[[str], None]) -> Adam:
+class HostProbe:
+    """How fast the host's Adam is alone, before and after something; between two that follow each other once."""
+
+    def __init__(self, bench: HostBench) -> None:
+        self.bench = bench
+        self.last: float | None = None
+
+    def around(self, measure: Callable[[], Adam]) -> tuple[Adam, float]:
+        """What was measured, and parameters per second around it."""
+        before = self._rate() if self.last is None else self.last
+        # A failure leaves no last one behind.
+        self.last = None
+        found = measure()
+        self.last = self._rate()
+        return found, statistics.mean((before, self.last))
+
+    def _rate(self) -> float:
+        return self.bench.rate("adam", _AROUND_S)
+
+
+def adam(device: torch.device, measured: dict[str, Any], probe: HostProbe, log: Callable[[str], None]) -> Adam:
     """The host's steps in the engine, from the timeline of a model that is trained with all of its states on the host: medians, taken for
     steps that nothing is copied beside with what `measured.sharing` says. They are as much faster or slower as the kernel alone was when
     `measured.host` was measured: it is measured around them too."""
     beside = Beside.of(measured["sharing"], apart=device.type == "cuda")
-    return _as_when(measured["host"][-1], bench, lambda: rates(_timeline(device, _ON_HOST), beside, log))
+    return _as_when(measured["host"][-1], probe, lambda: rates(_timeline(device, _ON_HOST), beside, log))
 
 
-def speculation(device: torch.device, measured: dict[str, Any], bench: HostBench, fixed_ns: float) -> Adam:
+def speculation(device: torch.device, measured: dict[str, Any], probe: HostProbe, fixed_ns: float) -> Adam:
     """The device's steps, and the host's that may be undone, in the same way: of a model that has one layer's states on the host.
     `fixed_ns` is what a step on the host takes beside its bytes."""
-    return _as_when(measured["host"][-1], bench, lambda: speculated_rates(_timeline(device, _ONE_ON_HOST), fixed_ns))
+    return _as_when(measured["host"][-1], probe, lambda: speculated_rates(_timeline(device, _ONE_ON_HOST), fixed_ns))
 
 
-def _as_when(host: dict[str, Any], bench: HostBench, measure: Callable[[], Adam]) -> Adam:
+def _as_when(host: dict[str, Any], probe: HostProbe, measure: Callable[[], Adam]) -> Adam:
     """What the host does, times how much faster its kernel alone was when `host` was measured than around this."""
-    around = [bench.rate("adam", _AROUND_S)]
-    found = measure()
-    around.append(bench.rate("adam", _AROUND_S))
-    then = host["adam_params_per_s"] / statistics.mean(around)
+    found, around = probe.around(measure)
+    then = host["adam_params_per_s"] / around
     names = ("host_params_per_s", "host_params_first_per_s", "host_moments_per_s", "host_undoable_params_per_s")
     seen: dict[str, Any] = {name: getattr(found, name) for name in names}
     return dataclasses.replace(found, **{name: rate * then for name, rate in seen.items() if rate is not None})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,37 +73,39 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
-    # Once: the system takes its time to give so much memory.
-    bench = functools.cache(lambda: HostBench(host_numel))
     # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.
-    with ahead.Ahead(_device_index(options), log) as compiling:
+    with ahead.Ahead(_device_index(options), log) as compiling, ThreadPoolExecutor(1) as beside_imports:
+        # The system takes its time to give so much memory.
+        made = beside_imports.submit(HostBench, host_numel)
         import torch
 
         device = _device(options)
+        bench = made.result()
         cuda = sections.cuda = device.type == "cuda"
         if not cuda:
             # The driver has a device, and torch cannot use it.
             compiling.stop()
         free_device_bytes = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes
-        measured = _kernels(device, scale, log, sections, missing, compiling, meanwhile=bench)
+        measured = _kernels(device, scale, log, sections, missing, compiling)
     if cuda:
         # Whoever compiles may have held some of it before.
         free_device_bytes = max(free_device_bytes, torch.cuda.mem_get_info(device)[0])
     with sections("host"):
-        measured["host"] = host.by_threads(bench(), 2.0 * scale, log)
-        measured["host_numel"] = bench().numel
+        measured["host"] = host.by_threads(bench, 2.0 * scale, log)
+        measured["host_numel"] = bench.numel
     from tierwise.calibration.sharing import beside
 
     with sections("links"):
-        measured["sharing"] = beside(device, host.fewer(bench()), 0.16 * scale, log)
+        measured["sharing"] = beside(device, host.fewer(bench), 0.16 * scale, log)
     with sections("launches"):
         from tierwise.calibration import engine
 
         measured["launch"] = _if_possible("launches", lambda: engine.launches(device), log, missing)
     with sections("Adam"):
-        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, bench(), log), log, missing) or engine.Adam()
+        probe = engine.HostProbe(bench)
+        adam = _if_possible("Adam in the engine", lambda: engine.adam(device, measured, probe, log), log, missing) or engine.Adam()
         apart = (
-            _if_possible("steps on the device", lambda: engine.speculation(device, measured, bench(), adam.host_fixed_ns), log, missing)
+            _if_possible("steps on the device", lambda: engine.speculation(device, measured, probe, adam.host_fixed_ns), log, missing)
             or engine.Adam()
         )
         adam = dataclasses.replace(
@@ -188,9 +190,8 @@ def _kernels(
     sections: _Sections,
     missing: list[str],
     compiling: ahead.Ahead,
-    meanwhile: Callable[[], Any],
 ) -> dict[str, Any]:
-    """What the device computes; `meanwhile` is called while compilers are waited for."""
+    """What the device computes."""
     from tierwise.calibration import compute
     from tierwise.calibration.timing import Timer
 
@@ -205,7 +206,7 @@ def _kernels(
         found["losses"] = compute.losses(sizes, timer, log)
     if compiling.count:
         with sections("compiling"):
-            meanwhile()
+            compute.import_layers(sizes, timer)
             codes = compiling.wait(_COMPILING_S)
             log(f"layers compiled beside these: {codes.count(0)} of {len(codes)} processes were ready")
     with sections("layers"):

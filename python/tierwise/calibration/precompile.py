@@ -1,4 +1,4 @@
-"""What each process of `ahead.Ahead` runs: the kernels of its share of the layers are compiled, and by one of them the loss's.
+"""What each process of `ahead.Ahead` runs: its share of the layers' kernels is compiled, and by one of them the loss's.
 
 python -m tierwise.calibration.precompile WHICH COUNT DEVICE
 """
@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from tierwise._core import Device
 from tierwise.calibration import compute
 from tierwise.calibration.timing import Timer
 
@@ -17,18 +18,21 @@ _SHARE = 0.1
 
 
 def main(which: int, count: int, device_index: int) -> None:
-    """Compiles every `count`-th layer's kernels, from the `which`-th on; before the last layer's, which are no more than the others', the
-    loss's, which is measured first. Raises torch.OutOfMemoryError where a tenth of the device is too little."""
+    """Compiles the layers' kernels for every `count`-th of their batches, from the `which`-th on; the last process, which has no more of
+    them than others, first the loss's, measured before. Raises torch.OutOfMemoryError where a tenth of the device is too little."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", device_index)
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(_SHARE, device)
     sizes = compute.DEVICE_SIZES if device.type == "cuda" else compute.CPU_SIZES
-    timer, share = Timer(device, 0.0), range(which, len(sizes.layers), count)
-    if len(sizes.layers) - 1 in share:
+    timer = Timer(device, 0.0)
+    if which == count - 1:
         compute.compile_loss(sizes, timer)
-    compute.compile_layers(sizes, timer, share)
+    compute.compile_layers(timer, sizes, compute.compiled(sizes)[which::count])
+    if which == 0 and device.type == "cuda":
+        # The driver compiles the engine's kernels when they are loaded, and keeps them on the disk.
+        Device.cuda(device_index)
 
 
 if __name__ == "__main__":
