@@ -164,6 +164,13 @@ pub fn networks() -> Vec<Network> {
 /// Bytes that are read and written when an element in 16 bit is added to its sum in fp32.
 const ADDED_BYTES: f64 = 10.0;
 
+/// The same of a norm in 16 bit, which `host_stream_bytes_per_s` is the rate of on calibrated machines.
+const NORM_BYTES: f64 = 2.0;
+
+/// Of what all threads move when they add, what one alone does where that was not measured: 24 of 120 GB/s with 16 threads on the host of the
+/// `h100` preset.
+const ONE_THREAD_SHARE: f64 = 24.0 / 120.0;
+
 impl Hardware {
     /// Reads a machine from JSON with the fields of this struct.
     pub fn from_json(text: &str) -> Result<Self, String> {
@@ -236,8 +243,17 @@ impl Hardware {
 
     /// What adding gradients to their sums takes on the landing worker's lane, whose rate is that of norms, in bytes of its traffic.
     pub fn addition_work(&self, bytes: u64) -> f64 {
-        let measured = self.measured.as_ref().and_then(|m| m.host.last());
-        bytes as f64 * measured.map_or(1.0, |row| self.host_stream_bytes_per_s / (row.accumulate_numel_per_s * ADDED_BYTES))
+        bytes as f64 * self.host_stream_bytes_per_s / self.added_bytes_per_s()[1]
+    }
+
+    /// Bytes per second that one thread moves when it adds, and all threads together: what element-wise passes of others are measured by.
+    pub fn added_bytes_per_s(&self) -> [f64; 2] {
+        let rows = self.measured.as_ref().map_or(&[][..], |measured| &measured.host);
+        // GPUs that share a host have their parts of its rates, not of what was measured.
+        let of_norms = |row: &HostRow| row.accumulate_numel_per_s * ADDED_BYTES / (row.norm_numel_per_s * NORM_BYTES);
+        let all = self.host_stream_bytes_per_s * rows.last().map_or(1.0, of_norms);
+        let one = rows.iter().find(|row| row.threads == 1);
+        [one.map_or(ONE_THREAD_SHARE * all, |row| all.min(row.accumulate_numel_per_s * ADDED_BYTES)), all]
     }
 
     /// The same on the lane of the host's Adam, in bytes of that one's traffic.

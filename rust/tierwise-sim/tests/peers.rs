@@ -3,7 +3,7 @@
 mod common;
 
 use tierwise_core::planner::Recompute;
-use tierwise_sim::hardware;
+use tierwise_sim::hardware::{self, Hardware};
 use tierwise_sim::models::{Model, preset};
 use tierwise_sim::peers::Policy;
 use tierwise_sim::report::Report;
@@ -59,6 +59,38 @@ fn what_is_left_in_a_bucket_is_copied_after_backward() {
     let host_ns = 36.0 * numel as f64 / (0.697 * 120e9) * 1e9 + 4.0 * numel as f64 / 53.9e9 * 1e9;
     let rest = (step.step_ns - step.compute_ns) as f64 - host_ns;
     assert!(rest > left && rest < 3.0 * left, "{rest} {left}");
+}
+
+/// Not as fast as it takes norms, which are a different share of what the memory carries on every machine.
+#[test]
+fn a_calibrated_host_steps_others_as_fast_as_it_adds() {
+    let near = |found: [f64; 2], wanted: [f64; 2]| {
+        assert!(found.iter().zip(wanted).all(|(found, wanted)| (found / wanted - 1.0).abs() < 1e-12), "{found:?} {wanted:?}");
+    };
+    near(hardware::preset("h100").unwrap().added_bytes_per_s(), [24e9, 120e9]);
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/validation/h200-2026-11-28-m.json");
+    let fast = Hardware::from_json(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let mut slow = fast.clone();
+    let rows = &mut slow.measured.as_mut().unwrap().host;
+    let added: Vec<f64> = rows.iter().map(|row| 10.0 * row.accumulate_numel_per_s).collect();
+    near(fast.added_bytes_per_s(), [added[0], added[rows.len() - 1]]);
+    // GPUs share what all threads do; one thread is one thread while there are more.
+    let eight = Hardware { gpus_per_node: 8, ..fast.clone() }.per_gpu(8).added_bytes_per_s();
+    near(eight, [added[0], added[rows.len() - 1] / 8.0]);
+    rows.last_mut().unwrap().accumulate_numel_per_s /= 2.0;
+    let model = preset("llama-1.35b").unwrap();
+    let numel = model.num_params() as f64;
+    let step_ns = |hardware: Hardware| {
+        let memory = Memory::Reserve(1_000_000_000);
+        let request = common::request(model.clone(), "h100", 1, 16384);
+        let request =
+            Request { policy: Some(Policy::Zero2Offload), hardware, memory, recompute: Recompute::Full, micro_batch: 4, ..request };
+        common::report(&request).step.step_ns as f64
+    };
+    // Clipping and stepping move 36 bytes per parameter.
+    let longer = 36.0 * numel / (0.697 * fast.added_bytes_per_s()[1]) * 1e9;
+    let found = step_ns(slow) - step_ns(fast);
+    assert!((found / longer - 1.0).abs() < 1e-6, "{found} {longer}");
 }
 
 #[test]

@@ -13,13 +13,12 @@ use tierwise_core::planner::Recompute;
 use tierwise_core::scheduler::Counters;
 use tierwise_core::trace::Phase;
 
-/// Share of the host's streaming rate that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
+/// Share of what all threads move when they add that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
 /// and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
 const HOST_PASS_SHARE: f64 = 0.697;
 
-/// Share of the streaming rate of all threads at which one thread of torch takes a norm: one thread of 16 moved 24 of the 120 GB/s on the
-/// host of the `h100` preset, and a norm reads 0.53 of what an addition moves (measured per second of one CPU).
-const ONE_THREAD_SHARE: f64 = 24.0 / 120.0 * 0.53;
+/// What one thread of torch reads for a norm, of what it moves when it adds (measured per second of one CPU).
+const NORM_OF_ADDITION: f64 = 0.53;
 
 /// Bytes per second of host memory that is taken from the system: touching 21 GB with 16 threads took 0.6 to 3.0 s on the host of the `h100`
 /// preset; the middle of that.
@@ -243,15 +242,18 @@ impl Step<'_> {
         let on_device = if traits.host_traffic_bytes > 0 { part - on_cpu } else { part };
         let mut at =
             program.push(Lane::Optimizer, "step".to_owned(), 0, (traits.device_traffic_bytes * on_device) as f64, waits, Cause::Optimizer);
-        // Everything on the host is one pass after the other; its work is in bytes that all threads move.
-        let stream = self.rank.hardware.host_stream_bytes_per_s;
-        for (what, bytes, slower) in [
-            ("norm", traits.one_thread_bytes * on_cpu, 1.0 / ONE_THREAD_SHARE),
-            ("clip and step", traits.host_traffic_bytes * on_cpu, 1.0 / HOST_PASS_SHARE),
-            ("fresh memory", traits.fresh_bytes * on_cpu, stream * (1.0 / FRESH_BYTES_PER_S + 1.0 / UNMAP_BYTES_PER_S)),
+        // Everything on the host is one pass after the other.
+        let hardware = &self.rank.hardware;
+        let [one_thread, all_threads] = hardware.added_bytes_per_s();
+        for (what, bytes, s_per_byte) in [
+            ("norm", traits.one_thread_bytes * on_cpu, 1.0 / (NORM_OF_ADDITION * one_thread)),
+            ("clip and step", traits.host_traffic_bytes * on_cpu, 1.0 / (HOST_PASS_SHARE * all_threads)),
+            ("fresh memory", traits.fresh_bytes * on_cpu, 1.0 / FRESH_BYTES_PER_S + 1.0 / UNMAP_BYTES_PER_S),
         ] {
             if bytes > 0 {
-                at = program.push(Lane::Landing, what.to_owned(), bytes, bytes as f64 * slower, vec![at], Cause::Optimizer);
+                // The lane's rate is that of our norms.
+                let work = bytes as f64 * hardware.host_stream_bytes_per_s * s_per_byte;
+                at = program.push(Lane::Landing, what.to_owned(), bytes, work, vec![at], Cause::Optimizer);
             }
         }
         if traits.refresh_bytes > 0 {
