@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--nvme-path", default=None, help="directory to check as the NVMe tier; it is measured with up to --bytes for 6 s")
     doctor.add_argument("--bytes", default="1GiB", help="size of the measurement")
     doctor.add_argument("--format", choices=("table", "json"), default="table")
-    calibrate = commands.add_parser("calibrate", help="measure this machine in about a minute and write a hardware file for tierwise-sim")
+    calibrate = commands.add_parser("calibrate", help="measure this machine in a minute and write a hardware file for tierwise-sim")
     calibrate.add_argument("--out", required=True, help="file to write, for `tierwise-sim run --hardware FILE`")
     calibrate.add_argument("--name", default="this-machine", help="name of the machine in reports")
     calibrate.add_argument("--device", choices=("auto", "cuda", "emulated"), default="auto", help="emulated: the CPU stands for the device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -147,6 +148,19 @@ except KeyboardInterrupt as stopped:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ran.stdout == "entered\n", ran.stderr
+
+
+def test_what_cannot_work_touches_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(numel: int) -> None:
+        pytest.fail("gigabytes were touched first")
+
+    monkeypatch.setattr(measure, "HostBench", touched)
+    monkeypatch.setattr(measure, "_core", SimpleNamespace(Device=SimpleNamespace(cuda_is_available=lambda: False)))
+    with pytest.raises(ValueError, match="device='cuda' but no CUDA device can be used"):
+        measure.calibrate(measure.Options(device="cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="torch"):
+        measure.calibrate(measure.Options(device="emulated"))
 
 
 def test_nobody_compiles_for_a_device_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:

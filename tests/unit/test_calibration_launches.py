@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,29 @@ def test_launches_of_a_machine_that_slows_down_are_those_of_one_speed(monkeypatc
         "forward_ns": 200, "backward_ns": 400, "checkpointed_forward_ns": 300, "checkpointed_backward_ns": 600,
         "outside_forward_ns": 2000, "outside_backward_ns": 4000, "step_ns": 520, "probe_ns": 200,
     }  # fmt: skip
+
+
+def test_what_follows_each_other_has_one_probe_between() -> None:
+    rates = iter([10.0, 20.0, 40.0, 80.0, 160.0])
+    asked: list[str] = []
+
+    def rate(kernel: str, seconds: float) -> float:
+        asked.append(kernel)
+        return next(rates)
+
+    probe = engine.HostProbe(SimpleNamespace(rate=rate))  # type: ignore[arg-type]
+    first = engine.Adam(host_moments_per_s=1.0)
+    assert probe.around(lambda: first) == (first, 15.0)
+    assert probe.around(engine.Adam) == (engine.Adam(), 30.0)
+    assert asked == ["adam"] * 3
+
+    def fails() -> engine.Adam:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        probe.around(fails)
+    # How fast it was before something that failed says nothing any more.
+    assert probe.around(engine.Adam) == (engine.Adam(), 120.0)
 
 
 class _Events:

@@ -1,5 +1,6 @@
-"""Compiles the kernels of `compute.layers` in processes of their own, into Triton's cache on the disk, while this one measures what needs
-none of them. Whatever goes wrong there, this process compiles what is missing itself."""
+"""Compiles the kernels of `compute.layers` and of the loss into Triton's cache on the disk, and the engine's into the driver's, in
+processes of their own, while this one measures what needs none of them. Whatever goes wrong there, this process compiles what is missing
+itself."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def _boosted(
     with device:
         model: nn.Module = LlamaForCausalLM(config)
     # Weights in fp32 would go through the CPU, which splits them into bf16 and the rest of the master.
-    model.to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     cuda = device.type == "cuda"
     plugin = GeminiPlugin(
         placement_policy="static", offload_optim_frac=offload_optim_frac, offload_activations="none",
@@ -234,14 +235,14 @@ class Beside:
 
 
 class HostProbe:
-    """How fast the host's Adam is alone, before and after something; between two that follow each other once."""
+    """How fast the host's Adam is alone, in parameters per second, before and after something; between two that follow each other once."""
 
     def __init__(self, bench: HostBench) -> None:
         self.bench = bench
         self.last: float | None = None
 
     def around(self, measure: Callable[[], Adam]) -> tuple[Adam, float]:
-        """What was measured, and parameters per second around it."""
+        """What was measured, and the mean of the speeds before and after it. Raises what `measure` does."""
         before = self._rate() if self.last is None else self.last
         # A failure leaves no last one behind.
         self.last = None

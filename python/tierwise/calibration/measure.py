@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -68,13 +69,14 @@ def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) 
     Raises ValueError if CUDA is asked for where there is none, or the disk cannot be measured; ImportError without torch: then
     `tierwise-sim calibrate` measures what needs no torch.
     """
+    _possible(options)
     # Before anything that is measured takes some.
     host_bytes, host_numel = available_memory_bytes(), options.numel()
     sections = _Sections()
     scale = options.seconds / 45.0
     missing: list[str] = []
     # They import torch while this process does. Whoever compiles has ended before layers and the host are measured.
-    with ahead.Ahead(_device_index(options), log) as compiling, ThreadPoolExecutor(1) as beside_imports:
+    with ThreadPoolExecutor(1) as beside_imports, ahead.Ahead(_device_index(options), log) as compiling:
         # The system takes its time to give so much memory.
         made = beside_imports.submit(HostBench, host_numel)
         import torch
@@ -141,6 +143,17 @@ def write(path: str, contents: dict[str, Any]) -> None:
     partial.replace(target)
 
 
+_NO_CUDA = "device='cuda' but no CUDA device can be used; device='emulated' measures the CPU"
+
+
+def _possible(options: Options) -> None:
+    """Raises what would be raised anyway, before gigabytes are touched for it."""
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    if options.device == "cuda" and not _core.Device.cuda_is_available():
+        raise ValueError(_NO_CUDA)
+
+
 def _device_index(options: Options) -> int | None:
     """Of the CUDA device that will be measured, without importing torch; None if it will be the CPU."""
     if options.device == "emulated" or not _core.Device.cuda_is_available():
@@ -157,7 +170,7 @@ def _device(options: Options) -> Any:
 
     usable = torch.cuda.is_available() and _core.Device.cuda_is_available()
     if options.device == "cuda" and not usable:
-        raise ValueError("device='cuda' but no CUDA device can be used; device='emulated' measures the CPU")
+        raise ValueError(_NO_CUDA)
     if options.device != "emulated" and usable:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What each process of `ahead.Ahead` runs: its share of the layers' kernels is compiled, and by one of them the loss's.
+"""What each process of `ahead.Ahead` runs: its share of the layers' kernels is compiled, by one of them the loss's, by one the engine's.
 
 python -m tierwise.calibration.precompile WHICH COUNT DEVICE
 """
@@ -19,7 +19,8 @@ _SHARE = 0.1
 
 def main(which: int, count: int, device_index: int) -> None:
     """Compiles the layers' kernels for every `count`-th of their batches, from the `which`-th on; the last process, which has no more of
-    them than others, first the loss's, measured before. Raises torch.OutOfMemoryError where a tenth of the device is too little."""
+    them than others, first the loss's, measured before, and the first one the engine's after them, needed later. Raises
+    torch.OutOfMemoryError where a tenth of the device is too little, TierwiseError where the engine cannot use it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", device_index)

@@ -164,12 +164,8 @@ pub fn networks() -> Vec<Network> {
 /// Bytes that are read and written when an element in 16 bit is added to its sum in fp32.
 const ADDED_BYTES: f64 = 10.0;
 
-/// The same of a norm in 16 bit, which `host_stream_bytes_per_s` is the rate of on calibrated machines.
-const NORM_BYTES: f64 = 2.0;
-
-/// Of what all threads move when they add, what one alone does where that was not measured: 24 of 120 GB/s with 16 threads on the host of the
-/// `h100` preset.
-const ONE_THREAD_SHARE: f64 = 24.0 / 120.0;
+/// What one thread moves when it adds where that was not measured, on the host of the `h100` preset.
+const ONE_THREAD_BYTES_PER_S: f64 = 24e9;
 
 impl Hardware {
     /// Reads a machine from JSON with the fields of this struct.
@@ -249,11 +245,10 @@ impl Hardware {
     /// Bytes per second that one thread moves when it adds, and all threads together: what element-wise passes of others are measured by.
     pub fn added_bytes_per_s(&self) -> [f64; 2] {
         let rows = self.measured.as_ref().map_or(&[][..], |measured| &measured.host);
-        // GPUs that share a host have their parts of its rates, not of what was measured.
-        let of_norms = |row: &HostRow| row.accumulate_numel_per_s * ADDED_BYTES / (row.norm_numel_per_s * NORM_BYTES);
-        let all = self.host_stream_bytes_per_s * rows.last().map_or(1.0, of_norms);
+        let added = |row: &HostRow| row.accumulate_numel_per_s * ADDED_BYTES;
+        let all = rows.last().map_or(self.host_stream_bytes_per_s, added);
         let one = rows.iter().find(|row| row.threads == 1);
-        [one.map_or(ONE_THREAD_SHARE * all, |row| all.min(row.accumulate_numel_per_s * ADDED_BYTES)), all]
+        [one.map_or(ONE_THREAD_BYTES_PER_S, added).min(all), all]
     }
 
     /// The same on the lane of the host's Adam, in bytes of that one's traffic.
@@ -333,6 +328,7 @@ impl Hardware {
             host_stream_bytes_per_s: self.host_stream_bytes_per_s / of_host,
             host_adam_params_per_s: self.host_adam_params_per_s / of_host,
             host_params_first_per_s: self.host_params_first_per_s.map(|rate| rate / of_host),
+            measured: self.measured.as_ref().map(|measured| measured.part_of_host(of_host)),
             host_memory_bytes: self.host_memory_bytes / u64::from(gpus),
             nvme: self.nvme.map(|disk| Disk {
                 read_bytes_per_s: disk.read_bytes_per_s / of_host,

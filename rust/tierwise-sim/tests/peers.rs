@@ -75,8 +75,9 @@ fn a_calibrated_host_steps_others_as_fast_as_it_adds() {
     let added: Vec<f64> = rows.iter().map(|row| 10.0 * row.accumulate_numel_per_s).collect();
     near(fast.added_bytes_per_s(), [added[0], added[rows.len() - 1]]);
     // GPUs share what all threads do; one thread is one thread while there are more.
-    let eight = Hardware { gpus_per_node: 8, ..fast.clone() }.per_gpu(8).added_bytes_per_s();
-    near(eight, [added[0], added[rows.len() - 1] / 8.0]);
+    let eight = Hardware { gpus_per_node: 8, ..fast.clone() }.per_gpu(8);
+    near(eight.added_bytes_per_s(), [added[0], added[rows.len() - 1] / 8.0]);
+    near(hardware::preset("dgx-h100").unwrap().per_gpu(8).added_bytes_per_s(), [24e9, 297.9e9 / 8.0]);
     rows.last_mut().unwrap().accumulate_numel_per_s /= 2.0;
     let model = preset("llama-1.35b").unwrap();
     let numel = model.num_params() as f64;
@@ -100,4 +101,28 @@ fn fsdp_pins_shards_and_gradients_tensor_by_tensor() {
     let pinned: u64 = tensors.iter().map(|numel| 2 * (4 * numel).next_power_of_two()).sum();
     let step = report(model.clone(), Policy::FsdpOffload, 4).step;
     assert_eq!(step.host_peak_bytes, 2_000_000_000 + 8 * model.num_params() + pinned);
+}
+
+/// What is left to each of those who share a host takes as much longer, whatever the host does.
+#[test]
+fn a_gpu_has_its_part_of_a_calibrated_host() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/validation/h200-2026-11-28-m.json");
+    let alone = Hardware { gpus_per_node: 8, ..Hardware::from_json(&std::fs::read_to_string(file).unwrap()).unwrap() };
+    let eight = alone.per_gpu(8);
+    let seconds = |of: &Hardware| {
+        let (adam, landing) = (of.host_adam_bytes_per_s(), of.host_stream_bytes_per_s);
+        [
+            1e9 / adam,
+            of.params_first_work(1_000_000_000) / adam,
+            of.moments_work(1_000_000_000) / adam,
+            of.undoable_work(2_600_000_000, 1_200_000_000) / adam,
+            of.copy_work(1_000_000_000) / adam,
+            of.addition_work_of_adam(1_000_000_000) / adam,
+            of.addition_work(1_000_000_000) / landing,
+        ]
+    };
+    for (one, shared) in seconds(&alone).into_iter().zip(seconds(&eight)) {
+        assert!((shared / one / 8.0 - 1.0).abs() < 1e-12, "{one} {shared}");
+    }
+    assert_eq!(alone.per_gpu(1).measured, alone.measured);
 }

@@ -207,8 +207,8 @@ struct Power {
 }
 
 /// With more runnable threads than processors a thread is descheduled now and then, for a tick (4 ms where Linux has 250 a second), with
-/// part of its share of a step left. The others are done by then, half a tick early on average, and begin what comes next. A step that is
-/// shorter than a tick is hit less often (docs/simulator.md).
+/// part of its share of a step left. The others are taken to be done by then, half a tick early on average, and to begin what comes next. A
+/// step that is shorter than a tick is hit less often. The latest recording does not confirm it (docs/simulator.md, the ninth file).
 const TICK_NS: f64 = 4e6;
 
 /// Over how long the regulation averages, and how busy compute may be before it slows down; both fitted (docs/simulator.md).

@@ -259,6 +259,14 @@ impl Measured {
         faster
     }
 
+    /// The same for one of so many who use the host alike: all threads together do so much less for each; one thread is still one thread.
+    pub(super) fn part_of_host(&self, users: f64) -> Measured {
+        let mut part = self.with_host(1.0 / users);
+        let few = self.host.len().saturating_sub(1);
+        part.host[..few].clone_from_slice(&self.host[..few]);
+        part
+    }
+
     /// Parameters per second of whole steps in the engine. Where it was seen to take two passes only, whole steps are to either of them what
     /// the kernels alone are to each other, which were measured side by side.
     pub(super) fn whole_step_in_engine(&self) -> Option<f64> {

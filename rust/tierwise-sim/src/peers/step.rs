@@ -13,8 +13,8 @@ use tierwise_core::planner::Recompute;
 use tierwise_core::scheduler::Counters;
 use tierwise_core::trace::Phase;
 
-/// Share of what all threads move when they add that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on the CPU
-/// and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
+/// Share of what all threads move when they add that peers' optimizer passes reach. Fitted once, on DeepSpeed ZeRO 2 with the optimizer on
+/// the CPU and LLaMA 1.35B on an H100 (1.070 s); nothing else is fitted.
 const HOST_PASS_SHARE: f64 = 0.697;
 
 /// What one thread of torch reads for a norm, of what it moves when it adds (measured per second of one CPU).
