@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tierwise import __version__
 from tierwise.config import parse_bytes
@@ -52,13 +53,18 @@ def _calibrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
 
     try:
         options = Options(name=args.name, device=args.device, disk=args.disk, host_numel=args.host_numel, seconds=args.seconds)
+        if not Path(args.out).parent.is_dir():
+            raise ValueError(f"--out {args.out}: {Path(args.out).parent} is not a directory: make it first")
         begun = time.monotonic()
         found = calibrate(options, lambda text: print(f"{time.monotonic() - begun:5.1f} s: {text}", file=sys.stderr, flush=True))
         write(args.out, found)
     except ValueError as error:
         parser.error(str(error))
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         print(f"error: {error}; `tierwise-sim calibrate` measures the host without torch", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(args.out)
     return 0

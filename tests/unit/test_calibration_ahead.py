@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tierwise import cli
 from tierwise.calibration import ahead, compute, measure, precompile
 from tierwise.kernels.linear_cross_entropy import chunk_tokens
 
@@ -150,17 +151,39 @@ except KeyboardInterrupt as stopped:
     assert ran.stdout == "entered\n", ran.stderr
 
 
-def test_what_cannot_work_touches_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def touched(numel: int) -> None:
-        pytest.fail("gigabytes were touched first")
-
-    monkeypatch.setattr(measure, "HostBench", touched)
+def test_what_cannot_work_touches_no_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    touched: list[int] = []
+    monkeypatch.setattr(measure, "HostBench", touched.append)
     monkeypatch.setattr(measure, "_core", SimpleNamespace(Device=SimpleNamespace(cuda_is_available=lambda: False)))
     with pytest.raises(ValueError, match="device='cuda' but no CUDA device can be used"):
         measure.calibrate(measure.Options(device="cuda"))
+    with pytest.raises(ValueError, match="nowhere' is not a directory"):
+        measure.calibrate(measure.Options(device="emulated", disk=str(tmp_path / "nowhere")))
+    monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="torch"):
         measure.calibrate(measure.Options(device="emulated"))
+    assert touched == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--out", "{none}/m.json"], "is not a directory: make it first"),
+        (["--out", "m.json", "--disk", "{none}"], "is not a directory: name one"),
+    ],
+)
+def test_a_wrong_folder_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], says: str
+) -> None:
+    touched: list[int] = []
+    monkeypatch.setattr(measure, "HostBench", touched.append)
+    none = str(tmp_path / "none")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["calibrate", "--device", "emulated", *(word.format(none=none) for word in wrong)])
+    said = capsys.readouterr().err
+    assert (stopped.value.code, touched) == (2, [])
+    assert says in said and none in said
 
 
 def test_nobody_compiles_for_a_device_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,9 +147,11 @@ _NO_CUDA = "device='cuda' but no CUDA device can be used; device='emulated' meas
 
 
 def _possible(options: Options) -> None:
-    """Raises what would be raised anyway, before gigabytes are touched for it."""
-    if importlib.util.find_spec("torch") is None:
+    """Raises what would be raised anyway, as far as can be told without torch, before gigabytes are touched and a minute is over."""
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    if options.disk is not None and not Path(options.disk).is_dir():
+        raise ValueError(f"disk={options.disk!r} is not a directory: name one on the disk to measure")
     if options.device == "cuda" and not _core.Device.cuda_is_available():
         raise ValueError(_NO_CUDA)
 

@@ -135,7 +135,7 @@ impl<'a> Speeds<'a> {
         let taken = if busy(Lane::DeviceToHost) { d2h } else { 0.0 };
         // Where the link is faster than the memory, something is left all the same.
         let left = (h.host_memory_bytes_per_s - taken).max(0.01 * h.host_memory_bytes_per_s);
-        let adam = h.host_adam_params_per_s * ADAM_BYTES_PER_PARAM;
+        let adam = h.host_adam_bytes_per_s();
         let wanted = [(busy(Lane::HostToDevice), h2d), (steps > 0, adam), (busy(Lane::Landing), h.host_stream_bytes_per_s)];
         let total: f64 = wanted.iter().map(|&(is_busy, rate)| if is_busy { rate } else { 0.0 }).sum();
         let share = if total > left { left / total } else { 1.0 };
@@ -278,6 +278,18 @@ pub(super) mod tests {
         let rate = |other: Option<Lane>| speeds.rates(|lane| lane == Lane::HostAdam || Some(lane) == other, None)[Lane::HostAdam as usize];
         assert!((rate(None) / (26.0 * 6.0) - 1.0).abs() < 1e-12);
         assert!((rate(Some(Lane::HostToDevice)) / (26.0 * 5.4) - 1.0).abs() < 1e-12);
+    }
+
+    /// Work on the lane of the host's Adam is in bytes at the engine's speed, also where no sets were measured or several GPUs share them.
+    #[test]
+    fn without_measured_sets_the_lane_has_the_engines_speed_too() {
+        let measured = Measured { sharing: rows(), host_adam_params_per_s: Some(4e9), ..Measured::default() };
+        let hardware = Hardware { host_adam_params_per_s: 5e9, measured: Some(measured), ..preset("dgx-h100").unwrap() };
+        for (gpus, rate) in [(1, 4.0), (8, 0.5)] {
+            let speeds = hardware.per_gpu(gpus);
+            let rates = Speeds::new(&speeds).rates(|lane| lane == Lane::HostAdam, None);
+            assert!((rates[Lane::HostAdam as usize] / (26.0 * rate) - 1.0).abs() < 1e-12, "{rates:?}");
+        }
     }
 
     #[test]
