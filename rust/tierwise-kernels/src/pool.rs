@@ -53,7 +53,8 @@ impl Pool {
     }
 
     /// Calls `f` once for each of `0..grains` and returns when all calls have returned.
-    ///    /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer, and one
+    ///
+    /// Every thread takes the next grain from one counter, so a thread that is slowed down (by a copy, by a neighbour) takes fewer, and one
     /// that gets no CPU meanwhile takes none: nobody waits for it. One that loses its CPU in the middle of a grain is waited for; the others
     /// do what was asked for after this. A panic of `f` propagates to the caller.
     pub fn for_each_grain(&self, grains: usize, f: impl Fn(usize) + Sync) {
