@@ -149,7 +149,7 @@ def compiled(sizes: Sizes) -> list[tuple[int, int]]:
     return [(which, sequences) for which in range(len(sizes.layers)) for sequences in batches] + [(0, 2 * sizes.largest()[0])]
 
 
-def compile_layers(timer: Timer, sizes: Sizes, share: Iterable[tuple[int, int]]) -> None:
+def compile_layers(sizes: Sizes, timer: Timer, share: Iterable[tuple[int, int]]) -> None:
     """Runs layers once with so many sequences each, so that their kernels are compiled. Triton compiles anew where a number is no longer
     divisible by 16, not for longer sequences: short ones are off the device before they disturb what is measured meanwhile. Attention is
     torch's own choice: what cuDNN prepares for a size serves no other process. Raises ImportError without transformers."""

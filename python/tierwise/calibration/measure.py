@@ -66,8 +66,8 @@ class Options:
 def calibrate(options: Options, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Measures and returns the contents of a hardware file (`schema_version` 2).
 
-    Raises ValueError if CUDA is asked for where there is none, or the disk cannot be measured; ImportError without torch: then
-    `tierwise-sim calibrate` measures what needs no torch.
+    Raises ValueError if CUDA is asked for where there is none, the disk is no directory, or there is no memory for `host_numel`; OSError if
+    the disk cannot be measured; ImportError without torch: then `tierwise-sim calibrate` measures what needs no torch.
     """
     _possible(options)
     # Before anything that is measured takes some.

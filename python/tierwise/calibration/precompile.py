@@ -30,7 +30,7 @@ def main(which: int, count: int, device_index: int) -> None:
     timer = Timer(device, 0.0)
     if which == count - 1:
         compute.compile_loss(sizes, timer)
-    compute.compile_layers(timer, sizes, compute.compiled(sizes)[which::count])
+    compute.compile_layers(sizes, timer, compute.compiled(sizes)[which::count])
     if which == 0 and device.type == "cuda":
         # The driver compiles the engine's kernels when they are loaded, and keeps them on the disk.
         Device.cuda(device_index)
